@@ -104,8 +104,10 @@ class Policy:
         """
         if self.model is self.transformers_model:
             builder = self.prompt_builder
-            if not self.adapter_weights and builder is not None and builder.adapter.is_merged:
+            if not self.adapter_weights and builder is not None and builder.adapter.is_whole:
                 what, cure = "the adapter is merged into this model", "use the adapter's folder instead"
+                if builder.adapter.is_full:
+                    what, cure = "all weights of this model were trained", "use the base model itself"
                 raise UserError(what, place=str(builder.adapter.path), cure=cure)
             yield
         elif not self.adapter_weights:
@@ -250,7 +252,7 @@ class Policy:
 
 def build_policy(
     source: BaseSource,
-    adapters: Sequence[str] | load.LoraShape = (),
+    adapters: Sequence[str] | load.LoraShape | Literal["full"] = (),
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -266,7 +268,8 @@ def build_policy(
     """Loads a base model, puts adapters on it and applies the kernels.
 
     `adapters`: folders of adapters of this base, of which the first is active (`adapter_names` gives their names in
-    PEFT), or the shape of a new adapter, initialised from `seed`. `trainable`: prepare the one adapter for training.
+    PEFT), or the shape of a new adapter, initialised from `seed`, or "full" for none, with all weights trained.
+    `trainable`: prepare the one adapter, or the weights, for training.
     `dropout`: its LoRA dropout, by default the one in its config. `checkpointing`, `torch_compile` and `shard` are as
     in the settings; `log` gets warnings about kernels.
 
@@ -275,7 +278,7 @@ def build_policy(
     """
     kernels = pick_kernels(torch_compile, device, dtype, log)
     base = load.load_base(source, None if shard else device, dtype, quantization)
-    if trainable:
+    if trainable and adapters != "full":
         check_input_gradients(base, source.name)
     return _assemble(
         base,
@@ -326,7 +329,7 @@ def adapter_names(count: int) -> list[str]:
 def _assemble(
     base: Any,
     source: BaseSource,
-    adapters: Sequence[str] | load.LoraShape,
+    adapters: Sequence[str] | load.LoraShape | Literal["full"],
     kernels: Kernels,
     *,
     trainable: bool = False,
@@ -339,6 +342,8 @@ def _assemble(
     model = base
     if isinstance(adapters, load.LoraShape):
         model = load.add_lora(base, adapters, seed)
+    elif adapters == "full":
+        base.requires_grad_(True)
     elif adapters:
         for folder in adapters:
             check_continued(folder, identity)
@@ -407,7 +412,7 @@ def load_policy(
         )
         if builder.remark:
             warnings.warn(builder.remark, stacklevel=2)
-    adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
+    adapters = [] if builder.adapter.is_whole else [str(builder.adapter.path)]
     source, target = builder.source, load.pick_device(device)
     check_content(builder.adapter, source, log=log, download=False)
     if builder.adapter.new_tokens and adapters and not adapter_weights:
@@ -447,7 +452,7 @@ def _rows(rows: Sequence[Any]) -> list[Row]:
 def blueprint(
     config: Any,
     dtype: torch.dtype,
-    lora: load.LoraShape | str,
+    lora: load.LoraShape | str | None,
     *,
     trust_remote_code: bool = False,
     gradient_checkpointing: Checkpointing = False,
@@ -457,8 +462,9 @@ def blueprint(
 ) -> Blueprint:
     """The model that a run will train, on the meta device without weights, for `yeonma.model.memory_trace.trace`.
 
-    `lora`: the shape of a new adapter, or the folder of an adapter to continue. `device`: the device of the run, by
-    default the CPU. `by_device`: whether that device multiplies fp8 natively. Uses no random numbers.
+    `lora`: the shape of a new adapter, the folder of an adapter to continue, or None to train all weights. `device`:
+    the device of the run, by default the CPU. `by_device`: whether that device multiplies fp8 natively. Uses no random
+    numbers.
 
     Raises UserError if the model does not have the target modules, or cannot be built without its weights.
     """
@@ -486,10 +492,13 @@ def blueprint(
             quantise_on_meta(base, quantization, by_device)
         if isinstance(lora, load.LoraShape):
             load.add_lora(base, lora, seed=0)
-        else:
+        elif lora is not None:
             header = read_header(lora)
             add_rows(base, header, lora)
             add_lora_of(base, lora, header=header)
+        else:
+            base.requires_grad_(True)
+            frozen = 0
     base.set_attn_implementation(FOREST)
     head, device = plain_head(base), device or torch.device("cpu")
     if head is not None and device.type == "cuda":
@@ -499,7 +508,12 @@ def blueprint(
     patch_kernels(base, support=ForestSupport(True, head, "sdpa", ""), trim_last=True)
     train_adapter(base)
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    weights = {tensor for tensor in [*base.parameters(), *base.buffers()] if not tensor.requires_grad}
+    # weights in half precision stay beside the float32 copies that are trained
+    has_copies = lora is None and dtype != torch.float32
+    weights = {
+        tensor for tensor in [*base.parameters(), *base.buffers()] if has_copies or not tensor.requires_grad
+    }
+    trained_bytes = sum(parameter.untyped_storage().nbytes() for parameter in trained)
     return Blueprint(
         model=base,
         head=head,
@@ -507,7 +521,9 @@ def blueprint(
         frozen=frozen,
         dense=dense,
         weight_bytes=sum(tensor.untyped_storage().nbytes() for tensor in weights),
-        trained_bytes=sum(parameter.untyped_storage().nbytes() for parameter in trained),
+        trained_bytes=trained_bytes * torch.float32.itemsize // dtype.itemsize
+        if has_copies
+        else trained_bytes,
         gathered_bytes=gathered_bytes(base),
         capability=capability_of(device, dtype),
         on_cpu=device.type == "cpu",

@@ -17,7 +17,7 @@ from tests.faults.tracing import ROOT
 from tests.runs import SETTINGS as RUN_SETTINGS
 from tests.runs import Done, arguments, articles, left_behind, sft, trained, unfinished_copy, write_jsonl
 from yeonma.run_folder import output_folder
-from yeonma.train import loop, restore
+from yeonma.train import loop, restore, saved_weights
 
 SETTINGS: dict[str, object] = {"max_steps": 4, "save_steps": 1, "lora_dropout": 0.1}
 
@@ -123,12 +123,15 @@ def test_fault_88_a_folder_with_only_such_names_is_refused(unfinished: Path, bas
     assert "continuing after step 4 of 4" in trained(unfinished, base, data, **SETTINGS).out
 
 
-@pytest.mark.parametrize("fails", ["load_weights", "read_tensors", "restore_optimizer"])
+@pytest.mark.parametrize(
+    "module, fails",
+    [(saved_weights, "_load_adapter"), (restore, "read_tensors"), (restore, "restore_optimizer")],
+)
 def test_fault_88_nothing_is_deleted_before_what_a_run_continues_from_is_loaded(
-    unfinished: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+    unfinished: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, module: Any, fails: str
 ) -> None:
     """Later checkpoints, and files of the former end, are there still if loading fails."""
-    monkeypatch.setattr(restore, fails, stops(getattr(restore, fails), 1))
+    monkeypatch.setattr(module, fails, stops(getattr(module, fails), 1))
     before = everything_in(unfinished)
     done = sft(
         unfinished,

@@ -73,6 +73,7 @@ CHANGES: dict[str, Change] = dict(
         accepted("model_revision", "x"),  # of a folder, whose content is the same
         refused("adapter", OTHER, "the content of the adapter continued has changed"),
         accepted("trust_remote_code", True),
+        refused("train", "full", lora_r=None, lora_alpha=None),
         refused("dtype", "float32"),
         refused("quantization", "fp8"),
         accepted("device", "cpu"),

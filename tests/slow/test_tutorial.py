@@ -116,7 +116,7 @@ def test_documented_commands_succeed_and_write_their_files(
         run = command(folder, verb, *arguments, *SHORTER[verb])
         assert run.status == 0, f"{verb} {' '.join(arguments)}\n{run.err}"
         verbs.append(verb)
-    assert verbs.count("sft") == 3
+    assert verbs.count("sft") == 4
     assert verbs.count("dpo") == 2
     assert {"inspect", "generate", "compare", "dpo", "verify", "merge"} <= set(verbs)
     for file in (
@@ -124,6 +124,7 @@ def test_documented_commands_succeed_and_write_their_files(
         "answers.jsonl",
         "headlines.jsonl",
         "preferred/adapter_model.safetensors",
+        "full/model.safetensors",
         "preferred-kto/adapter_model.safetensors",
         "headlines-merged/model.safetensors",
         "title-generator-merged/model.safetensors",

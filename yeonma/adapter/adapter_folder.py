@@ -42,6 +42,8 @@ TEMPLATE = "template.txt"
 CHAT_TEMPLATE = "chat_template.jinja"
 MERGED = "merged"
 """Key of yeonma.json that is true for a merged model."""
+TRAINED = "train"
+"""Key of yeonma.json that is `full` for a fully fine-tuned model. Other folders lack it."""
 BASE_FOLDER = "base_folder"
 """Key of yeonma.json for the folder that the base's name pointed to, if it was a link."""
 PUBLISHED = "published_weights"
@@ -85,9 +87,15 @@ class AdapterFolder:
     """False for an adapter of another tool for which no template was given."""
 
     @property
-    def is_merged(self) -> bool:
-        """Whether the folder contains a complete model with the adapter merged into it."""
-        return self.details.get(MERGED) is True
+    def is_full(self) -> bool:
+        """Whether the folder contains a fully fine-tuned model."""
+        return is_full(self.details)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the folder contains a complete model: one with the adapter merged into it, or a fully fine-tuned
+        one."""
+        return self.details.get(MERGED) is True or self.is_full
 
     @property
     def quantization(self) -> Quantization:
@@ -109,6 +117,11 @@ class AdapterFolder:
     @property
     def source(self) -> BaseSource:
         return BaseSource(self.base.name, self.base.revision, self.trust_remote_code)
+
+
+def is_full(details: Mapping[str, Any]) -> bool:
+    """Whether yeonma.json says that its folder contains a fully fine-tuned model."""
+    return details.get(TRAINED) == "full"
 
 
 def data_set_names(adapter: AdapterFolder) -> list[str]:
@@ -178,10 +191,11 @@ def describe(
     quantization: Quantization = "none",
     published: Published | None = None,
     lora: Mapping[str, Any] | None = None,
+    full: bool = False,
     content: BaseContent | None = None,
 ) -> dict[str, Any]:
     """The contents of yeonma.json. `published`: how the base's own files are quantised. `lora`: the adapter's shape and
-    what it is on, as `shape_of` has it. `content`: that of the base."""
+    what it is on, as `shape_of` has it. `full`: whether all weights were trained. `content`: that of the base."""
     is_local = Path(base.name).is_dir()
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
     return {
@@ -199,6 +213,7 @@ def describe(
         "columns": dict(columns) if columns else None,
         "rules": asdict(rules),
         **({"lora": dict(lora)} if lora is not None else {}),
+        **({TRAINED: "full"} if full else {}),
         "trained_on": dict(trained_on),
         "versions": {package: version(package) for package in packages},
     }
@@ -230,6 +245,18 @@ def write_adapter(
     with as_peft_reads(peft_model.get_base_model(), config):
         peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # in case PEFT writes its empty card in another way
+    write_template_files(folder, tokenizer, template, details, exported, samples)
+
+
+def write_template_files(
+    folder: Path,
+    tokenizer: Any,
+    template: Template,
+    details: Mapping[str, Any],
+    exported: ExportedChatTemplate,
+    samples: Samples | None = None,
+) -> None:
+    """Writes what stands beside the weights: tokenizer, template, sample rows and yeonma.json."""
     save_tokenizer(tokenizer, exported, folder)
     (folder / TEMPLATE).write_bytes(template.text.encode())
     if samples is not None:
@@ -266,7 +293,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     try:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
         _check_types(details)
-        if whole_model and details.get(MERGED) is not True:
+        if whole_model and details.get(MERGED) is not True and not is_full(details):
             raise ValueError("the folder also contains a complete model")
         rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
         text = (folder / TEMPLATE).read_text("utf-8")

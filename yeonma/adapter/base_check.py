@@ -36,7 +36,7 @@ def check_content(
     `download` False leaves weights alone that are on the hub and not on this machine. Others as `read_content`.
     """
     content = adapter.base_content
-    if content is None or adapter.is_merged or not (download or is_here(source)):
+    if content is None or adapter.is_whole or not (download or is_here(source)):
         return
     if found := changes(content, read_content(source, config, log=log)):
         raise another_base(adapter, source.name, found)

@@ -290,11 +290,11 @@ def open_prompt_builder(
     if template is not None:
         what = f"{adapter_dir} has a template of its own"
         raise UserError(what, place="--template", cure="leave it out; it is for adapters of other tools")
-    if not adapter.is_merged:
+    if not adapter.is_whole:
         check_adapter_files(adapter.path)
     if data_set is not None:
         adapter = asked_as(adapter, data_set)
-    if adapter.is_merged:
+    if adapter.is_whole:
         if base_model is not None:
             cure = "leave base_model out"
             raise UserError("the base model is part of this folder", place=str(adapter_dir), cure=cure)

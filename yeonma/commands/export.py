@@ -33,7 +33,7 @@ def run(settings: ExportSettings) -> int:
     )
     if settings.format == "ollama":
         prompt_builder.check_template()
-    plan = None if prompt_builder.adapter.is_merged else _merge_plan(settings)
+    plan = None if prompt_builder.adapter.is_whole else _merge_plan(settings)
     install_converter()
     least_bytes = sum(path.stat().st_size for path in weight_files(prompt_builder.source))
     with staging_folder(output, "the exported model", least_bytes) as folder:
@@ -84,7 +84,7 @@ def _write(
     try:
         convert(model, folder / gguf, settings.outtype, name)
     finally:
-        if not prompt_builder.adapter.is_merged:
+        if not prompt_builder.adapter.is_whole:
             delete(model)
     if settings.format == "ollama":
         context_tokens = prompt_builder.rules.cutoff_len

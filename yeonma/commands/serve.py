@@ -79,11 +79,12 @@ def _exec_vllm(
     source = adapters.first.source
     plan = VllmPlan(
         base=source.name,
-        base_name=adapters.base_name,
+        base_name=adapters.base_name or adapters.names[0],
         revision=source.revision,
         adapters={
             name: (builder.adapter.path.absolute(), rank_of(builder))
             for name, builder in adapters.prompt_builders.items()
+            if not builder.adapter.is_whole
         },
         host=settings.host,
         port=listener.getsockname()[1],

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 from yeonma.config.foreign_names import foreign_name_cure
 from yeonma.config.layer_ranges import InvalidRanges
 from yeonma.config.loss_sum import InvalidLoss
-from yeonma.config.settings import Range, RunConfig, StepSettings
+from yeonma.config.settings import FULL_LEARNING_RATES, LoraSettings, Range, RunConfig, StepSettings
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
 
@@ -272,8 +272,10 @@ def _parse(
         problems.append(Problem("required, but not given", ", ".join(missing), cure))
     if problems:
         raise UserError(problems)
-    all_values = {name: setting.default for name, setting in settings.items()} | values
-    config = _build(kind, all_values)
+    defaults = {name: setting.default for name, setting in settings.items()}
+    if values.get("train") == "full":
+        defaults["learning_rate"] = FULL_LEARNING_RATES[defaults["learning_rate"]]
+    config = _build(kind, defaults | values)
     if isinstance(config, RunConfig):
         config = replace(config, given=frozenset(values))
     return ParsedConfig(config, tuple(_warnings(values)))
@@ -500,12 +502,17 @@ def _build(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def settings_dict(config: object) -> dict[str, Any]:
-    """The settings of all groups by name, in order. No two groups of a config share a name."""
+    """The settings of all groups by name, in order, without those of an adapter if there is none. No two groups of a
+    config share a name."""
     names = _parts(type(config))
     if not names:
         return dict(vars(config))
     parts = [getattr(config, name) for name in names]
-    return {name: value for part in parts if part is not None for name, value in settings_dict(part).items()}
+    values = {
+        name: value for part in parts if part is not None for name, value in settings_dict(part).items()
+    }
+    unread = {setting.name for setting in fields(LoraSettings)} if values.get("train") == "full" else ()
+    return {name: value for name, value in values.items() if name not in unread}
 
 
 def to_yaml(config: object) -> str:

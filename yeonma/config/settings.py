@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ Quantization = Literal["none", "int8", "nf4", "fp8"]
 QuantizationOrAuto = Literal["auto", "none", "int8", "nf4", "fp8"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 TokenLoss = Literal["nll", "dft"]
+Trained = Literal["lora", "full"]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
@@ -152,14 +154,16 @@ class ModelSettings:
     """Adapter folder to continue training from. Its rank, alpha, dropout and target modules are used; of these only `lora_dropout` may be changed."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""
+    train: Trained = "lora"
+    """What is trained. lora: an adapter on the frozen base. full: all weights of the base (full fine-tuning), so that the output folder is a model of its own. A full run needs 16 bytes of memory per parameter beside activations, 18 with bfloat16."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the frozen weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
+    """Data type of the frozen weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU. With `train` full and bfloat16, the optimizer updates float32 copies of the weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: the GPU if there is one."""
     quantization: Quantization = "none"
     """Quantise the frozen weights of linear layers: int8, nf4 (4-bit with double quantisation) or fp8. Uses less memory and changes the result. int8 and nf4 need bitsandbytes; fp8 is fast on GPUs of compute capability 8.9 or higher."""
     shard: bool = False
-    """Shard the frozen weights over several processes (FSDP2), to train a model too large for one GPU. Slower for a model that fits on one; the result is the same."""
+    """Shard the base's weights over several processes (FSDP2), to train a model too large for one GPU; with `train` full, gradients and averages as well. Slower for a model that fits on one; the result is the same."""
     gradient_checkpointing: CheckpointingOrAuto = False
     """Recompute activations in the backward pass: less memory, about a third more time. selective: only in every other layer. auto: chosen from the memory forecast."""
     torch_compile: TorchCompile = "auto"
@@ -213,7 +217,7 @@ class StepSettings:
     max_steps: int | None = field(default=None, metadata=COUNT)
     """Stop after this many steps. Overrides `num_epochs`."""
     learning_rate: float = field(default=2e-4, metadata=POSITIVE)
-    """Peak learning rate, reached after the warm-up. The default of `yeonma dpo` is lower: 1e-5."""
+    """Peak learning rate, reached after the warm-up. Other defaults: 1e-5 for `yeonma dpo`, and with `train` full 2e-5 and, for dpo, 1e-6."""
     lr_scheduler: LrScheduler = "linear"
     """Learning rate schedule, by its name in transformers."""
     lr_scheduler_kwargs: dict[str, int | float | str] | None = None
@@ -229,7 +233,7 @@ class StepSettings:
     loraplus_ratio: float | None = field(default=None, metadata=RATIO)
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): matrix B of the adapter learns at this many times the learning rate of A, which is `learning_rate`. The paper uses 16. By default, both learn alike."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    """Weight decay of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    """Weight decay of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101). With `train` full, only matrices have it, not biases and norms."""
     adam_beta1: float = field(default=0.9, metadata=DECAY)
     """AdamW's decay rate for the mean of the gradient."""
     adam_beta2: float = field(default=0.999, metadata=DECAY)
@@ -343,6 +347,8 @@ TRAINING = (
 """The groups that `yeonma sft` reads; `yeonma dpo` reads all groups of RunConfig."""
 PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
 """Defaults of `yeonma dpo` that differ from those of `yeonma sft`."""
+FULL_LEARNING_RATES: Mapping[object, float] = {2e-4: 2e-5, 1e-5: 1e-6}
+"""Default learning rate of a verb -> that of full fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -458,7 +464,7 @@ class CompareSettings:
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training."""
     template: str | None = None
-    """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter, or the one that matches the columns."""
+    """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter or fully fine-tuned model, or the one that matches the columns."""
     rows: int | None = field(default=None, metadata=ROWS)
     """Compare on at most this many rows, from the first on."""
     output_dir: str = "report"
@@ -587,7 +593,7 @@ class ServeSettings:
     """Serve adapters over an OpenAI-compatible API."""
 
     adapter_dirs: list[str]
-    """Adapter folders, all of one base model: `yeonma serve OUT OUT2`. A request's `model` is the name of a folder or of the base model."""
+    """Adapter folders, all of one base model: `yeonma serve OUT OUT2`; or one fully fine-tuned model. A request's `model` is the name of a folder or of the base model."""
     host: str = "127.0.0.1"
     """Address to listen on. An address that other machines can reach, such as 0.0.0.0, requires an `api_key`."""
     port: int = field(default=8000, metadata=PORT)

@@ -108,7 +108,7 @@ def open_candidates(settings: CompareSettings, rows: Rows, log: Log = lambda _: 
         problems += [] if problems else [Problem(problem, "--data_set", "leave it out")]
     if problems:
         raise UserError(problems)
-    first_run = runs[0] if runs else None
+    first = _first_template(opened, short_names(specs))
     candidates = []
     for spec, name, model in zip(specs, short_names(specs), opened, strict=True):
         if isinstance(model, PromptBuilder):
@@ -116,7 +116,7 @@ def open_candidates(settings: CompareSettings, rows: Rows, log: Log = lambda _: 
             template_of = f"that of its data set {settings.data_set}" if is_chosen else "its own"
             candidates.append(Candidate(name, model, str(model.adapter.path), True, template_of))
         else:
-            candidates.append(_with_template(spec, name, model, first_run, settings, rows))
+            candidates.append(_with_template(spec, name, model, first, settings, rows))
     candidates = _check_outlines(candidates, log)
     _check_columns(settings, candidates, rows)
     return _with_quantization(candidates, settings.quantization)
@@ -210,6 +210,30 @@ class _PlainModel:
     rules: TokenRules | None
 
 
+@dataclass(frozen=True)
+class _BorrowedTemplate:
+    """How a model without a template is prompted: as another one was trained."""
+
+    owner: str
+    template: Template
+    columns: dict[str, str] | None
+    rules: TokenRules
+
+
+def _first_template(
+    models: Sequence[PromptBuilder | _PlainModel], names: Sequence[str]
+) -> _BorrowedTemplate | None:
+    """That of the first adapter, or else of the first whole model that has one."""
+    for model in models:
+        if isinstance(model, PromptBuilder):
+            adapter = model.adapter
+            return _BorrowedTemplate(adapter.path.name, adapter.template, adapter.columns, adapter.rules)
+    for name, model in zip(names, models, strict=True):
+        if isinstance(model, _PlainModel) and model.template is not None and model.rules is not None:
+            return _BorrowedTemplate(name, model.template, model.columns, model.rules)
+    return None
+
+
 def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
     folder = user_path(spec, "--models")
     if folder.is_dir() and not any(folder.iterdir()):
@@ -258,23 +282,22 @@ def _with_template(
     spec: str,
     name: str,
     model: _PlainModel,
-    first_run: PromptBuilder | None,
+    first: _BorrowedTemplate | None,
     settings: CompareSettings,
     rows: Rows,
 ) -> Candidate:
-    """The model with a template: its own, that of the settings or the first adapter, or one that fits the columns."""
+    """The model with a template: its own, that of the settings, `first`, or one that fits the columns."""
     default = TokenRules(CUTOFF_LEN)
     if model.template is not None:
         template, columns, rules = model.template, model.columns, model.rules or default
         template_of = "its own"
-    elif settings.template is not None or first_run is None:
+    elif settings.template is not None or first is None:
         choice = choose_template(ANSWERS, settings.template, rows, settings.columns)
         template, columns, template_of = choice.template, choice.columns, choice.reason or "--template"
-        rules = first_run.adapter.rules if first_run is not None else default
+        rules = first.rules if first is not None else default
     else:
-        adapter = first_run.adapter
-        template, columns, rules = adapter.template, adapter.columns, adapter.rules
-        template_of = f"that of {adapter.path.name}"
+        template, columns, rules = first.template, first.columns, first.rules
+        template_of = f"that of {first.owner}"
     folder = AdapterFolder(
         path=Path(spec),
         base=BaseIdentity(model.source.name, model.source.revision, 0, ""),

@@ -17,7 +17,6 @@ from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.errors import UserError
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import add_lora_of, added_rows, load_weights, plain_layer
-from yeonma.model.config_keys import CONFIG, add_older_keys
 from yeonma.model.load import (
     hide_loading_noise,
     load_config,
@@ -31,7 +30,6 @@ from yeonma.model.weight_files import INDEX, WEIGHTS, file_of, stored_tensors
 from yeonma.model.whole_modules import as_the_base
 from yeonma.model.whole_weights import whole_tensors
 
-GENERATION = "generation_config.json"
 PROCESSOR_CHAT = "chat_template.json"
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -223,23 +221,6 @@ class _ShardWriter:
         (self.folder / INDEX).write_text(text + "\n", "utf-8")
 
 
-def keep_config_keys(source: BaseSource, folder: Path) -> None:
-    """Adds to the config.json written what the base's file had and readers of the older form need."""
-    own = file_of(source, CONFIG)
-    add_older_keys(folder, load_config(source), {} if own is None else json.loads(own.read_text("utf-8")))
-
-
-def write_generation_config(source: BaseSource, folder: Path, stop_ids: Sequence[int]) -> None:
-    """Writes the base's generation config, if it has one, with the stop tokens of training added to its EOS tokens."""
-    path, own = folder / GENERATION, file_of(source, GENERATION)
-    content = {} if own is None else json.loads(own.read_text("utf-8"))
-    ends = content.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends += [number for number in stop_ids if number not in ends]
-    content["eos_token_id"] = ends if len(ends) != 1 else ends[0]
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
 def copy_processor(source: BaseSource, folder: Path) -> None:
     """Copies what a base's processor of images or sound reads. Its chat template is the tokenizer's, unless only
     the processor has one."""
@@ -247,9 +228,3 @@ def copy_processor(source: BaseSource, folder: Path) -> None:
         own = file_of(source, name)
         if own is not None and not (name == PROCESSOR_CHAT and (folder / CHAT_TEMPLATE).is_file()):
             shutil.copyfile(own, folder / name)
-
-
-def copy_code(source: BaseSource, folder: Path) -> None:
-    """Copies the Python code of a local base, which its config refers to."""
-    for path in sorted(Path(source.name).glob("*.py")) if Path(source.name).is_dir() else ():
-        shutil.copyfile(path, folder / path.name)

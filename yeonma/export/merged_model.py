@@ -37,13 +37,10 @@ from yeonma.config.yaml_text import front_matter
 from yeonma.errors import Log, UserError
 from yeonma.export.merge_weights import (
     NeedsWholeModel,
-    copy_code,
     copy_processor,
     dtype_of,
-    keep_config_keys,
     merge_by_shard,
     merge_in_memory,
-    write_generation_config,
 )
 from yeonma.files import files_in, move_into_place, staging_folder, user_path
 from yeonma.generation.completion import generate
@@ -62,6 +59,7 @@ from yeonma.model.load import (
 )
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import Published, quantization_of
+from yeonma.model.saved_config import copy_code, keep_config_keys, write_generation_config
 from yeonma.model.source import BaseSource, find_base
 from yeonma.model.weight_files import weight_files
 from yeonma.shown import code, code_block, json_text, markdown
@@ -127,8 +125,11 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
         template=settings.template,
     )
     source = prompt_builder.source
-    if prompt_builder.adapter.is_merged:
+    if prompt_builder.adapter.is_whole:
         cure = "give the adapter's folder"
+        if prompt_builder.adapter.is_full:
+            what, cure = "all of its weights were trained: there is no adapter to merge", "use it as it is"
+            raise UserError(what, place=settings.adapter_dir, cure=cure)
         raise UserError("it is merged already", place=settings.adapter_dir, cure=cure)
     config = load_config(source)
     published = published_weights(config, source)

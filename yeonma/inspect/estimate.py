@@ -19,6 +19,7 @@ from yeonma.batch.micro_batches import MicroBatchSurvey, survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.config.settings import (
     Checkpointing,
+    LoraSettings,
     Optimizer,
     Quantization,
     RunConfig,
@@ -35,7 +36,8 @@ from yeonma.model.targets import coverage
 from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
-from yeonma.train.prepare import Prepared, lora_shape
+from yeonma.train.preference_losses import preference_loss
+from yeonma.train.prepare import Prepared, lora_shape, train_dtype
 
 ROUTINE_BYTES = 620_000  # of oneDNN's routine for a shape of a product; measured with oneDNN 3.12 on AVX-512
 CHECK_SHAPES = 4  # distinct token counts in the forward passes of the check at loading
@@ -57,10 +59,12 @@ def estimate(
     """
     model, step = config.model, config.step
     device = load.pick_device(model.device)
-    dtype = load.pick_dtype(model.dtype, device)
+    dtype = train_dtype(model, device)
     setup = _Setup(
         config=prepared.config,
-        lora=prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
+        lora=None
+        if model.train == "full"
+        else prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
         trust_remote_code=source.trust_remote_code,
         device=device.type,
         dtype=dtype,
@@ -71,6 +75,7 @@ def estimate(
         quantization=model.quantization,
         has_fp8=multiplies_fp8(device),
         optimizer=step.optimizer,
+        measures_reference=_measures_reference(config),
     )
     model_blueprint = _blueprint(setup)
     process = _process_bytes(device.type)
@@ -93,11 +98,17 @@ def estimate(
         heaviest_tokens=traced.tokens,
         memory=memory,
         alternatives=_alternatives(setup, prepared, batches, process) if with_alternatives else (),
-        adapter=coverage(model_blueprint.model),
+        adapter=coverage(model_blueprint.model) if setup.lora is not None else None,
         time=None,
         price=None,
         published=_in_words(setup),
     )
+
+
+def _measures_reference(config: RunConfig) -> bool:
+    preference = config.preference
+    measures = () if preference is None else preference_loss(preference.loss).measures
+    return any(measure.with_reference for measure in measures)
 
 
 def _in_words(setup: _Setup) -> str:
@@ -113,7 +124,8 @@ class _Setup:
     """Everything but the data on which memory depends."""
 
     config: Any
-    lora: load.LoraShape | str
+    lora: load.LoraShape | str | None
+    """None if all weights are trained."""
     trust_remote_code: bool
     device: str
     dtype: torch.dtype
@@ -125,6 +137,8 @@ class _Setup:
     has_fp8: bool
     """Whether the device can multiply in fp8."""
     optimizer: Optimizer
+    measures_reference: bool
+    """Whether every step needs the trained weights as they were at the start, too."""
 
     @property
     def published(self) -> Published | None:
@@ -154,10 +168,21 @@ def _memory(
     steps: int,
 ) -> Memory:
     weights, gathered = model_blueprint.weight_bytes, 0
+    adapter, copies = model_blueprint.trained_bytes, 0
+    if setup.lora is None:
+        own, copies = adapter, adapter if setup.dtype != torch.float32 else 0
+        weights, adapter = weights + own - copies, 0
+        copies += weights if setup.measures_reference else 0
+    numbers = model_blueprint.frozen if setup.lora is not None else model_blueprint.trained
     loading = process + weights
+    gradients, optimizer = traced.gradients, _optimizer_bytes(setup.optimizer, model_blueprint)
     if setup.sharded:
-        weights = ceil(model_blueprint.weight_bytes / setup.processes)
-        gathered = min(model_blueprint.gathered_bytes, model_blueprint.weight_bytes - weights)
+        whole = weights
+        weights = ceil(whole / setup.processes)
+        gathered = min(model_blueprint.gathered_bytes, whole - weights)
+        if setup.lora is None:  # gradients of what is gathered are whole, too, until they are summed
+            copies, optimizer = (ceil(size / setup.processes) for size in (copies, optimizer))
+            gradients = min(gradients, ceil(gradients / setup.processes) + gathered)
         # on the CPU also the pages of the file, until all shards are copied from them
         loading = weights + gathered if setup.device == "cuda" else loading + weights
     stored = getattr(setup.config, "dtype", None) or setup.dtype
@@ -166,10 +191,10 @@ def _memory(
     if setup.device == "cpu" and published is not None:
         # transformers does not quantise to fp8 while it reads
         if setup.quantization == "fp8" and published.method != "mxfp4":
-            loading = process + max(weights, model_blueprint.frozen * setup.dtype.itemsize)
-        loading += model_blueprint.frozen * published.bits // 8
+            loading = process + max(weights, numbers * setup.dtype.itemsize)
+        loading += numbers * published.bits // 8
     elif setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):
-        loading += model_blueprint.frozen * stored.itemsize
+        loading += numbers * stored.itemsize
     routines = 0
     if setup.device == "cpu" and setup.dtype == torch.float32 and has_onednn():
         shapes = batches.distinct * traced.shapes + CHECK_SHAPES * traced.forward_shapes
@@ -177,10 +202,11 @@ def _memory(
     return Memory(
         process=process,
         weights=weights,
-        lora=model_blueprint.trained_bytes,
-        gradients=traced.gradients,
+        lora=adapter,
+        copies=copies,
+        gradients=gradients,
         # allocated after the peak of the first step
-        optimizer=_optimizer_bytes(setup.optimizer, model_blueprint) if steps > 1 else 0,
+        optimizer=optimizer if steps > 1 else 0,
         activations=traced.activations,
         logits=traced.logits,
         workspace=traced.workspace,
@@ -247,7 +273,10 @@ def _alternatives(
         slow = ", slow on most CPUs" if setup.device == "cpu" else ""
         add("dtype bfloat16", f"lower precision{slow}", dtype=torch.bfloat16)
     is_packed = setup.published is not None and setup.published.stays_packed
-    if setup.quantization == "none" and not setup.sharded and not is_packed:
+    if setup.lora is None:
+        shape = lora_shape(LoraSettings())
+        add("train lora", "trains an adapter, not the weights", lora=shape)
+    elif setup.quantization == "none" and not setup.sharded and not is_packed:
         add("quantization int8", "changes the result; needs bitsandbytes", quantization="int8")
         add("quantization nf4", "changes the result; needs bitsandbytes", quantization="nf4")
         if setup.has_fp8:

@@ -23,8 +23,9 @@ class Memory:
     process: int
     """Python, torch and the data, as measured in this process; 0 on a GPU."""
     weights: int
-    """Frozen weights. On the CPU, they are pages of the file if it has the run's dtype."""
+    """The base's weights. On the CPU, they are pages of the file if it has the run's dtype."""
     lora: int
+    """The adapter."""
     gradients: int
     optimizer: int
     """AdamW's two moments of the trained parameters."""
@@ -38,6 +39,9 @@ class Memory:
     """Routines that oneDNN caches, one per shape; 0 if it is not used."""
     loading: int
     """Peak while weights are loaded and converted. Not included in `training`."""
+    copies: int = 0
+    """Of weights that are all trained: float32 copies of those in bfloat16, and the weights of the start if every step
+    measures the reference."""
     gathered: int = 0
     """Sharded weights that are gathered at a time: those of the running layer and the next one."""
 
@@ -103,8 +107,8 @@ class Forecast:
     """Tokens of the heaviest micro-batch. Shared tokens count once."""
     memory: Memory
     alternatives: tuple[Alternative, ...]
-    adapter: Coverage
-    """What of the model has an adapter."""
+    adapter: Coverage | None
+    """What of the model has an adapter; None if all weights are trained."""
     time: Time | None
     price: Price | None
     published: str = ""
@@ -151,17 +155,18 @@ def forecast_of(values: Mapping[str, Any]) -> Forecast:
     """The forecast from a `forecast_dict`, without time and price. Raises KeyError or TypeError for other values."""
     memory = {name: value for name, value in values["memory"].items() if name not in ("training", "peak")}
     alternatives = tuple(Alternative(**fields) for fields in values["alternatives"])
-    adapter = Coverage(
-        tuple(
-            PartCoverage(**{**part, "names": tuple(part["names"]), "without": tuple(part["without"])})
-            for part in values["adapter"]["parts"]
-        ),
-        tuple(values["adapter"]["whole"]),
-        values["adapter"]["tokens"],
-    )
+    adapter = None
+    if values["adapter"] is not None:
+        adapter = Coverage(
+            tuple(
+                PartCoverage(**{**part, "names": tuple(part["names"]), "without": tuple(part["without"])})
+                for part in values["adapter"]["parts"]
+            ),
+            tuple(values["adapter"]["whole"]),
+            values["adapter"]["tokens"],
+        )
     parts = {"memory": Memory(**memory), "alternatives": alternatives, "time": None, "price": None}
-    parts |= {"adapter": adapter}
-    return Forecast(**{**values, **parts})
+    return Forecast(**{**values, **parts, "adapter": adapter})
 
 
 def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[str, str]]:
@@ -169,7 +174,9 @@ def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[st
     lines = [
         ("parameters", f"{forecast.parameters_trained:,} trained, {forecast.parameters_frozen:,} frozen"),
         *([("base weights", forecast.published)] if forecast.published else []),
-        ("adapter on", str(forecast.adapter)),
+        ("adapter on", str(forecast.adapter))
+        if forecast.adapter is not None
+        else ("training", "all weights"),
         ("steps", f"{forecast.steps:,} ({forecast.epochs:.2f} epochs, {forecast.tokens:,} tokens)"),
         (
             "heaviest micro-batch",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from yeonma.config.settings import RunConfig
 from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_of
-from yeonma.model.load import pick_device, pick_dtype
+from yeonma.model.load import pick_device
 from yeonma.run_folder.checkpoint import write_text_atomically
-from yeonma.train.prepare import Prepared
+from yeonma.train.prepare import Prepared, train_dtype
 
 FORMAT = 7
 """Increased whenever a change of the code changes the numbers or the notes of the same run."""
@@ -28,7 +28,13 @@ def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
         [version(package) for package in ("torch", "transformers", "peft", "yeonma")],
         prepared.config.to_json_string(),
         sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,
-        [str(device), str(pick_dtype(model.dtype, device)), model.gradient_checkpointing, model.quantization],
+        [
+            str(device),
+            str(train_dtype(model, device)),
+            model.train,
+            model.gradient_checkpointing,
+            model.quantization,
+        ],
         [processes, model.shard],
         asdict(config.lora),
         asdict(config.step),

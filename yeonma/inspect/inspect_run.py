@@ -30,10 +30,11 @@ from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.explain import View
 from yeonma.train.continued_lora import adapter_lora, check_lora
 from yeonma.train.distributed import Processes
+from yeonma.train.full_settings import check_full
 from yeonma.train.memory_budget import micro_batching, resolve_auto
 from yeonma.train.model_remarks import model_remarks
 from yeonma.train.preflight import check_folders, with_adapters_lora
-from yeonma.train.prepare import Prepared, check_adapter, prepare
+from yeonma.train.prepare import Prepared, check_adapter, prepare, train_dtype
 from yeonma.train.run_warnings import run_warnings
 
 RATE_SECONDS = 0.25
@@ -46,6 +47,7 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     Raises UserError for everything that a training run would refuse before it loads weights.
     """
     source, continued = check_folders(config.model, config.run)
+    check_full(config, continued)
     if continued is not None:
         check_lora(config, adapter_lora(continued))
     config = with_adapters_lora(config)
@@ -129,5 +131,5 @@ def _forecast(
         log_line(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
         return timed_by_probe(forecast, probe.tokens_per_second, options.price), forecast.adapter
     device = load.pick_device(model.device)
-    rate = measure_rate(device, load.pick_dtype(model.dtype, device), RATE_SECONDS)
+    rate = measure_rate(device, train_dtype(model, device), RATE_SECONDS)
     return timed_by_rate(forecast, rate.flops_per_second, options.price), forecast.adapter

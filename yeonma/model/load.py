@@ -53,7 +53,7 @@ from yeonma.model.published import (
 )
 from yeonma.model.quantization import check_installed
 from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers, packed_layers, to_fp8
-from yeonma.model.sharding import any_process, local_shard
+from yeonma.model.sharding import any_process, local_shard, trains_all
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import check_numbers
 from yeonma.model.source import find_base as find_base
@@ -427,14 +427,16 @@ def _check_complete(loading_info: Mapping[str, Any], name: str) -> None:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raises UserError, in all processes, if a frozen weight contains NaN or infinity.
+    """Raises UserError, in all processes, if a weight of the base contains NaN or infinity.
 
     Sums of the weights show it, in one pass. Of a sharded model, every process checks its own shards.
     """
+    is_full = trains_all(model)
     frozen = {
         key: weight.detach()
         for key, weight in model.named_parameters()
-        if not weight.requires_grad and not hasattr(weight, "quant_state")  # bits, whatever their type says
+        if (is_full or not weight.requires_grad)
+        and not hasattr(weight, "quant_state")  # bits, whatever their type says
     }
     frozen |= {key: weight.scale for key, weight in packed_layers(model)}
     flags = any_process(model, [_is_not_finite(local_shard(weight)) for weight in frozen.values()])

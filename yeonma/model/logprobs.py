@@ -62,13 +62,15 @@ class ForestSupport:
 
 
 def plain_head(model: Any) -> Head | None:
-    """The model's head as data; None if it is not a frozen linear layer (such as one with LoRA).
+    """The model's head as data; None if it is not a linear layer (such as one with LoRA), or sharded and trained.
 
     Scale and cap are read from the config by transformers' names. The check at loading compares the result with the
     model's own logits; a model with another kind of head uses its own forward.
     """
     layer, config = model.get_output_embeddings(), model.config
-    if own_class(layer) is not nn.Linear or layer.weight.requires_grad:
+    if own_class(layer) is not nn.Linear:
+        return None
+    if layer.weight.requires_grad and is_sharded(model):  # FSDP2 sums gradients of modules that are called
         return None
     divisor = getattr(config, "logits_scaling", None) or 1.0
     factor = getattr(config, "logit_scale", None) or 1.0
@@ -315,8 +317,10 @@ def _gather_logprobs(logits: torch.Tensor, target: torch.Tensor, *, squares: boo
 def head_logprobs(
     hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head, *, squares: bool = False
 ) -> torch.Tensor:
-    """logprob_U of the targets, without U x V numbers in memory and without recomputation; `squares` as in
-    `batch_logprobs`."""
+    """logprob_U of the targets, without U x V numbers in memory; `squares` as in `batch_logprobs`. Only a head that is
+    trained itself is computed a second time, for its gradient."""
+    if head.weight_VH.requires_grad and torch.is_grad_enabled():
+        return _TrainedHeadLogprobs.apply(hidden_UH, head.weight_VH, head.bias_V, target_U, head, squares)
     return _HeadLogprobs.apply(hidden_UH, target_U, head, squares)
 
 
@@ -352,6 +356,52 @@ class _HeadLogprobs(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         upstream_U = upstream if upstream.ndim == 1 else upstream[0]
         return (gradient * upstream_U.unsqueeze(1)).to(gradient.dtype), None, None, None
+
+
+class _TrainedHeadLogprobs(torch.autograd.Function):
+    """With a gradient for the head as well, which depends on the loss: the backward pass computes the logits again, a
+    chunk at a time. The log-probabilities are those of a frozen head, bit for bit."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_UH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_U: torch.Tensor,
+        head: Head,
+        squares: bool,
+    ) -> torch.Tensor:
+        ctx.head = replace(head, weight_VH=weight_VH, bias_V=bias_V)
+        ctx.save_for_backward(hidden_UH, target_U)
+        with torch.no_grad():
+            return _HeadLogprobs.apply(hidden_UH.detach(), target_U, ctx.head, squares)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
+        hidden_UH, target_U = ctx.saved_tensors
+        head: Head = ctx.head
+        upstream_U = upstream if upstream.ndim == 1 else upstream[0]
+        rows = _rows_of_chunk(head)
+        hidden_gradient = torch.empty_like(hidden_UH)
+        weight_gradient = torch.zeros_like(head.weight_VH, dtype=torch.float32)
+        bias_gradient = None if head.bias_V is None else torch.zeros_like(head.bias_V, dtype=torch.float32)
+        for start in range(0, len(target_U), rows):
+            chunk = slice(start, start + rows)
+            hidden, target = hidden_UH[chunk], target_U[chunk].unsqueeze(1)
+            logits, slope = _head_logits(hidden, head, with_slope=True)
+            logits = torch.softmax(logits, dim=1).neg_()
+            gradient = logits.scatter_add_(1, target, torch.ones_like(target, dtype=logits.dtype))
+            if slope is not None:
+                gradient *= slope
+            gradient *= (upstream_U[chunk] * head.scale).unsqueeze(1)
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(dim=0)
+            gradient = gradient.to(hidden.dtype)
+            hidden_gradient[chunk] = product(gradient, head.weight_VH.t())
+            weight_gradient += product(gradient.t(), hidden.t())
+        dtype = head.weight_VH.dtype
+        return hidden_gradient, weight_gradient.to(dtype), bias_gradient, None, None, None
 
 
 def _head_chunk(

@@ -39,6 +39,7 @@ class Blueprint:
     weight_bytes: int
     """Bytes of frozen parameters and buffers. Tied ones count once."""
     trained_bytes: int
+    """Bytes of what the optimizer updates, which is in float32."""
     gathered_bytes: int
     """Bytes of weights that are gathered in a process at a time if they are sharded."""
     capability: Capability | None = None
@@ -104,6 +105,10 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
     record.add(gradients, counted=False)
     gradient_numbers = {record.number_of(gradient) for gradient in gradients}
     parts = _at_the_peak(record, forward, gradient_numbers)
+    if any(parameter.dtype != torch.float32 for parameter in trained):  # they are summed in float32
+        sizes = sum(parameter.nbytes for parameter in trained)
+        numbers = sum(parameter.numel() for parameter in trained)
+        parts["gradients"] = parts["gradients"] * torch.float32.itemsize * numbers // sizes
     for parameter in trained:
         parameter.grad = None
     return Trace(

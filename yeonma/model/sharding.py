@@ -1,8 +1,9 @@
-"""Frozen weights sharded over the processes by FSDP2: every process holds a shard of every weight.
+"""Weights sharded over the processes by FSDP2: every process holds a shard of every weight of the base.
 
-A layer's weights are gathered from all processes when the layer runs, forward and again backward, and then freed.
-Trained weights (the adapter) are replicated; the training step sums their gradients. The result is that of unsharded
-weights, to rounding.
+A layer's weights are gathered from all processes when the layer runs, forward and again backward, and then freed. An
+adapter's weights are replicated; the training step sums their gradients. If all weights of the model are trained, they
+are sharded as frozen ones are, and FSDP2 sums their gradients after each backward pass, each process keeping its shard
+of the sum. The result is that of unsharded weights, to rounding.
 
 Gathering is a collective operation: all processes must run the same number of forward passes, with or without
 gradients, in the same order (`yeonma.train.step` ensures that).
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
@@ -23,29 +24,42 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from yeonma.errors import UserError
+
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 RUN_AS_FORWARD = "yeonma_run_as_forward"  # a method of sharded models, see `run_as_forward`
 
 
 def shard_weights(model: nn.Module, device: torch.device) -> None:
-    """Shard the frozen weights of `model` over all processes and copy the others to `device`.
+    """Shard the frozen weights of `model`, or all if all are trained, over all processes, and copy the others to
+    `device`.
 
     `model` has its adapter and is on the CPU. A process never has more than its shards and one layer on `device`. Until
     then, weights that transformers has mapped from their file are pages of that file, which all processes of the
-    machine share.
+    machine share. Raises UserError if all weights are trained and some cannot be sharded for that.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     if device.type == "cpu":
         _return_freed_memory()
     # a weight that is a single number cannot be sharded
-    replicated = {weight for weight in model.parameters() if weight.requires_grad or weight.ndim == 0}
+    is_full = trains_all(model)
+    if is_full:
+        _check_trained(model)
+    replicated = {
+        weight for weight in model.parameters() if (weight.requires_grad and not is_full) or weight.ndim == 0
+    }
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for part in (*parts_of(model), model):
         # if the model's own group stayed gathered, a process that writes a state dict would differ from the others
-        fully_shard(part, mesh=mesh, ignored_params=replicated, reshard_after_forward=True)
+        sharded: Any = fully_shard(
+            part, mesh=mesh, ignored_params=replicated, reshard_after_forward=True, mp_policy=policy
+        )
+        sharded.set_gradient_divide_factor(1.0)  # sums, not means
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
     for weight in replicated:
         weight.data = weight.data.to(device)
     # the view is of logits, which are not modified in place
@@ -54,6 +68,17 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
     )
     setattr(model, RUN_AS_FORWARD, MethodType(_call, model))
     register_fsdp_forward_method(model, RUN_AS_FORWARD)
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Raises UserError for weights that FSDP2 cannot train in shards."""
+    if numbers := [name for name, weight in model.named_parameters() if weight.ndim == 0]:
+        what = f"{numbers[0]} is a single number, which cannot be sharded and trained"
+        raise UserError(what, place="shard", cure="leave it out, or use --train lora")
+    formats = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    if len(formats) > 1:
+        what = f"the model holds its weights in {' and '.join(sorted(formats))}, which cannot be trained in shards"
+        raise UserError(what, place="shard", cure="use --dtype float32")
 
 
 def _return_freed_memory() -> None:
@@ -69,14 +94,19 @@ def _return_freed_memory() -> None:
 
 
 def parts_of(model: Any) -> list[nn.Module]:
-    """The modules whose frozen weights are gathered together: the decoder layers, and the embedding and the head unless
-    they share a weight. All other weights stay gathered for a whole forward pass.
+    """The modules whose sharded weights are gathered together: the decoder layers, and the embedding and the head
+    unless they share a weight. All other weights stay gathered for a whole forward pass.
 
     Layers are those in transformers' `_no_split_modules`, or else the entries of the model's module lists.
     """
     class_names = set(getattr(model, "_no_split_modules", None) or ())
     layers = _outermost(model, lambda module: own_class(module).__name__ in class_names)
-    if not any(_has_frozen(layer) for layer in layers):
+    is_full = trains_all(model)
+
+    def is_sharded_part(module: nn.Module) -> bool:
+        return any(is_full or not weight.requires_grad for weight in module.parameters())
+
+    if not any(is_sharded_part(layer) for layer in layers):
         lists = _outermost(model, lambda module: isinstance(module, nn.ModuleList))
         layers = [layer for module_list in lists for layer in module_list.children()]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -84,7 +114,8 @@ def parts_of(model: Any) -> list[nn.Module]:
     if len(ends) == 2 and set(embedding.parameters()) & set(head.parameters()):
         ends = []
     inside = {module for layer in layers for module in layer.modules()}
-    return [part for part in (*layers, *ends) if _has_frozen(part) and (part in layers or part not in inside)]
+    parts = (*layers, *ends)
+    return [part for part in parts if is_sharded_part(part) and (part in layers or part not in inside)]
 
 
 def _outermost(module: nn.Module, matches: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -95,26 +126,31 @@ def _outermost(module: nn.Module, matches: Callable[[nn.Module], bool]) -> list[
     return list(outermost)
 
 
-def _has_frozen(module: nn.Module) -> bool:
-    return any(not weight.requires_grad for weight in module.parameters())
+def trains_all(model: nn.Module) -> bool:
+    """Whether all weights of the model are trained, instead of an adapter's alone."""
+    return all(weight.requires_grad for weight in model.parameters())
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """Bytes of frozen weights that are gathered in a process at a time: two parts, since the next one is gathered while
-    one runs, and the weights of no part."""
+    """Bytes of sharded weights that are gathered in a process at a time: two parts, since the next one is gathered
+    while one runs, and the weights of no part."""
     parts = parts_of(model)
-    sizes = sorted((_frozen_bytes(part.parameters()) for part in parts), reverse=True)
+    is_full = trains_all(model)
+
+    def sharded_bytes(weights: Iterable[nn.Parameter]) -> int:
+        return sum(weight.nbytes for weight in weights if is_full or not weight.requires_grad)
+
+    sizes = sorted((sharded_bytes(part.parameters()) for part in parts), reverse=True)
     inside = {weight for part in parts for weight in part.parameters()}
-    return sum(sizes[:2]) + _frozen_bytes(weight for weight in model.parameters() if weight not in inside)
-
-
-def _frozen_bytes(parameters: Iterator[nn.Parameter]) -> int:
-    return sum(parameter.nbytes for parameter in parameters if not parameter.requires_grad)
+    return sum(sizes[:2]) + sharded_bytes(weight for weight in model.parameters() if weight not in inside)
 
 
 def local_weight_bytes(model: nn.Module) -> int:
-    """Bytes of frozen weights in this process; of a sharded weight, those of its shard."""
-    weights = [local_shard(weight.detach()) for weight in model.parameters() if not weight.requires_grad]
+    """Bytes of the base's weights in this process; of a sharded weight, those of its shard."""
+    is_full = trains_all(model)
+    weights = [
+        local_shard(weight.detach()) for weight in model.parameters() if is_full or not weight.requires_grad
+    ]
     storages = [weight.untyped_storage() for weight in weights]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -181,7 +217,7 @@ def broadcast_trained(model: nn.Module) -> None:
     """Copy the trained weights of the first process to all processes of a sharded model."""
     if is_sharded(model):
         for weight in model.parameters():
-            if weight.requires_grad:
+            if weight.requires_grad and not is_shard(weight):
                 dist.broadcast(weight.detach(), 0)
 
 
@@ -193,6 +229,29 @@ def any_process(model: nn.Module, flags: list[bool]) -> list[bool]:
     sums = torch.tensor(flags, dtype=torch.float32, device=device)
     dist.all_reduce(sums, dist.ReduceOp.MAX)
     return [bool(flag) for flag in sums.tolist()]
+
+
+def is_shard(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is sharded, so that this process has a part of it."""
+    return hasattr(tensor, "to_local")
+
+
+def whole_tensor(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
+    """A tensor, gathered from all processes if it is sharded, on the CPU; None unless `keep`. All processes must call
+    it."""
+    whole = tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    return whole.detach().cpu() if keep else None
+
+
+def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The tensor, whole in every process, on the device of the other, and sharded as it is."""
+    tensor = tensor.to(other.device)
+    if not is_shard(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = other.device_mesh, other.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
 def local_shard(weight: torch.Tensor) -> torch.Tensor:

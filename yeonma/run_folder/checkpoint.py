@@ -1,8 +1,9 @@
-"""Checkpoints: an adapter folder with the state of optimizer, schedule and random numbers, written under a hidden name
-and then renamed.
+"""Checkpoints: the folder of an adapter or a model with the state of optimizer, schedule and random numbers, written
+under a hidden name and then renamed.
 
 OUT/checkpoint-N/
-    adapter_model.safetensors ... yeonma.json     a whole adapter folder, loadable by plain PEFT
+    adapter_model.safetensors ... yeonma.json     a whole adapter folder, loadable by plain PEFT; of a fully fine-tuned
+                                                  model, a whole model folder, loadable by transformers
     optimizer.safetensors                         the optimizer's state by parameter name
     random.safetensors                            torch's random state of every process
     state.json                                    step, schedule, best step, identity of the run
@@ -17,7 +18,7 @@ folders behind. The next run gives a former one its name back, unless it was rep
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any
@@ -56,8 +57,13 @@ STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "manifest.json",
 )
 
-NEEDED = (STATE, OPTIMIZER, RANDOM, "adapter_model.safetensors", "adapter_config.json")
+NEEDED = (STATE, OPTIMIZER, RANDOM)
 """Files without which a run cannot resume. A manifest that does not list them all is damaged."""
+NEEDED_WEIGHTS = {
+    "adapter_config.json": ("adapter_model.safetensors",),
+    "config.json": ("model.safetensors", "model.safetensors.index.json"),
+}
+"""The config of an adapter or a model, and the files of which one must be there as well."""
 ALLOWANCE_BYTES = 1 << 20
 """For small files and the file system's overhead."""
 JSON_KEYS = {"environment": "surroundings"}
@@ -66,10 +72,14 @@ JSON_KEYS = {"environment": "surroundings"}
 
 @dataclass(frozen=True)
 class AdapterWriter:
-    """Writes an adapter's files into an existing folder. `about_bytes`: their size, without small files."""
+    """Writes the files of an adapter or a model into an existing folder. `about_bytes`: their size, without small
+    files."""
 
     write: Callable[[Path], None]
     about_bytes: int
+    noun: str = "adapter"
+    gather: Callable[[], None] = lambda: None
+    """Called by all processes before the first one writes: brings what they share out to it."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,7 @@ def read_state(checkpoint: Path) -> RunProgress:
     name = MANIFEST
     try:
         hashes = json.loads(read_regular(checkpoint / MANIFEST))["sha256"]
-        if missing := sorted({*NEEDED} - hashes.keys()):
+        if missing := _missing(hashes):
             raise UserError(f"it has no SHA-256 of {', '.join(missing)}", place=str(checkpoint / MANIFEST))
         for name, expected in hashes.items():
             path = checkpoint / name
@@ -221,6 +231,15 @@ def read_state(checkpoint: Path) -> RunProgress:
             place=str(checkpoint / STATE),
         )
     return state
+
+
+def _missing(names: Collection[str]) -> list[str]:
+    """The files without which a run cannot resume, and that are not among the names."""
+    missing = sorted({*NEEDED} - {*names})
+    kinds = {config: files for config, files in NEEDED_WEIGHTS.items() if config in names}
+    if not kinds:
+        return [*missing, min(NEEDED_WEIGHTS)]
+    return missing + [files[0] for files in kinds.values() if not {*files} & {*names}]
 
 
 def newest_whole(output: Path, log: Log) -> tuple[Path, RunProgress] | None:

@@ -34,6 +34,14 @@ OURS = (
     "adapter_*",
 )
 """Patterns of the files that a run writes beside run.json and its checkpoints."""
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors",
+)
+"""Patterns of the files that full fine-tuning writes as well. In the folder of any other run they are not the run's."""
 CHAT_TEMPLATES = "additional_chat_templates"
 TOKENIZERS = (
     "tokenizer*",
@@ -67,9 +75,10 @@ def is_unfinished(name: str) -> bool:
     return _UNFINISHED.fullmatch(name) is not None
 
 
-def check_entries(output: Path) -> None:
+def check_entries(output: Path, *, full: bool = False) -> None:
     """Raises UserError with a line for each name of a run that is taken by something else: a link, a pipe, a folder
-    where a file belongs. Changes nothing. An output folder that is missing has nothing wrong in it."""
+    where a file belongs. Changes nothing. An output folder that is missing has nothing wrong in it. `full`: whether the
+    run writes a whole model."""
     try:
         names = sorted(os.listdir(output))
     except (FileNotFoundError, NotADirectoryError):
@@ -80,7 +89,7 @@ def check_entries(output: Path) -> None:
         ) from error
     problems = []
     for name in names:
-        wanted = _kind_wanted(name)
+        wanted = _kind_wanted(name) or ("file" if full and is_model_file(name) else "")
         found = kind_of(output / name) if wanted else ""
         if found and found != wanted:
             what = f"it is a {found}, and a run has a {wanted} of this name"
@@ -120,6 +129,11 @@ def passed_over(output: Path) -> list[str]:
         for name in os.listdir(output)
         if name.casefold().startswith("checkpoint-") and not is_checkpoint(name)
     )
+
+
+def is_model_file(name: str) -> bool:
+    """Whether full fine-tuning gives a file this name, and no other run does."""
+    return any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 def _kind_wanted(name: str) -> str:

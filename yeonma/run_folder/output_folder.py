@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yeonma.errors import Log, Problem, UserError
+import torch
+
+from yeonma.errors import Log, Problem, UserError, brief
 from yeonma.files import (
     check_free,
     delete,
@@ -43,12 +45,21 @@ from yeonma.run_folder.checkpoint import (
     sweep,
     write_text_atomically,
 )
-from yeonma.run_folder.entries import OURS, PARTIAL_FINAL, RUN, SEAL, TOKENIZERS, passed_over
+from yeonma.run_folder.entries import (
+    OURS,
+    PARTIAL_FINAL,
+    RUN,
+    SEAL,
+    TOKENIZERS,
+    is_model_file,
+    passed_over,
+)
 from yeonma.run_folder.run_log import THEN_CONTINUE, check_logs
 from yeonma.shown import json_text
 
 EARLIER_DEFAULTS = {
     "quantization": "none",
+    "train": "lora",
     "optimizer": "adamw",
     "lora_experts": True,
     "lora_layers": None,
@@ -92,6 +103,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
     if explicit is not None:
         _check_explicit(explicit, output, overwrite)
     if overwrite:
+        _check_no_other_model(output, identity)
         return Start()
     remarks: list[str] = []
     if kind_of(output / RUN) != "file":
@@ -130,6 +142,28 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
     _log_first(remarks, log)
     check_logs(output, newest[1].logs, newest[1].step, log)
     return Start(*newest)
+
+
+def is_full(identity: Mapping[str, Any]) -> bool:
+    """Whether the run with this identity trains all weights, and so writes a whole model."""
+    return identity.get("train") == "full"
+
+
+def _wrote_model(output: Path) -> bool:
+    """Whether the run that the folder holds, if any, writes a whole model."""
+    try:
+        return is_full(_read_run(output / RUN)[0])
+    except UserError:
+        return False
+
+
+def _check_no_other_model(output: Path, identity: Mapping[str, Any]) -> None:
+    """Raises UserError if full fine-tuning would replace a model that no run has written, whatever `overwrite` says."""
+    if not is_full(identity) or _wrote_model(output) or not output.is_dir():
+        return
+    if found := sorted(path.name for path in output.iterdir() if is_model_file(path.name)):
+        what = f"it holds a model that is not from a run ({brief(', '.join(found))}), which overwrite does not replace"
+        raise UserError(what, place=f"output_dir {output}", cure="give another folder, or remove these files")
 
 
 def _log_first(remarks: list[str], log: Log) -> None:
@@ -231,6 +265,10 @@ def begin(
     Call it when all that the run continues from is loaded.
     """
     output.mkdir(parents=True, exist_ok=True)
+    if start.checkpoint is None and _wrote_model(output):  # while run.json still says whose these files are
+        write_run_json(output, _read_run(output / RUN)[0], finished=False)
+        for path in _model_files(output):
+            path.unlink(missing_ok=True)
     write_run_json(output, identity, finished=False)
     (output / SEAL).unlink(missing_ok=True)  # before any file that it lists changes
     sync(output)
@@ -255,6 +293,8 @@ def obsolete_bytes(output: Path, start: Start) -> int:
 def _obsolete(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
     """The files and checkpoints of an earlier run that this run does not need."""
     files = _run_files(output) if start.checkpoint is None else []
+    if files and _wrote_model(output):
+        files = sorted([*files, *_model_files(output)])
     return files, [
         path for path in checkpoints(output) if start.progress is None or step_of(path) > start.progress.step
     ]
@@ -266,6 +306,11 @@ def _run_files(output: Path) -> list[Path]:
     return sorted(path for path in paths if kind_of(path) == "file")
 
 
+def _model_files(output: Path) -> list[Path]:
+    """The files that full fine-tuning has written, beside those of any run."""
+    return sorted(path for path in output.iterdir() if is_model_file(path.name) and kind_of(path) == "file")
+
+
 def write_run_json(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
     text = json_text({"identity": identity, "finished": finished}, indent=2)
     write_text_atomically(output / RUN, text + "\n")
@@ -275,7 +320,8 @@ def seal(output: Path) -> None:
     """Syncs the run's files to disk and writes their SHA-256 sums to manifest.json. `begin` deletes manifest.json, so a
     finished run.json always comes with a valid one."""
     hashes = {}
-    for path in _run_files(output):
+    model_files = _model_files(output) if _wrote_model(output) else []
+    for path in sorted([*_run_files(output), *model_files]):
         if path.name != SEAL:
             sync(path)
             hashes[path.relative_to(output).as_posix()] = file_hash(path)
@@ -285,16 +331,16 @@ def seal(output: Path) -> None:
 
 
 def install(output: Path, adapter: AdapterWriter) -> None:
-    """Writes the final adapter into a hidden folder, verifies it, and moves its files into place one by one,
+    """Writes the final adapter, or model, into a hidden folder, verifies it, and moves its files into place one by one,
     yeonma.json last.
 
     A concurrent reader may see a mix with files of an earlier adapter; within one run these differ only in weights.
     Raises UserError if the disk is full or fails.
     """
-    staging = output / PARTIAL_FINAL
+    staging, what = output / PARTIAL_FINAL, f"the {adapter.noun}"
     delete(staging)
-    check_free(output, adapter.about_bytes, "the adapter", f"make room, {THEN_CONTINUE}")
-    with disk_errors_as_user_errors(output, "the adapter", adapter.about_bytes, then=THEN_CONTINUE):
+    check_free(output, adapter.about_bytes, what, f"make room, {THEN_CONTINUE}")
+    with disk_errors_as_user_errors(output, what, adapter.about_bytes, then=THEN_CONTINUE):
         try:
             staging.mkdir()
             adapter.write(staging)
@@ -324,13 +370,22 @@ class CheckpointSchedule:
 
 def adapter_bytes(parameters: int, tokenizer: Any) -> int:
     """The size of an adapter's weights and tokenizer files."""
+    return parameters * FLOAT32_BYTES + _tokenizer_bytes(tokenizer)
+
+
+def model_bytes(weights: Iterable[torch.Tensor], tokenizer: Any) -> int:
+    """The size of a model's weights and tokenizer files."""
+    return sum(weight.nbytes for weight in weights) + _tokenizer_bytes(tokenizer)
+
+
+def _tokenizer_bytes(tokenizer: Any) -> int:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
         tokenizer_bytes = len(backend.to_str(pretty=True).encode())
     else:
         path = getattr(tokenizer, "vocab_file", None)
         tokenizer_bytes = os.path.getsize(path) if path and os.path.isfile(path) else 0
-    return parameters * FLOAT32_BYTES + tokenizer_bytes
+    return tokenizer_bytes
 
 
 def max_new_checkpoints(schedule: CheckpointSchedule, steps_done: int, existing: int) -> int:
@@ -348,18 +403,26 @@ def max_new_checkpoints(schedule: CheckpointSchedule, steps_done: int, existing:
 
 
 def check_disk_space(
-    output: Path, start: Start, schedule: CheckpointSchedule, parameters: int, tokenizer: Any
+    output: Path,
+    start: Start,
+    schedule: CheckpointSchedule,
+    parameters: int,
+    tokenizer: Any,
+    *,
+    state_bytes: int = OPTIMIZER_STATES * FLOAT32_BYTES,
+    noun: str = "adapter",
 ) -> None:
-    """Raises UserError if the disk has no room for the run's checkpoints and its adapter."""
+    """Raises UserError if the disk has no room for the run's checkpoints and its adapter, or what `noun` says.
+    `state_bytes`: of the optimizer's state, per parameter."""
     adapter = adapter_bytes(parameters, tokenizer)
-    checkpoint = adapter + OPTIMIZER_STATES * parameters * FLOAT32_BYTES + ALLOWANCE_BYTES
+    checkpoint = adapter + state_bytes * parameters + ALLOWANCE_BYTES
     steps_done = 0 if start.progress is None else start.progress.step
     existing = sum(1 for path in checkpoints(output) if step_of(path) <= steps_done)
     count = max_new_checkpoints(schedule, steps_done, existing)
     needed, free = count * checkpoint + adapter, free_bytes(output) + obsolete_bytes(output, start)
     if needed > free:
         what = (
-            f"the run needs {needed:,} bytes here ({count:,} checkpoints of {checkpoint:,} at once, and the adapter), "
+            f"the run needs {needed:,} bytes here ({count:,} checkpoints of {checkpoint:,} at once, and the {noun}), "
             f"and {free:,} are free"
         )
         cure = "make room, give another output_dir, or keep fewer checkpoints with --save_total_limit"

@@ -41,10 +41,11 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class ServedAdapters:
-    """Adapters of one base, by their names in requests. The base itself is served as `base_name`."""
+    """Adapters of one base, by their names in requests. The base itself is served as `base_name`. A fully fine-tuned
+    model is served alone, and has none."""
 
     prompt_builders: Mapping[str, PromptBuilder]
-    base_name: str
+    base_name: str | None
 
     @property
     def first(self) -> PromptBuilder:
@@ -52,7 +53,7 @@ class ServedAdapters:
 
     @property
     def names(self) -> list[str]:
-        return [*self.prompt_builders, self.base_name]
+        return [*self.prompt_builders, *([] if self.base_name is None else [self.base_name])]
 
 
 def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedAdapters:
@@ -72,7 +73,10 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
                 template=settings.template if is_foreign(folder) else None,
             )
             prompt_builder.check_template()
-            if prompt_builder.adapter.is_merged:
+            if prompt_builder.adapter.is_full and len(folders) > 1:
+                what, cure = "all of its weights were trained: it is served alone", "use a second command"
+                raise UserError(what, place=folder, cure=f"{cure} on another --port")
+            if prompt_builder.adapter.is_whole and not prompt_builder.adapter.is_full:
                 cure = "give the folder of the adapter that was merged"
                 raise UserError("this is a merged model", place=folder, cure=cure)
             place = str(prompt_builder.adapter.path)
@@ -105,6 +109,9 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
     if problems:
         raise UserError(problems)
     base = prompt_builders[0].source
+    if prompt_builders[0].adapter.is_full:
+        (name,) = short_names([os.path.realpath(prompt_builders[0].adapter.path)])
+        return ServedAdapters({name: prompt_builders[0]}, None)
     paths = [os.path.realpath(prompt_builder.adapter.path) for prompt_builder in prompt_builders]
     *names, base_name = short_names([*paths, source_key(base)[0]])
     return ServedAdapters(
@@ -149,7 +156,7 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
     for builder in builders.values():
         if builder.remark:
             log(builder.remark)
-    folders = [str(builder.adapter.path) for builder in builders.values()]
+    folders = [str(builder.adapter.path) for builder in builders.values() if not builder.adapter.is_whole]
     added = {folder: check_outline(source, [folder]) for folder in folders}
     if len(folders) > 1 and (larger := [folder for folder, rows in added.items() if rows]):
         what = (
@@ -176,6 +183,8 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
     }
     if any(added.values()) or any(builder.adapter.new_tokens for builder in builders.values()):
         log(f"{adapters.base_name} is not served by itself: it does not know the adapter's own tokens")
+        return models
+    if adapters.base_name is None:
         return models
     base = _served(replace(policy, adapter_weights=False), adapters.first)
     return {**models, adapters.base_name: base}

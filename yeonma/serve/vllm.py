@@ -51,7 +51,8 @@ def _builds() -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class VllmPlan:
-    """What vLLM serves. `adapters`: name in requests -> folder and LoRA rank."""
+    """What vLLM serves. `adapters`: name in requests -> folder and LoRA rank; empty for a fully fine-tuned model, which
+    is its own `base`."""
 
     base: str
     base_name: str
@@ -67,8 +68,7 @@ class VllmPlan:
 
 def vllm_command(plan: VllmPlan) -> list[str]:
     """The command line, without the API key, which vLLM reads from $VLLM_API_KEY."""
-    folders = [folder for folder, _ in plan.adapters.values()]
-    max_rank = max(rank for _, rank in plan.adapters.values())
+    folders = [folder for folder, _ in plan.adapters.values()] or [Path(plan.base).absolute()]
     # otherwise vLLM takes defaults from the base's generation_config.json
     sampling = {
         "temperature": plan.temperature,
@@ -82,8 +82,10 @@ def vllm_command(plan: VllmPlan) -> list[str]:
     command = [sys.executable, *_start(plan.base)]
     command += ["--served-model-name", plan.base_name]
     command += ["--tokenizer", str(folders[0]), "--chat-template", str(folders[0] / CHAT_TEMPLATE)]
-    command += ["--enable-lora", "--lora-modules", *modules, "--max-loras", str(len(modules))]
-    command += ["--max-lora-rank", str(vllm_rank(max_rank) or max_rank)]
+    if plan.adapters:
+        max_rank = max(rank for _, rank in plan.adapters.values())
+        command += ["--enable-lora", "--lora-modules", *modules, "--max-loras", str(len(modules))]
+        command += ["--max-lora-rank", str(vllm_rank(max_rank) or max_rank)]
     command += ["--override-generation-config", json.dumps(sampling)]
     command += ["--allowed-origins", "[]"]  # by default it tells browsers that every web page may ask
     command += ["--host", plan.host, "--port", str(plan.port), "--dtype", plan.dtype]
@@ -127,14 +129,8 @@ def _chat_template(prompt_builder: PromptBuilder) -> str | None:
 
 def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
     path = prompt_builder.adapter.path
-    if lora_config(path).get("use_dora"):
-        return f"it does not support DoRA, which {path} uses"
-    if whole := [
-        name for name in ("modules_to_save", "trainable_token_indices") if lora_config(path).get(name)
-    ]:
-        return f"it does not support {whole[0]}, which {path} has"
-    if vllm_rank(rank_of(prompt_builder)) is None:
-        return f"it supports no ranks above {VLLM_RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
+    if not prompt_builder.adapter.is_whole and (reason := _why_not_lora(prompt_builder)):
+        return reason
     if not set(prompt_builder.stop_ids) <= _vllm_stop_ids(prompt_builder):
         return f"it would not end answers where {path} does"
     if chat_template is None:
@@ -144,6 +140,19 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
         return f"the template of {path} has text around the answer, which it would not remove"
     if why_not_exported(template, prompt_builder.tokenizer, chat_template, prompt_builder.adapter.rules):
         return f"the chat template in {path} does not give the trained tokens"
+    return ""
+
+
+def _why_not_lora(prompt_builder: PromptBuilder) -> str:
+    path = prompt_builder.adapter.path
+    if lora_config(path).get("use_dora"):
+        return f"it does not support DoRA, which {path} uses"
+    if whole := [
+        name for name in ("modules_to_save", "trainable_token_indices") if lora_config(path).get(name)
+    ]:
+        return f"it does not support {whole[0]}, which {path} has"
+    if vllm_rank(rank_of(prompt_builder)) is None:
+        return f"it supports no ranks above {VLLM_RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
     return ""
 
 

@@ -31,6 +31,7 @@ from yeonma.tokenization.dataset import (
 )
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
+from yeonma.train.full_weights import Parameters, decay_groups, trained_weights
 from yeonma.train.interrupt import Stop
 from yeonma.train.losses import REFERENCE_LOGPROB, TOKEN_LOSSES, Objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
@@ -43,6 +44,7 @@ from yeonma.train.prepare import (
     lora_shape,
     make_schedule,
     preference_options,
+    train_dtype,
 )
 from yeonma.train.reference import reference_identity, reference_logprobs
 from yeonma.train.step import TrainState
@@ -77,13 +79,16 @@ def load_model(
 ) -> LoadedModel:
     """Loads the base, puts a new adapter or the one to continue on it, and logs what was loaded."""
     model_settings, lora = config.model, config.lora
+    is_full = model_settings.train == "full"
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
         log("shard has no effect in a single process")
-    quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
+    quantization, dtype = model_settings.quantization, train_dtype(model_settings, device)
     policy = build_policy(
         source,
-        lora_shape(lora, prepared.new_token_ids) if prepared.adapter is None else [prepared.adapter],
+        ("full" if is_full else lora_shape(lora, prepared.new_token_ids))
+        if prepared.adapter is None
+        else [prepared.adapter],
         device=device,
         dtype=dtype,
         quantization=quantization,
@@ -99,10 +104,10 @@ def load_model(
     if policy.support.why_not:
         log(f"one sequence at a time, because {policy.support.why_not}")
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-    frozen = policy.base.parameters - absent_parameters(base)
+    frozen = 0 if is_full else policy.base.parameters - absent_parameters(base)
     log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
-    reached = coverage(base)
-    log(f"adapter on {reached}")
+    reached = None if is_full else coverage(base)
+    log("all weights are trained, routers and embeddings included" if is_full else f"adapter on {reached}")
     if config.step.loraplus_ratio is not None:
         log(f"LoRA+: B learns at {config.step.loraplus_ratio:g} times the learning rate of A")
     log(f"kernels: {policy.kernels}")
@@ -130,7 +135,8 @@ def load_model(
         quantization=quantization,
         published=base.published,
         trained_on=_trained_on(dataset),
-        lora=_shape_of(lora, policy.model.peft_config["default"], reached),
+        lora=None if reached is None else _shape_of(lora, policy.model.peft_config["default"], reached),
+        full=is_full,
         content=prepared.base_content,
     )
     return LoadedModel(policy, details)
@@ -229,7 +235,7 @@ def reference_extras(
 ) -> StoreExtras:
     """The reference's log-probabilities of the units; empty if the loss needs no reference.
 
-    Call it before a resumed run loads its checkpoint, because the reference is the adapter as it was at the start.
+    Call it before a resumed run loads its checkpoint, because the reference is what training starts from.
     """
     preference, step = config.preference, config.step
     if preference is None or not preference_loss(preference.loss).needs_reference:
@@ -249,7 +255,8 @@ def reference_extras(
     bounds = micro_batching(step)
     bounds = replace(bounds, most_examples=REFERENCE_UNITS_FACTOR * step.micro_batch_size)
     extras: dict[str, Extras] = {}
-    with loaded.policy.model.disable_adapter() if prepared.adapter is None else nullcontext():
+    has_new_adapter = prepared.adapter is None and config.model.train == "lora"
+    with loaded.policy.model.disable_adapter() if has_new_adapter else nullcontext():
         for key, (store, units) in units_by_store.items():
             logprobs = reference_logprobs(
                 base,
@@ -264,6 +271,13 @@ def reference_extras(
             )
             extras[key] = {REFERENCE_LOGPROB: logprobs}
     return extras
+
+
+def _trained(model: Any, *, is_full: bool) -> tuple[Parameters, Parameters]:
+    """As `trained_weights`; for an adapter, whose weights are in float32, its own."""
+    if is_full:
+        return trained_weights(model)
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}, {}
 
 
 def build_train_state(
@@ -282,12 +296,14 @@ def build_train_state(
     `continued`: whether the adapter is not a new one. `name_rows` as in TrainState."""
     step, base = config.step, loaded.policy.transformers_model
     sharded = is_sharded(base)
-    parameters = {name: p for name, p in loaded.policy.model.named_parameters() if p.requires_grad}
+    parameters, rounded = _trained(loaded.policy.model, is_full=config.model.train == "full")
     measures_reference = any(measure.with_reference for measure in objective.measures)
     start = (
-        {name: weight.detach().clone() for name, weight in parameters.items()} if measures_reference else {}
+        {name: weight.detach().clone() for name, weight in (rounded or parameters).items()}
+        if measures_reference
+        else {}
     )
-    optimizer = _optimizer(step, loaded.policy.model, list(parameters.values()))
+    optimizer = _optimizer(step, loaded.policy.model, parameters, is_full=config.model.train == "full")
     return TrainState(
         model=base,
         support=loaded.policy.support,
@@ -303,12 +319,13 @@ def build_train_state(
         sharded=sharded,
         name_rows=name_rows,
         start=start,
+        rounded=rounded,
         starts_exactly=not continued or config.lora.lora_dropout == 0,
     )
 
 
 def _optimizer(
-    step: StepSettings, model: Any, parameters: Sequence[torch.nn.Parameter]
+    step: StepSettings, model: Any, parameters: Mapping[str, torch.nn.Parameter], *, is_full: bool
 ) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "learning_rate": step.learning_rate,
@@ -316,6 +333,10 @@ def _optimizer(
         "epsilon": step.adam_epsilon,
         "weight_decay": step.weight_decay,
     }
-    if step.loraplus_ratio is None:
-        return make_optimizer(step.optimizer, parameters, **options)
-    return make_loraplus_optimizer(step.optimizer, model, step.loraplus_ratio, **options)
+    if step.loraplus_ratio is not None:
+        return make_loraplus_optimizer(step.optimizer, model, step.loraplus_ratio, **options)
+    return make_optimizer(
+        step.optimizer,
+        decay_groups(parameters, step.weight_decay) if is_full else list(parameters.values()),
+        **options,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from yeonma.errors import UserError
+from yeonma.model.sharding import is_shard
 from yeonma.train.heartbeat import watch_processes
 
 if TYPE_CHECKING:  # some builds of PyTorch have no torch.distributed
@@ -109,17 +110,36 @@ def sum_over(group: Processes, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+BUCKET_NUMBERS = 64 * 2**20
+"""How many numbers of gradients are copied into one vector and summed at once: 256 MB. An adapter has fewer."""
+
+
 def sum_gradients(
     group: Processes, parameters: Iterable[torch.nn.Parameter], extra: torch.Tensor
 ) -> torch.Tensor:
-    """Sum the gradients over all processes, and `extra` (a small float32 vector) with them, in one all-reduce.
+    """Sum the gradients over all processes, and `extra` (a small float32 vector) with the first of them, in one
+    all-reduce for each BUCKET_NUMBERS numbers.
 
-    A process without a gradient contributes zeros. A parameter without a gradient in any process keeps none, as in a
+    Sharded parameters are left out, because FSDP2 has summed their gradients. A process without a gradient contributes
+    zeros. A parameter without a gradient in any process keeps none, as in a
     single process. Returns the sum of `extra`.
     """
     if group.count == 1:
         return extra
-    trained = list(parameters)
+    buckets: list[list[torch.nn.Parameter]] = [[]]
+    for parameter in parameters:
+        if is_shard(parameter):
+            continue
+        if buckets[-1] and sum(one.numel() for one in [*buckets[-1], parameter]) > BUCKET_NUMBERS:
+            buckets.append([])
+        buckets[-1].append(parameter)
+    for number, bucket in enumerate(buckets):
+        total = _sum_bucket(bucket, extra[: 0 if number else None])
+        extra = extra if number else total
+    return extra
+
+
+def _sum_bucket(trained: Sequence[torch.nn.Parameter], extra: torch.Tensor) -> torch.Tensor:
     has_grad = extra.new_tensor([parameter.grad is not None for parameter in trained])
     grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trained]
     flat = torch.cat([*(grad.float().reshape(-1) for grad in grads), has_grad, extra])

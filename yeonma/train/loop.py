@@ -73,10 +73,12 @@ def run_steps(
         units, tokens = micro_batch_limits(state)
         requested = state.limit.requested.most_examples
         progress = replace(progress, micro_batches=[requested, *units], micro_batch_tokens=tokens)
+        names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
+        adapter.gather()
+        optimizer = optimizer_tensors(state.optimizer, names, keep=state.group.first)
         if state.group.first:
             progress = replace(progress, logs=callbacks.before_save())
-            names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
-            write_checkpoint(output, progress, adapter, optimizer_tensors(state.optimizer, names), random)
+            write_checkpoint(output, progress, adapter, optimizer, random)
             rotate(output, schedule.save_total_limit, progress.best_step)
         stop.record_seconds(save=time.perf_counter() - started)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ from yeonma.model.train_mode import train_adapter
 from yeonma.policy import blueprint
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
-from yeonma.train.prepare import Prepared, lora_shape
-from yeonma.train.step import TrainState
+from yeonma.train.prepare import Prepared, lora_shape, train_dtype
+from yeonma.train.step import TrainState, clear_gradients
 
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Larger micro-batches are no faster."""
@@ -132,8 +133,10 @@ def _blueprint_function(
     def blueprint_at(level: Checkpointing) -> Blueprint:
         return blueprint(
             prepared.config,
-            load.pick_dtype(model.dtype, device),
-            prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
+            train_dtype(model, device),
+            None
+            if model.train == "full"
+            else prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
             quantization=model.quantization,
             by_device=multiplies_fp8(device),
             trust_remote_code=source.trust_remote_code,
@@ -155,11 +158,13 @@ def _blueprint_or_none(inputs: _BudgetInputs, level: Checkpointing) -> Blueprint
 
 
 def _bytes_for_activations(inputs: _BudgetInputs, model: Blueprint) -> int:
-    """What weights, adapter, gradients and AdamW's two averages leave of the memory."""
-    weights = model.weight_bytes
+    """What weights, adapter (or float32 copies of the weights) and AdamW's two averages leave of the memory."""
+    weights, trained = model.weight_bytes, 3 * model.trained_bytes
     if inputs.sharded:
         weights = weights // inputs.processes + model.gathered_bytes
-    return inputs.available_bytes - weights - 3 * model.trained_bytes
+        if not model.frozen:  # all weights are trained, and sharded
+            trained = trained // inputs.processes
+    return inputs.available_bytes - weights - trained
 
 
 def _peak_bytes(inputs: _BudgetInputs, model: Blueprint, bounds: MicroBatchBounds) -> int:
@@ -244,7 +249,6 @@ def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
     """
     trained_bytes = sum(weight.nbytes for weight in state.parameters.values())
     device = state.model.device
-    clear_gradients = state.optimizer.zero_grad
 
     def forward_and_backward() -> None:
         averages = torch.empty(
@@ -255,8 +259,9 @@ def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
         del averages
 
     train_adapter(state.model)
-    state.limit.fit(forward_and_backward, Batch.from_store(store, plan.positions), undo=clear_gradients)
-    clear_gradients()
+    undo = partial(clear_gradients, state)
+    state.limit.fit(forward_and_backward, Batch.from_store(store, plan.positions), undo=undo)
+    clear_gradients(state)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -42,7 +42,7 @@ PLAIN_PEFT = "peft.AutoPeftModelForCausalLM.from_pretrained(folder)"
 
 @dataclass(frozen=True)
 class Sample:
-    """A row's prompt and reference answer, and the answers of the base model and of the adapter."""
+    """A row's prompt and reference answer, and the answers of the base model and of the trained one."""
 
     row: int
     data_set: str
@@ -62,12 +62,14 @@ def write_card(
     adapter_step: int,
     rows: int,
     remarks: Sequence[str] = (),
+    base_answers: Sequence[str] | None = None,
 ) -> None:
-    """Writes the card, with greedy answers of the base model and the adapter to `rows` rows.
+    """Writes the card, with greedy answers of the base model and the trained one to `rows` rows.
 
-    `adapter_step`: the step whose adapter is in the folder. `command`: how to repeat the run.
+    `adapter_step`: the step whose weights are in the folder. `command`: how to repeat the run. `base_answers`: those of
+    the base, from `answers_before`, if its weights are no longer in memory.
     """
-    samples = sample_answers(policy, tokenizer, dataset, rows) if rows else []
+    samples = sample_answers(policy, tokenizer, dataset, rows, base_answers) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
     text = card_text(
         output,
@@ -89,55 +91,88 @@ def _plain_peft(base: Any) -> str:
     return f"peft.PeftModel.from_pretrained(transformers.{type(base).__name__}.from_pretrained(base), folder)"
 
 
-def sample_answers(policy: Policy, tokenizer: Any, dataset: Dataset, count: int) -> list[Sample]:
+def sample_answers(
+    policy: Policy, tokenizer: Any, dataset: Dataset, count: int, base_answers: Sequence[str] | None = None
+) -> list[Sample]:
     """Answers the first rows of each data set, `count` in all but at least one of each, with the base model and with
-    the adapter. They are validation rows where there are some. Whole texts have no prompts to answer."""
-    asked = [one for one in dataset.sets if not one.template.is_text]
-    shares = [len(range(number, count, len(asked))) for number in range(len(asked))]
+    the trained one. They are validation rows where there are some. Whole texts have no prompts to answer.
+    `base_answers` as in `write_card`."""
+    policies = [policy, *([replace(policy, adapter_weights=False)] if base_answers is None else [])]
+    samples: list[Sample] = []
+    for one, share in _asked(dataset, count):
+        prompts, rendered, answers = _answers_of_set(policies, tokenizer, dataset, one, share)
+        first = len(samples)
+        base = answers[1] if base_answers is None else base_answers[first : first + len(prompts)]
+        rows = (one.validation or one.train).first_rows(share)
+        tokens = _answer_tokens(policy, tokenizer, dataset, rendered)
+        samples += [
+            Sample(
+                row.number,
+                one.name if len(dataset.sets) > 1 else "",
+                tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+                tokens.shape.parts(_reference(text)).content,
+                *texts,
+            )
+            for row, prompt, text, *texts in zip(rows, prompts, rendered, base, answers[0], strict=True)
+        ]
+    return samples
+
+
+def answers_before(policy: Policy, tokenizer: Any, dataset: Dataset, count: int) -> list[str]:
+    """The answers of a model to the rows of `sample_answers`, before its weights are trained."""
     return [
-        sample
-        for one, share in zip(asked, shares, strict=True)
-        for sample in _answers_of_set(policy, tokenizer, dataset, one, max(share, 1))
+        text
+        for one, share in _asked(dataset, count)
+        for text in _answers_of_set([policy], tokenizer, dataset, one, share)[2][0]
     ]
 
 
+def _asked(dataset: Dataset, count: int) -> list[tuple[PreparedSet, int]]:
+    """The data sets whose rows are answered, and how many of each."""
+    asked = [one for one in dataset.sets if not one.template.is_text]
+    shares = [len(range(number, count, len(asked))) for number in range(len(asked))]
+    return [(one, max(share, 1)) for one, share in zip(asked, shares, strict=True)]
+
+
+def _answer_tokens(
+    policy: Policy, tokenizer: Any, dataset: Dataset, rendered: Sequence[Rendered]
+) -> AnswerTokens:
+    is_turn = rendered[0].answer_role is not None
+    eos = eos_tokens(policy.transformers_model.generation_config)
+    return answer_tokens(tokenizer, dataset.rules if is_turn else None, eos)
+
+
 def _answers_of_set(
-    policy: Policy, tokenizer: Any, dataset: Dataset, one: PreparedSet, count: int
-) -> list[Sample]:
-    """Answers the first `count` rows of a data set, from the prompt ids of training. The model stays in training
-    mode."""
+    policies: Sequence[Policy], tokenizer: Any, dataset: Dataset, one: PreparedSet, count: int
+) -> tuple[list[NDArray[np.int32]], list[Rendered], list[list[str]]]:
+    """(prompts, rendered rows, each policy's answers) for the first `count` rows of a data set, from the prompt ids of
+    training. The policies share one model, which stays in training mode."""
+    policy = policies[0]
     part = one.validation or one.train
     rows = part.first_rows(count)
     task = dataset.task
     rendered = [task.preferred(task.render(one.template, row, one.columns)) for row in rows]
     prompts = prompts_of(part.store, [row.number for row in rows])
-    positions = model_positions(policy.model.config)
+    positions = model_positions(policy.transformers_model.config)
     prompts = _with_room(prompts, rendered, rows, tokenizer, dataset.rules, positions)
-    is_turn = rendered[0].answer_role is not None
-    eos = eos_tokens(policy.model.generation_config)
-    tokens = answer_tokens(tokenizer, dataset.rules if is_turn else None, eos)
+    tokens = _answer_tokens(policy, tokenizer, dataset, rendered)
     sampling = SamplingParams(
         stop_ids=tokens.stop_ids,
         shown_ids=tokens.shown_ids,
         max_new_tokens=max(1, min(MAX_NEW_TOKENS, (positions or NO_LIMIT) - max(map(len, prompts)))),
     )
-    adapter_answers, base_answers = (
-        model.generate_from_ids(prompts, tokenizer, sampling, batch_size=len(prompts))
-        for model in (policy, replace(policy, adapter_weights=False))
-    )
-    return [
-        Sample(
-            row.number,
-            one.name if len(dataset.sets) > 1 else "",
-            tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-            tokens.shape.parts(_reference(text)).content,
-            _alone(base.text, prompt.tolist(), tokens, tokenizer),
-            _alone(adapter.text, prompt.tolist(), tokens, tokenizer),
-        )
-        for row, prompt, text, base, adapter in zip(
-            rows, prompts, rendered, base_answers, adapter_answers, strict=True
-        )
+    answers = [
+        [
+            _alone(answer.text, prompt.tolist(), tokens, tokenizer)
+            for prompt, answer in zip(
+                prompts,
+                each.generate_from_ids(prompts, tokenizer, sampling, batch_size=len(prompts)),
+                strict=True,
+            )
+        ]
+        for each in policies
     ]
+    return prompts, rendered, answers
 
 
 def _with_room(
@@ -196,15 +231,18 @@ def card_text(
     folder = shell_word(output.name)
     about = {
         "base_model": adapter.base.name,
-        "library_name": "peft",
+        "library_name": "transformers" if adapter.is_full else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "yeonma"],
+        "tags": ["yeonma"] if adapter.is_full else ["lora", "yeonma"],
     }
+    what = f"A LoRA adapter for {code(adapter.base.name)}"
+    if adapter.is_full:
+        what = f"{code(adapter.base.name)} with all of its weights fine-tuned"
     lines = [
         *front_matter(about),
         f"# {markdown(output.resolve().name)}",
         "",
-        f"A LoRA adapter for {code(adapter.base.name)}, trained with Yeonma on {trained_on['examples']:,} {units} "
+        f"{what}, trained with Yeonma on {trained_on['examples']:,} {units} "
         f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of {names} in "
         f"{adapter_step:,} steps. {trained_on['shortened']:,} examples were shortened and "
         f"{trained_on['left_out']:,} left out.",
@@ -223,7 +261,7 @@ def card_text(
         of_step = {record["step"]: record for record in reversed(evaluations)}
         before, after = of_step.get(0), of_step.get(adapter_step)
         if before is not None and after is not None:
-            lines += _validation(before, after, units)
+            lines += _validation(before, after, units, "model" if adapter.is_full else "adapter")
             lines += _losses(before.get("losses", {}), after.get("losses", {}))
         else:  # the log was deleted while the run was stopped, and begins later
             lines += ["metrics.jsonl does not have the validation losses of before and after.", ""]
@@ -238,22 +276,29 @@ def card_text(
         lines += [f"### Row {sample.row}{of_set}", "", *code_block(_short(sample.prompt)), ""]
         if sample.reference:
             lines += ["reference:", "", *code_block(_short(sample.reference)), ""]
-        for name, text in (("base model", sample.base), ("with the adapter", sample.adapter)):
+        trained = "fine-tuned" if adapter.is_full else "with the adapter"
+        for name, text in (("base model", sample.base), (trained, sample.adapter)):
             lines += [f"{name}:", "", *code_block(_short(text)), ""]
     lines += [
         "## Use",
         "",
         *code_block(f"yeonma generate {folder} --data_path rows.jsonl\nyeonma chat {folder}"),
         "",
-        f"The folder is also a plain PEFT adapter: {code(plain_peft)}.",
-        "",
-        *vllm_lines(output, adapter.base.name),
+        *_with_other_tools(output, adapter, plain_peft),
         "## Command",
         "",
         *code_block(command),
         "",
     ]
     return "\n".join(lines)
+
+
+def _with_other_tools(output: Path, adapter: AdapterFolder, plain_peft: str) -> list[str]:
+    if adapter.is_full:
+        call = "transformers.AutoModelForCausalLM.from_pretrained(folder)"
+        return [f"The folder is a complete model of its own: `{call}`.", ""]
+    plain = f"The folder is also a plain PEFT adapter: {code(plain_peft)}."
+    return [plain, "", *vllm_lines(output, adapter.base.name)]
 
 
 def vllm_lines(output: Path, base: str) -> list[str]:
@@ -293,14 +338,14 @@ REWARDS = {
 """Metrics of an evaluation -> their names on the card."""
 
 
-def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str) -> list[str]:
-    """A table of the validation metrics before training and of the adapter in the folder."""
-    about = "Both are per trained token; `after` is the adapter in this folder."
+def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str, noun: str) -> list[str]:
+    """A table of the validation metrics before training and of the adapter or model in the folder."""
+    about = f"Both are per trained token; `after` is the {noun} in this folder."
     names = PERPLEXITY
     if "reward_accuracy" in before:
         names = {key: name for key, name in REWARDS.items() if key in before}
         about = (
-            f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. Reward "
+            f"Means over {before['examples']:,} held-out {units}; `after` is the {noun} in this folder. Reward "
             f"accuracy is the fraction of {units} {ACCURACY[units]}.{_remark(before, names)}"
         )
     columns = {"loss": "loss", **names}

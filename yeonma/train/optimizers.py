@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from yeonma.config.settings import Optimizer
+from yeonma.model.sharding import is_shard, like, whole_tensor
 
 EMBEDDING_RATE = 1e-6
 """The paper's and PEFT's learning rate for LoRA on an embedding, whatever the other rates are."""
@@ -21,14 +22,15 @@ EMBEDDING_RATE = 1e-6
 
 def make_optimizer(
     name: Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
+    parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]],
     *,
     learning_rate: float,
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer of these parameters, which all learn at one rate."""
+    """The optimizer of these parameters, which all learn at one rate. They may be groups with a weight decay of their
+    own."""
     kind, options = _kind(name)
     optimizer: torch.optim.Optimizer = kind(
         parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, **options
@@ -75,14 +77,17 @@ def _kind(name: Optimizer) -> tuple[Any, dict[str, Any]]:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], *, keep: bool = True
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's state as tensors by name, such as `PARAMETER/exp_avg`."""
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().contiguous().clone()
+    """The optimizer's state as tensors by name, such as `PARAMETER/exp_avg`; empty unless `keep`. If parameters are
+    sharded, all processes must call it."""
+    tensors = {
+        f"{names[parameter]}/{key}": whole_tensor(torch.as_tensor(value), keep=keep)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
+        if keep or is_shard(value)
     }
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items() if tensor is not None}
 
 
 def restore_optimizer(
@@ -105,7 +110,7 @@ def restore_optimizer(
         elif entry == "step":  # AdamW keeps its step counter on the CPU, bitsandbytes as a plain number
             state[entry] = value if value.is_floating_point() else int(value)
         else:
-            state[entry] = value.to(parameter.device)
+            state[entry] = like(value, parameter)
 
 
 def _init_state(optimizer: Any, parameters: set[torch.Tensor]) -> None:

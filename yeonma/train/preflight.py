@@ -29,6 +29,7 @@ from yeonma.run_folder.entries import check_entries
 from yeonma.run_folder.trackers import check_trackers
 from yeonma.tokenization.new_tokens import read_new_tokens
 from yeonma.train.continued_lora import adapter_lora, check_lora, follow_adapter
+from yeonma.train.full_settings import check_full
 from yeonma.train.interrupt import seconds_of
 
 CHECKED_ROWS = 1000
@@ -52,10 +53,13 @@ def preflight(config: RunConfig) -> None:
         partial(_check_data_of, config),
         partial(_check_lora_of, config),
         partial(read_new_tokens, config.lora.new_tokens),
+        partial(check_full, config, _adapter_folder(model)),
     )
 
 
 def _check_lora_of(config: RunConfig) -> None:
+    if config.model.train == "full":  # which has none, as `check_full` says
+        return
     if (continued := _adapter_folder(config.model)) is not None:
         check_lora(config, adapter_lora(continued))
 
@@ -92,7 +96,8 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
         check_settings(published, model.quantization, source.name, shard=model.shard)
         results.append((source, continued_adapter(model, source)))
 
-    gather(find_model, *([partial(_check_writable, output)] if output is not None else []))
+    full = model.train == "full"
+    gather(find_model, *([partial(_check_writable, output, full=full)] if output is not None else []))
     ((source, continued),) = results
     if output is not None:
         _check_not_input(output, source.name, continued)
@@ -175,14 +180,14 @@ def _check_output_is_no_data(config: RunConfig) -> None:
             raise UserError(what, place=f"output_dir {output}", cure="give another folder, such as one in it")
 
 
-def _check_writable(output: Path) -> None:
+def _check_writable(output: Path, *, full: bool) -> None:
     for path in (output, *output.parents):
         if path.is_symlink() and not path.exists():
             what = f"{path} is a link to a folder that is not there"
             raise UserError(what, place=f"output_dir {output}", cure="make that folder, or remove the link")
     if output.exists() and not output.is_dir():
         raise UserError("it is a file", place=f"output_dir {output}", cure="give a folder")
-    check_entries(output)
+    check_entries(output, full=full)
     existing = (
         output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())
     )

@@ -19,6 +19,7 @@ from yeonma.config.data_sets import of_data_set
 from yeonma.config.settings import (
     DataSettings,
     LoraSettings,
+    ModelSettings,
     Optimizer,
     PreferenceSettings,
     RunConfig,
@@ -44,6 +45,7 @@ from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.tokenization.new_tokens import add_new_tokens
 from yeonma.train.continued_lora import CURE, adapter_lora
+from yeonma.train.full_settings import check_full_base
 from yeonma.train.pair_losses import PreferenceOptions
 from yeonma.train.preference_losses import preference_loss
 from yeonma.train.preflight import task_of
@@ -100,10 +102,11 @@ def prepare(
     model, step = config.model, config.step
     evaluation = config.evaluation
     device = load.pick_device(model.device)
-    load.pick_dtype(model.dtype, device)
+    train_dtype(model, device)
     _check_optimizer(step.optimizer, device)
     model_config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     published = load.published_weights(model_config, source)
+    check_full_base(model, model_config, published)
     check_settings(published, model.quantization, source.name, shard=model.shard)
     load.check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, source.name)
     new_token_ids = add_new_tokens(tokenizer, config.lora.new_tokens or ())
@@ -271,6 +274,14 @@ def lora_shape(lora: LoraSettings, new_token_ids: Sequence[int] = ()) -> load.Lo
     )
 
 
+def train_dtype(model: ModelSettings, device: torch.device) -> torch.dtype:
+    """The number format of a run. auto: as `pick_dtype`, but float32 for full fine-tuning where that has float16, in
+    which gradients of weights are lost. Raises UserError as `pick_dtype`."""
+    dtype = load.pick_dtype(model.dtype, device)
+    is_lost = model.train == "full" and dtype == torch.float16
+    return torch.float32 if is_lost else dtype
+
+
 def check_adapter(
     config: RunConfig,
     model_config: Any,
@@ -285,6 +296,8 @@ def check_adapter(
     targets than those given, and for a model without layers to quantise.
     """
     model = load.outline(model_config, source)
+    if config.model.train == "full":
+        return model and sum(parameter.numel() for parameter in model.parameters()), None
     quantization = config.model.quantization
     if model is not None:
         check_layers(model, quantization, source.name)
@@ -398,7 +411,8 @@ def _identity(
         else None,
         "steps": plan.total_steps,
         **{name: value for name, value in asdict(tokens).items() if name != "cache_dir"},
-        **asdict(config.lora),
+        "train": model.train,
+        **(asdict(config.lora) if model.train == "lora" else {}),
         **(asdict(preference) if preference else {}),
         **{name: value for name, value in asdict(step).items() if name not in left_out},
         **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},

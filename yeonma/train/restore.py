@@ -6,8 +6,7 @@ everything is checked against the run before the run writes anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from yeonma.errors import UserError, brief
-from yeonma.model import adapter_weights
-from yeonma.model.adapter_config import WEIGHTS_FILE
-from yeonma.model.adapter_file import StoredTensor, not_finite, read_header
+from yeonma.errors import brief
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, RunProgress, checkpoint_path
 from yeonma.train.loop import restore_random
 from yeonma.train.optimizers import restore_optimizer
+from yeonma.train.saved_weights import SavedWeights, unfit
 from yeonma.train.step import TrainState
 
-DELETE_IT = "delete this checkpoint: the same command then continues from the one before"
 AVERAGES = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter, in its shape, beside the number of its steps."""
 
 
-def restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunProgress) -> None:
+def restore(state: TrainState, saved: SavedWeights, checkpoint: Path, progress: RunProgress) -> None:
     """Puts back what the checkpoint holds. Raises UserError that names the file which does not fit this run."""
-    load_weights(peft_model, checkpoint)
+    saved.load(checkpoint)
     if progress.best_step not in (None, progress.step):
-        _check_best(checkpoint_path(checkpoint.parent, progress.best_step), checkpoint)
+        saved.check_best(checkpoint_path(checkpoint.parent, progress.best_step), checkpoint)
     restore_schedule(state, checkpoint, progress)
     if unknown := sorted(progress.carried.keys() - state.objective.start.keys()):
-        raise _unfit(checkpoint / STATE, f"{state.objective.name} carries no {brief(unknown[0])}")
+        raise unfit(checkpoint / STATE, f"{state.objective.name} carries no {brief(unknown[0])}")
     state.carried.update(progress.carried)
     optimizer = read_tensors(checkpoint / OPTIMIZER)
     names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
@@ -45,18 +41,12 @@ def restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunP
             _check_adamw(state.parameters, optimizer)
         restore_optimizer(state.optimizer, names, optimizer)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise _unfit(checkpoint / OPTIMIZER, str(error)) from error
+        raise unfit(checkpoint / OPTIMIZER, str(error)) from error
     random = read_tensors(checkpoint / RANDOM)
     try:
         restore_random(random, state.group, state.model.device)
     except (TypeError, RuntimeError) as error:
-        raise _unfit(checkpoint / RANDOM, str(error)) from error
-
-
-def load_weights(peft_model: Any, checkpoint: Path) -> None:
-    """Loads a checkpoint's adapter weights into the model's adapter."""
-    with _as_unfit(checkpoint / WEIGHTS_FILE):
-        adapter_weights.load_weights(peft_model, checkpoint)
+        raise unfit(checkpoint / RANDOM, str(error)) from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +54,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise _unfit(path, str(error)) from error
+        raise unfit(path, str(error)) from error
 
 
 def restore_schedule(state: TrainState, checkpoint: Path, progress: RunProgress) -> None:
@@ -73,15 +63,15 @@ def restore_schedule(state: TrainState, checkpoint: Path, progress: RunProgress)
     recorded = {name: value for name, value in progress.schedule.items() if name in current}
     for name, value in recorded.items():
         if not _is_like(value, current[name]):
-            raise _unfit(checkpoint / STATE, f"the schedule's {name} is {brief(repr(value))}")
+            raise unfit(checkpoint / STATE, f"the schedule's {name} is {brief(repr(value))}")
     if lacking := sorted({"last_epoch", "_last_lr"} & current.keys() - recorded.keys()):
-        raise _unfit(checkpoint / STATE, f"the schedule has no {', '.join(lacking)}")
+        raise unfit(checkpoint / STATE, f"the schedule has no {', '.join(lacking)}")
     rates = recorded["_last_lr"]
     if None in rates or recorded["last_epoch"] is None:
-        raise _unfit(checkpoint / STATE, "the schedule has no learning rate")
+        raise unfit(checkpoint / STATE, "the schedule has no learning rate")
     if not state.by_metric and recorded["last_epoch"] != progress.step:
         what = f"the schedule is at step {recorded['last_epoch']}, and the run at step {progress.step}"
-        raise _unfit(checkpoint / STATE, what)
+        raise unfit(checkpoint / STATE, what)
     state.scheduler.load_state_dict({**current, **recorded})
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
@@ -118,37 +108,3 @@ def _check_adamw(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, t
             raise ValueError(f"it has no {parameter}/{lacking[0]}")
     if parameters and not tensors:
         raise ValueError("it is empty")
-
-
-def _check_best(best: Path, checkpoint: Path) -> None:
-    """The best checkpoint so far may become the result: its weights must be of the newest one's shapes."""
-    tensors, newest = _stored(best), _stored(checkpoint)
-    place = best / WEIGHTS_FILE
-    if {name: tensor.shape for name, tensor in tensors.items()} != {
-        name: tensor.shape for name, tensor in newest.items()
-    }:
-        raise _unfit(place, f"its layers or their shapes differ from those of {checkpoint.name}")
-    if found := not_finite(best, tensors):
-        raise _unfit(place, f"{brief(found[0])} has numbers that are not finite")
-
-
-def _stored(checkpoint: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint's weights, by the header."""
-    with _as_unfit(checkpoint / WEIGHTS_FILE):
-        return read_header(checkpoint)
-
-
-@contextmanager
-def _as_unfit(path: Path) -> Iterator[None]:
-    """The loader's errors, with the cure of a checkpoint."""
-    try:
-        yield
-    except UserError as error:
-        raise _unfit(path, "; ".join(problem.what for problem in error.problems)) from error
-
-
-def _unfit(path: Path, why: str) -> UserError:
-    """The message for a file that this run cannot go on with."""
-    return UserError(
-        f"it does not fit this run: {brief(' '.join(why.split()), 300)}", place=str(path), cure=DELETE_IT
-    )

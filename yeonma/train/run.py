@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from yeonma.adapter import adapter_folder as adapters
 from yeonma.adapter.samples import Samples, take_samples
 from yeonma.batch.batch import Batch
 from yeonma.config.data_sets import data_sets
@@ -28,12 +27,7 @@ from yeonma.model import load
 from yeonma.model.base_content import reading_content
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
-from yeonma.run_folder.checkpoint import (
-    AdapterWriter,
-    RunProgress,
-    checkpoint_path,
-    recover,
-)
+from yeonma.run_folder.checkpoint import RunProgress, checkpoint_path, recover
 from yeonma.run_folder.entries import FORMER_PLOT
 from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
@@ -64,12 +58,13 @@ from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.label_balance import label_balance
 from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, run_steps
 from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
-from yeonma.train.model_card import sample_answers, write_card
+from yeonma.train.model_card import answers_before, sample_answers, write_card
 from yeonma.train.model_remarks import model_remarks
 from yeonma.train.preflight import check_folders, with_adapters_lora
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
-from yeonma.train.restore import load_weights, restore
+from yeonma.train.restore import restore
 from yeonma.train.run_warnings import run_warnings
+from yeonma.train.saved_weights import FolderParts, saved_adapter, saved_model
 from yeonma.train.step import TrainState
 
 
@@ -159,8 +154,15 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             log(f"{output} holds this run, which is finished; use --overwrite true to run it again")
             return output
         if group.first and prepared.trained_parameters is not None:
-            schedule = _checkpoint_schedule(config, prepared)
-            folder.check_disk_space(output, start, schedule, prepared.trained_parameters, prepared.tokenizer)
+            folder.check_disk_space(
+                output,
+                start,
+                _checkpoint_schedule(config, prepared),
+                prepared.trained_parameters,
+                prepared.tokenizer,
+                state_bytes=8 if config.step.optimizer == "adamw" else 3,
+                noun="model" if model_settings.train == "full" else "adapter",
+            )
         stop.check()
         by_tokens = config.step.micro_batch_tokens == "auto"
         earlier_tokens = _tokens_of(start.progress, group) if by_tokens else None
@@ -238,15 +240,15 @@ def _train(
         else ExportedChatTemplate(None)
     )
 
-    def write_adapter(adapter_folder: Path) -> None:
-        tokenizer, template = prepared.tokenizer, dataset.template
-        adapters.write_adapter(
-            adapter_folder, policy.model, tokenizer, template, loaded.details, exported, samples
-        )
-
     trained = sum(weight.numel() for weight in state.parameters.values())
-    about_bytes = folder.adapter_bytes(trained, prepared.tokenizer) if group.first else 0
-    adapter = AdapterWriter(write_adapter, about_bytes)
+    parts = FolderParts(prepared.tokenizer, dataset.template, loaded.details, exported, samples)
+    base_answers = None
+    if config.model.train == "full":
+        if (group.first or state.sharded) and evaluation.card_rows:  # before the base's weights are replaced
+            base_answers = answers_before(policy, prepared.tokenizer, dataset, evaluation.card_rows)
+        saved = saved_model(state, policy.source, dataset.rules, parts)
+    else:
+        saved = saved_adapter(policy.model, parts, trained)
     # every process draws its own dropout masks
     torch.manual_seed(config.step.seed + 1000 * (group.rank + 1))
     current_environment = {
@@ -257,7 +259,7 @@ def _train(
         0, state.scheduler.state_dict(), None, None, 0, prepared.identity
     )
     if start.checkpoint is not None and start.progress is not None:
-        restore(state, policy.model, start.checkpoint, start.progress)
+        restore(state, saved, start.checkpoint, start.progress)
         log(f"continuing after step {progress.step} of {plan.total_steps}, from {start.checkpoint}")
         if size := _size_in_checkpoint(progress, state):
             state.limit.restore(size)
@@ -283,7 +285,9 @@ def _train(
 
     validation = {name: batch_of(part.units, part.store) for name, part in dataset.validation.items()}
     rows_by_set = dataset.rows_by_set if len(dataset.sets) > 1 else None
-    steps = partial(run_steps, state, plan, batch_of, validation, schedule, progress, output, adapter)
+    steps = partial(
+        run_steps, state, plan, batch_of, validation, schedule, progress, output, saved.checkpoint
+    )
     stop = state.stop
     stop.record_seconds(save=trained * SAVE_SECONDS_PER_WEIGHT)
     with stop.between_steps():
@@ -299,20 +303,26 @@ def _train(
         sys.stdout.flush()
         return message, stop.agreed
     stop.check()
-    if not group.first:
-        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
-            broadcast_trained(state.model)
-            sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows)
-        return None
     best_step = (
         progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
     )
+    if not group.first:
+        if state.sharded and config.model.train == "full":  # whose weights are in all processes
+            if best_step != progress.step:
+                saved.load(checkpoint_path(output, best_step))
+            saved.result.gather()
+        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
+            broadcast_trained(state.model)
+            sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows, base_answers)
+        return None
     if best_step != progress.step:
         log(
-            f"using the adapter of step {best_step}, which had the lowest validation loss ({progress.best_loss:.4f})"
+            f"using the {saved.result.noun} of step {best_step}, which had the lowest validation loss "
+            f"({progress.best_loss:.4f})"
         )
-        load_weights(policy.model, checkpoint_path(output, best_step))
-    folder.install(output, adapter)
+        saved.load(checkpoint_path(output, best_step))
+    saved.result.gather()
+    folder.install(output, saved.result)
     stop.check()
     if evaluation.card_rows:
         broadcast_trained(state.model)
@@ -329,11 +339,12 @@ def _train(
         best_step,
         evaluation.card_rows,
         model_remarks(prepared.config, dataset),
+        base_answers,
     )
     (output / FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)
     folder.write_run_json(output, prepared.identity, finished=True)
-    log(f"Adapter saved to {output}")
+    log(f"{saved.result.noun.capitalize()} saved to {output}")
     if exported.text is None:
         log(f"chat_template.jinja does not contain the training template: {exported.why}")
     return None

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -24,9 +25,11 @@ from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
 from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport, batch_logprobs, example_logprobs
+from yeonma.model.sharding import is_shard
 from yeonma.run_folder.progress import EvaluationRecord
 from yeonma.tokenization.dataset import numbered_rows
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
+from yeonma.train.full_weights import round_weights
 from yeonma.train.interrupt import REASONS, Stop
 from yeonma.train.losses import (
     LOG_SQUARE,
@@ -51,7 +54,7 @@ class TrainState:
     """The transformers model with its LoRA layers."""
     support: ForestSupport
     parameters: Mapping[str, torch.nn.Parameter]
-    """The trained parameters, by name."""
+    """The trained parameters, by name: what the optimizer updates."""
     optimizer: torch.optim.Optimizer
     scheduler: Any
     by_metric: bool
@@ -66,13 +69,20 @@ class TrainState:
     name_rows: Callable[[Sequence[int]], str] = numbered_rows
     """Row numbers of a batch, for a message."""
     start: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """The trained parameters as they were at the start, by name: the reference, for objectives that measure it. Empty
-    for others."""
+    """The trained weights of the model as they were at the start, by name: the reference, for objectives that measure
+    it. Empty for others."""
     starts_exactly: bool = True
     """Whether the model equals its reference in the first step: a new adapter does, and a continued one without
     dropout."""
     carried: dict[str, float] = field(default_factory=dict)
     """The numbers that the objective carries from step to step."""
+    rounded: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
+    """The model's weights, if `parameters` are float32 copies of them (`full_weights.py`); else empty."""
+
+    @property
+    def weights(self) -> Mapping[str, torch.nn.Parameter]:
+        """The model's own trained weights, by name."""
+        return self.rounded or self.parameters
 
 
 @dataclass(frozen=True)
@@ -99,22 +109,26 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         totals = torch.zeros(1 + len(objective.metrics), device=state.model.device)
         for micro_pass in _passes(state, batch):
             loss_sum, metric_sums = _sums(state, objective.sums, micro_pass)
-            with _no_gradient_from_idle(micro_pass, state.parameters.values()):
+            idle = [weight for weight in state.parameters.values() if not is_shard(weight)]
+            with _no_gradient_from_idle(micro_pass, idle):
                 (loss_sum / count).backward()
             totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
             del loss_sum  # frees the graph, whose many small nodes would fragment memory
         return totals
 
-    totals = state.limit.fit(add_gradients, batch, undo=state.optimizer.zero_grad)
+    totals = state.limit.fit(add_gradients, batch, undo=partial(clear_gradients, state))
     totals = torch.cat([totals, totals.new_tensor(state.stop.requests())])
     totals = sum_gradients(state.group, state.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.max_grad_norm or math.inf)
+    if is_shard(grad_norm):
+        grad_norm = grad_norm.full_tensor()  # type: ignore[attr-defined]
     _check_finite(totals[0], grad_norm, batch, state.name_rows)
     learning_rate = state.optimizer.param_groups[0]["lr"]
     state.optimizer.step()
+    round_weights(state.parameters, state.rounded)
     if not state.by_metric:
         state.scheduler.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(state)
 
     sums: list[float] = totals.tolist()  # in one transfer: every read waits for the GPU
     loss, *means = sums[: -len(REASONS)]
@@ -131,6 +145,13 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         trained_tokens=batch.trained_tokens,
         metrics=objective.report(means_by_name),
     )
+
+
+def clear_gradients(state: TrainState) -> None:
+    """Also those of a backward pass that ran out of memory before they were summed."""
+    state.optimizer.zero_grad(set_to_none=True)
+    for weight in state.rounded.values():
+        weight.grad = None
 
 
 def evaluate(
@@ -250,13 +271,13 @@ def _measured_logprobs(state: TrainState, answers: Batch, abandon: Callable[[], 
 @contextmanager
 def _start_weights(state: TrainState) -> Iterator[None]:
     """The trained parameters as they were at the start: the reference of the run."""
-    now = {name: weight.data for name, weight in state.parameters.items()}
+    now = {name: weight.data for name, weight in state.weights.items()}
     try:
-        for name, weight in state.parameters.items():
+        for name, weight in state.weights.items():
             weight.data = state.start[name]
         yield
     finally:
-        for name, weight in state.parameters.items():
+        for name, weight in state.weights.items():
             weight.data = now[name]
 
 

@@ -17,6 +17,7 @@ from yeonma.adapter.adapter_folder import (
     identity_of_tokenizer,
 )
 from yeonma.adapter.base_check import another_base
+from yeonma.adapter.full_model import not_finite_in, stored_shapes
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
 from yeonma.data.rows import Row
 from yeonma.errors import Log, Problem, UserError
@@ -143,6 +144,40 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
         problems,
         f"{source.name} has the recorded config, and a layer for each of the adapter's tensors",
     )
+
+
+def check_base_config(adapter: AdapterFolder, source: BaseSource) -> Finding:
+    """Checks the base's config and size against yeonma.json."""
+    model = outline(load_config(source), source)
+    if model is None:
+        return not_checked("base", f"{source.name} cannot be built without its weights")
+    try:
+        check_base(adapter, base_identity(model, source))
+    except UserError as error:
+        return checked("base", error.problems, "")
+    return checked("base", [], f"{source.name} has the recorded config")
+
+
+def check_full_model(adapter: AdapterFolder) -> Finding:
+    """Checks that the weights of a fully fine-tuned model are finite, and as many as its config has."""
+    check, source = "model", BaseSource(str(adapter.path), None, adapter.trust_remote_code)
+    try:
+        find_base(source.name, None, source.trust_remote_code)
+        shapes = stored_shapes(adapter.path)
+        bad = not_finite_in(adapter.path)
+        model = outline(load_config(source), source)
+    except UserError as error:
+        return checked(check, error.problems, "")
+    cure = "use an earlier checkpoint, or train again"
+    problems = [Problem(f"NaN or infinity in {name}", str(adapter.path), cure) for name in bad]
+    size = sum(int(np.prod(shape)) for shape in shapes.values())
+    if model is not None:
+        tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+        expected = sum(tensor.numel() for tensor in tensors.values())
+        if size != expected:
+            what = f"its weights have {size:,} numbers, and a model of its config.json has {expected:,}"
+            problems.append(Problem(what, str(adapter.path), REPLACE))
+    return checked(check, problems, f"{len(shapes)} tensors with {size:,} parameters, all finite")
 
 
 def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log: Log) -> Finding:

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from yeonma.adapter.adapter_folder import BASE_CONTENT
+from yeonma.adapter.adapter_folder import BASE_CONTENT, TRAINED
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
@@ -21,7 +21,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash, read_file
 from yeonma.model.base_content import changes, content_of
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
-from yeonma.run_folder.entries import FORMER_PLOT, OURS, RUN, SEAL, TOKENIZERS
+from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE, differences
 from yeonma.run_folder.run_log import read_metrics
 
@@ -106,7 +106,7 @@ def unknown_files(folder: Path, manifest: Mapping[str, Any] | None) -> list[str]
     """Names of files in an output folder that are not the run's. Subfolders and hidden names, among them leftovers of a
     killed run, are ignored."""
     known = {RUN, SEAL, *(manifest or {})}
-    patterns = () if manifest is not None else (*OURS, *TOKENIZERS)
+    patterns = () if manifest is not None else (*OURS, *MODEL_FILES, *TOKENIZERS)
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -268,6 +268,7 @@ def _details_problems(
             identity.get("content of data_path"),
         ),
         "columns": (details["columns"], identity.get("columns")),
+        TRAINED: (details.get(TRAINED, "lora"), identity.get("train", "lora")),
         **{name: (value, identity.get(name)) for name, value in details["rules"].items()},
     }
     for number, one in enumerate(trained_on.get("data_sets", ()), 1):

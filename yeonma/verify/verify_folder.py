@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yeonma.adapter.adapter_folder import MANIFEST, AdapterFolder, read_adapter_folder
+from yeonma.adapter.adapter_folder import MANIFEST, AdapterFolder, is_full, read_adapter_folder
 from yeonma.adapter.samples import read_samples
 from yeonma.config.settings import VerifySettings
 from yeonma.data.rows import open_rows
@@ -22,8 +22,10 @@ from yeonma.tokenization.new_tokens import add_new_tokens
 from yeonma.verify.compatibility import (
     REPLACE,
     Shapes,
+    check_base_config,
     check_base_content,
     check_chat_template,
+    check_full_model,
     check_model,
     check_names,
     check_samples,
@@ -89,12 +91,14 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
     if not (folder / MANIFEST).is_file():
         cure = "give the output folder of a run, a checkpoint, or an adapter folder copied from there"
         raise UserError("no Yeonma run in this folder", place=settings.adapter_dir, cure=cure)
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+    full = is_model and is_full(read_object(folder / MANIFEST))
+    if is_model and not full:
         what = "this is a merged model, not an adapter"
         cure = "give the folder of the adapter that was merged"
         raise UserError(what, place=settings.adapter_dir, cure=cure)
     findings, details = _check_adapter(folder, settings, log)
-    what = "an adapter without its run"
+    what = "a model without its run" if full else "an adapter without its run"
     return _report(folder, what, [check_files(folder, is_run=False), *findings], details)
 
 
@@ -159,7 +163,9 @@ def _check_adapter(
         return [checked("template and rules", _with_cures(error), ""), *rest], None
     config, problems = _adapter_config(folder)
     shapes: Shapes = {}
-    if config is None:
+    if adapter.is_full:
+        findings = [check_full_model(adapter)]
+    elif config is None:
         findings = [checked("adapter", problems, "")]
     else:
         weights, shapes = check_weights(folder, config)
@@ -167,6 +173,8 @@ def _check_adapter(
     source = locate_base(adapter, settings.base_model, settings.trust_remote_code)
     if isinstance(source, Finding):
         findings.append(source)
+    elif adapter.is_full:
+        findings.append(check_base_config(adapter, source))
     elif config is None or not shapes:
         findings.append(not_checked("base", "the adapter cannot be read"))
     else:

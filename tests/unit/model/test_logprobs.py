@@ -186,12 +186,6 @@ def test_lora_on_the_head_trains_through_the_models_own_head(family: str) -> Non
         )
 
 
-def test_head_with_trainable_weights_is_not_plain() -> None:
-    model = tiny_model("llama")
-    model.get_output_embeddings().weight.requires_grad_(True)
-    assert plain_head(model) is None
-
-
 @pytest.mark.parametrize("family", FOREST_FAMILIES)
 def test_bfloat16_is_as_close_to_float32_as_the_models_own_forward_is(family: str) -> None:
     model, forest = tiny_model(family).bfloat16(), small_forest()[0]
@@ -276,6 +270,25 @@ def test_chunked_head_equals_log_softmax_in_values_and_gradients(
     (gradient,) = torch.autograd.grad((upstream * ours).sum(), hidden)
     (expected_gradient,) = torch.autograd.grad((upstream * theirs).sum(), hidden)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("squares", [False, True])
+def test_a_trained_head_has_a_gradient_of_its_own_and_the_values_of_a_frozen_one(
+    kind: str, rows_a_chunk: int, squares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias, target = head_case(torch.float32)
+    monkeypatch.setattr(forward, "HEAD_CHUNK_BYTES", 4 * 50 * rows_a_chunk)
+    upstream, frozen = torch.linspace(-2, 1, 23), HEADS[kind](weight.clone(), bias.clone())
+    head = HEADS[kind](weight.requires_grad_(), bias.requires_grad_())
+    trained = [hidden, weight, *([] if head.bias_V is None else [bias])]
+    ours, theirs = head_logprobs(hidden, target, head, squares=squares), by_log_softmax(hidden, target, head)
+    assert torch.equal(ours, head_logprobs(hidden, target, frozen, squares=squares))
+    found = torch.autograd.grad((upstream * (ours[0] if squares else ours)).sum(), trained)
+    expected = torch.autograd.grad((upstream * theirs).sum(), trained)
+    for own, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])

@@ -18,7 +18,9 @@ KINDS = ["adamw", *IN_8_BITS]
 unpaged = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
-def run_steps(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> tuple[torch.Tensor, set[str]]:
+def run_steps(
+    kind: Optimizer, stop: int | None = None, device: str = "cpu", *, in_groups: bool = False
+) -> tuple[torch.Tensor, set[str]]:
     """The weights of two parameters after STEPS steps, and the names of the optimizer's tensors. One parameter has
     fewer than 4,096 numbers. At step `stop`, a new optimizer continues from the saved tensors of the first."""
     generator = torch.Generator().manual_seed(0)
@@ -31,8 +33,17 @@ def run_steps(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> 
     }
 
     def new_optimizer() -> torch.optim.Optimizer:
+        groups = [
+            {"params": [one], "weight_decay": decay}
+            for one, decay in zip(parameters, (0.01, 0.0), strict=True)
+        ]
         return make_optimizer(
-            kind, parameters, learning_rate=LEARNING_RATE, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.01
+            kind,
+            groups if in_groups else parameters,
+            learning_rate=LEARNING_RATE,
+            betas=(0.9, 0.99),
+            epsilon=1e-8,
+            weight_decay=0.01,
         )
 
     optimizer = new_optimizer()
@@ -51,9 +62,10 @@ def run_steps(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> 
 @unpaged
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [0, 1, 4])
-def test_restored_optimizer_continues_byte_for_byte(kind: Optimizer, stop: int) -> None:
-    weights, names = run_steps(kind, stop)
-    uninterrupted, all_names = run_steps(kind)
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_restored_optimizer_continues_byte_for_byte(kind: Optimizer, stop: int, in_groups: bool) -> None:
+    weights, names = run_steps(kind, stop, in_groups=in_groups)
+    uninterrupted, all_names = run_steps(kind, in_groups=in_groups)
     assert torch.equal(weights, uninterrupted)
     assert names == all_names and len(names) > 5
 

@@ -41,7 +41,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class ServedAdapters:
-    """Adapters of one base, by their names in requests. The base itself is served as `base_name`."""
+    """Adapters of one base, by their names in requests. `base_name` is that of the base itself, where it is served."""
 
     prompt_builders: Mapping[str, PromptBuilder]
     base_name: str
@@ -49,10 +49,6 @@ class ServedAdapters:
     @property
     def first(self) -> PromptBuilder:
         return next(iter(self.prompt_builders.values()))
-
-    @property
-    def names(self) -> list[str]:
-        return [*self.prompt_builders, self.base_name]
 
 
 def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedAdapters:

@@ -151,7 +151,7 @@ class ModelSettings:
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the hub."""
     adapter: str | None = None
-    """Adapter folder to continue training from. Its rank, alpha, dropout and target modules are used; of these only `lora_dropout` may be changed."""
+    """Adapter folder to continue training from. Its rank, alpha, dropout, target modules, new tokens and whole modules are used; of these only `lora_dropout` may be changed."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""
     train: Trained = "lora"

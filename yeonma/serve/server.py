@@ -41,8 +41,8 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class ServedAdapters:
-    """Adapters of one base, by their names in requests. The base itself is served as `base_name`. A fully fine-tuned
-    model is served alone, and has none."""
+    """Adapters of one base, by their names in requests. `base_name` is that of the base itself, where it is served. A
+    fully fine-tuned model is served alone, and has none."""
 
     prompt_builders: Mapping[str, PromptBuilder]
     base_name: str | None
@@ -50,10 +50,6 @@ class ServedAdapters:
     @property
     def first(self) -> PromptBuilder:
         return next(iter(self.prompt_builders.values()))
-
-    @property
-    def names(self) -> list[str]:
-        return [*self.prompt_builders, *([] if self.base_name is None else [self.base_name])]
 
 
 def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedAdapters:

@@ -10,6 +10,7 @@ Shapes: V vocabulary, H hidden, R trained rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,17 @@ from torch import nn
 
 from yeonma.model.sharding import own_class
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
 
 def patch_trained_rows(model: nn.Module) -> int:
     """Patches PEFT's layers for trained tokens around a plain embedding, or a dense head without a bias. Returns their
     number."""
     patched = 0
-    for layer in model.modules():
-        if isinstance(layer, TrainableTokensLayer) and "forward" not in vars(layer):
-            base: Any = layer.base_layer
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    for layer in layers:
+        if "forward" not in vars(layer):
+            base = layer.base_layer
             if isinstance(base, nn.Embedding) and base.max_norm is None:
                 layer.forward = partial(_embedding, layer, layer.forward)
             elif own_class(base) is nn.Linear and base.bias is None:
@@ -53,9 +57,9 @@ def _rows(layer: Any) -> tuple[list[int], torch.Tensor]:
     )
 
 
-def _embedding(layer: Any, peft_forward: Any, token_ids: torch.Tensor) -> torch.Tensor:
+def _embedding(layer: Any, peft_forward: Forward, token_ids: torch.Tensor) -> torch.Tensor:
     if not _is_plain(layer):
-        return peft_forward(token_ids)  # type: ignore[no-any-return]
+        return peft_forward(token_ids)
     tokens, rows_RH = _rows(layer)
     embedded = layer.base_layer(token_ids)
     row_of_V = torch.full((layer.base_layer.num_embeddings,), -1, device=token_ids.device)
@@ -69,9 +73,9 @@ def _embedding(layer: Any, peft_forward: Any, token_ids: torch.Tensor) -> torch.
     return torch.where((row >= 0)[..., None], own, embedded)
 
 
-def _head(layer: Any, peft_forward: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _head(layer: Any, peft_forward: Forward, hidden: torch.Tensor) -> torch.Tensor:
     if not _is_plain(layer):
-        return peft_forward(hidden)  # type: ignore[no-any-return]
+        return peft_forward(hidden)
     tokens, rows_RH = _rows(layer)
     logits = layer.base_layer(hidden)
     return logits.index_copy(-1, torch.tensor(tokens, device=hidden.device), F.linear(hidden, rows_RH))

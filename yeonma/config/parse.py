@@ -16,7 +16,14 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma.config.loss_sum import InvalidLoss
-from yeonma.config.settings import FULL_LEARNING_RATES, LoraSettings, Range, RunConfig, StepSettings
+from yeonma.config.settings import (
+    FULL_LEARNING_RATES,
+    InspectConfig,
+    LoraSettings,
+    Range,
+    RunConfig,
+    StepSettings,
+)
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
 
@@ -274,6 +281,8 @@ def _parse(
     config = _build(kind, defaults | values)
     if isinstance(config, RunConfig):
         config = replace(config, given=frozenset(values))
+    elif isinstance(config, InspectConfig):
+        config = replace(config, training=replace(config.training, given=frozenset(values)))
     return ParsedConfig(config, tuple(_warnings(values)))
 
 

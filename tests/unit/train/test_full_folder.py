@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.pairs import dpo, labelled
-from tests.runs import Done, articles, command, model_folder, sft, trained, write_jsonl
+from tests.runs import Done, arguments, articles, command, model_folder, sft, trained, write_jsonl
 from tests.unit.train.test_full import FULL, TWO_EPOCHS, weights_of
 from yeonma.adapter import full_model
 from yeonma.config.settings import ModelSettings
@@ -104,6 +104,9 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path, base: Path, data: P
     done = sft(tmp_path / "out", base, data, **{**FULL, **settings})
     assert done.status == 2 and message in done.err
     assert not (tmp_path / "out").exists()
+    words = {"base_model": base, "data_path": data, "template": "{document}\n{title}", "train": "full"}
+    looked = command(tmp_path, "inspect", *arguments({**words, **settings}))
+    assert looked.status == 2 and message in looked.err
 
 
 def test_what_does_not_go_with_sharding_is_refused(tmp_path: Path, base: Path) -> None:

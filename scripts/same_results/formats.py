@@ -224,6 +224,10 @@ FIELDS = (
     Field("*yeonma.json", "base_content", "left out", "earlier versions did not record it"),
     Field("*run.json", "identity.content of the base model", "left out", "likewise"),
     Field("*state.json", "identity.content of the base model", "left out", "likewise"),
+    Field("*run.json", "identity.train", "left out", "earlier versions trained adapters alone"),
+    Field("*state.json", "identity.train", "left out", "likewise"),
+    Field("*settings.yaml", "train", "left out", "likewise"),
+    Field("console/inspect/*", "forecast.memory.copies", "left out", "likewise"),
     Field("*report.json", "yeonma", "left out", "it is not what the results depend on"),
     Field("*report.json", "made", "left out", "a date"),
     Field(

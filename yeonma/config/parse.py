@@ -18,7 +18,14 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 from yeonma.config.foreign_names import foreign_name_cure
 from yeonma.config.layer_ranges import InvalidRanges
 from yeonma.config.loss_sum import InvalidLoss
-from yeonma.config.settings import FULL_LEARNING_RATES, LoraSettings, Range, RunConfig, StepSettings
+from yeonma.config.settings import (
+    FULL_LEARNING_RATES,
+    InspectConfig,
+    LoraSettings,
+    Range,
+    RunConfig,
+    StepSettings,
+)
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
 
@@ -278,6 +285,8 @@ def _parse(
     config = _build(kind, defaults | values)
     if isinstance(config, RunConfig):
         config = replace(config, given=frozenset(values))
+    elif isinstance(config, InspectConfig):
+        config = replace(config, training=replace(config.training, given=frozenset(values)))
     return ParsedConfig(config, tuple(_warnings(values)))
 
 

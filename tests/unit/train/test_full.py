@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,18 @@ from transformers import trainer as trainer_module
 
 from tests.models import VOCABULARY, tiny_model
 from tests.quantised import needs_bitsandbytes
-from tests.runs import Done, articles, command, left_behind, model_folder, sft, trained, write_jsonl
+from tests.runs import (
+    SETTINGS,
+    Done,
+    arguments,
+    articles,
+    command,
+    left_behind,
+    model_folder,
+    sft,
+    trained,
+    write_jsonl,
+)
 from yeonma.batch.batch import Batch
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import batch_logprobs
@@ -245,6 +259,27 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
         patch.setattr(owner, name, stops(getattr(owner, name), call))
         assert sft(output, base, data, **settings).status == 130
     resumed = trained(output, base, data, **settings)
+    assert left_behind(resumed.folder) == left_behind(whole.folder)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_bytes_of_another(
+    tmp_path: Path, base: Path, data: Path, whole: Done
+) -> None:
+    """By SIGKILL, wherever it is when its second checkpoint is there; several times."""
+    dtype = json.loads((whole.folder / "run.json").read_text("utf-8"))["identity"]["dtype"]
+    output = tmp_path / "out"
+    settings = {**SETTINGS, **TWO_EPOCHS, "dtype": dtype, "base_model": base, "data_path": data}
+    words = arguments({**settings, "output_dir": output})
+    for checkpoint in ("checkpoint-4", "checkpoint-8"):
+        with subprocess.Popen(
+            [sys.executable, "-m", "yeonma", "sft", *words], stdout=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None and not (output / checkpoint).exists():
+                time.sleep(0.01)
+            process.kill()
+    resumed = trained(output, base, data, **TWO_EPOCHS, dtype=dtype)
+    assert "continuing after step" in resumed.out or "finished" in resumed.out
     assert left_behind(resumed.folder) == left_behind(whole.folder)
 
 

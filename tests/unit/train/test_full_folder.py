@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.pairs import dpo, labelled
-from tests.runs import Done, articles, command, model_folder, sft, trained, write_jsonl
+from tests.runs import Done, arguments, articles, command, model_folder, sft, trained, write_jsonl
 from tests.unit.train.test_full import FULL, TWO_EPOCHS, weights_of
 from yeonma.adapter import full_model
+from yeonma.config.settings import ModelSettings
+from yeonma.errors import UserError
+from yeonma.model.published import published_in
+from yeonma.train.full_settings import check_full_base
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,9 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path, base: Path, data: P
     done = sft(tmp_path / "out", base, data, **{**FULL, **settings})
     assert done.status == 2 and message in done.err
     assert not (tmp_path / "out").exists()
+    words = {"base_model": base, "data_path": data, "template": "{document}\n{title}", "train": "full"}
+    looked = command(tmp_path, "inspect", *arguments({**words, **settings}))
+    assert looked.status == 2 and message in looked.err
 
 
 def test_what_does_not_go_with_sharding_is_refused(tmp_path: Path, base: Path) -> None:
@@ -106,6 +114,20 @@ def test_what_does_not_go_with_sharding_is_refused(tmp_path: Path, base: Path) -
     done = dpo(tmp_path / "out", base, data, **FULL, shard=True, loss="kto", optimizer="adamw_8bit")
     assert done.status == 2 and "shard true: kto keeps a copy of the weights as they were" in done.err
     assert "optimizer adamw_8bit: 8-bit averages of sharded weights are not supported" in done.err
+
+
+def test_bases_that_cannot_be_trained_as_they_are_are_refused(base: Path) -> None:
+    settings = ModelSettings(base_model="theirs", train="full")
+    config = AutoConfig.from_pretrained(base)
+    check_full_base(settings, config, None)
+    config.auto_map = {"AutoModelForCausalLM": "code.Model"}
+    packed = published_in({"quantization_config": {"quant_method": "mxfp4"}}, "theirs")
+    with pytest.raises(UserError) as error:
+        check_full_base(settings, config, packed)
+    text = str(error.value)
+    assert "theirs: its weights are published as" in text and "give the unquantised model" in text
+    assert "theirs: it comes with its own Python code" in text
+    check_full_base(replace(settings, train="lora"), config, packed)
 
 
 def test_an_adapter_is_not_continued_in_full(tmp_path: Path, base: Path, data: Path) -> None:

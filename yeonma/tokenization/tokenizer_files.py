@@ -13,6 +13,7 @@ from typing import Any
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 KNOWN_TO_BOTH = "PreTrainedTokenizerFast"
 """Transformers 4 and 5 take tokenizer.json as it is under this name."""
+_BYTE_LEVEL = "ByteLevel"
 _ONLY_IN_5 = ("TokenizersBackend", "Qwen3_5Tokenizer")
 
 
@@ -32,16 +33,17 @@ def save_tokenizer_files(tokenizer: Any, folder: Path) -> None:
 def splits_otherwise(tokenizer: Any, tokenizer_json: Path) -> bool:
     """Whether a tokenizer of one of transformers' own classes splits text into words otherwise than the file says.
 
-    Only byte-level files are compared: others may say the same in several ways.
+    Byte-level files are compared rule by rule. Of others, which may say the same in several ways, only those are told
+    that the class reads as byte-level ones: it would drop all blanks.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not type(tokenizer).__module__.startswith("transformers.models."):
         return False
     published = json.loads(tokenizer_json.read_text("utf-8")).get("pre_tokenizer")
-    if "ByteLevel" not in json.dumps(published):
-        return False
-    own = backend.pre_tokenizer
-    return own is None or _splitting(json.loads(own.__getstate__())) != _splitting(published)
+    own = backend.pre_tokenizer and json.loads(backend.pre_tokenizer.__getstate__())
+    if _BYTE_LEVEL not in json.dumps(published):
+        return _BYTE_LEVEL in json.dumps(own)
+    return own is None or _splitting(own) != _splitting(published)
 
 
 def _splitting(pre_tokenizer: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GPT2Tokenizer
 
+from tests.families import tiny_config
 from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
@@ -55,6 +56,18 @@ def test_splitting_of_the_file_counts_and_not_that_of_the_named_class(tmp_path: 
     ]
     assert loaded.chat_template == published.chat_template
     assert loaded.eos_token == published.eos_token
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("kind", [sentencepiece_bpe, unigram])
+def test_file_that_is_not_byte_level_keeps_its_blanks_whatever_the_model_type(
+    kind: Callable[[], Any], model_type: str, tmp_path: Path
+) -> None:
+    published = kind()
+    published.save_pretrained(tmp_path)
+    tiny_config(model_type).save_pretrained(tmp_path)
+    loaded = load_tokenizer(BaseSource(str(tmp_path)))
+    assert [loaded(text).input_ids for text in TEXTS] == [published(text).input_ids for text in TEXTS]
 
 
 def test_class_that_splits_as_its_file_is_left_as_it_is(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from yeonma.config.settings import MergeSettings
 from yeonma.config.yaml_text import front_matter
 from yeonma.errors import Log, UserError
 from yeonma.export.merge_weights import (
+    FORMATS,
     NeedsWholeModel,
     copy_processor,
     dtype_of,
@@ -61,7 +62,7 @@ from yeonma.model.position_limits import model_positions
 from yeonma.model.published import Published, quantization_of
 from yeonma.model.saved_config import copy_code, keep_config_keys, write_generation_config
 from yeonma.model.source import BaseSource, find_base
-from yeonma.model.weight_files import weight_files
+from yeonma.model.weight_files import stored_tensors, weight_files
 from yeonma.shown import code, code_block, json_text, markdown
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.text_encoder import TextEncoder
@@ -253,6 +254,10 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
         )
     except NeedsWholeModel as reason:
         log(f"loading the whole base into memory: {reason}")
+        formats = {tensor.dtype for tensor in stored_tensors(plan.files).values()} & FORMATS.keys()
+        if plan.published is None and len(formats) > 1:
+            written = str(plan.weights_dtype).removeprefix("torch.")
+            log(f"its files have weights in {' and '.join(sorted(formats))}; all are written in {written}")
         for path in files_in(folder):
             path.unlink()
         base = load_base(source, torch.device("cpu"), plan.weights_dtype, whole=True)

@@ -22,8 +22,8 @@ def _language_part(config: Any) -> list[str]:
     if found is None:
         return []
     return [
-        f"{found.__name__} reads more than text: its language model alone is loaded, trained and gets the adapter; "
-        "its towers for images and sound stay as they are, also in a merged model"
+        f"{found.__name__} reads more than text: the adapter is on its language model alone, and its towers for images "
+        "and sound stay as they are, also in a merged model"
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from tests.multimodal import checkpoint_folder
@@ -51,7 +51,7 @@ def test_run_and_merge_keep_the_whole_checkpoint(
     base = checkpoint_folder(tmp_path / "base", family, **saving)
     (base / "preprocessor_config.json").write_text('{"image_processor_type": "X"}')
     done = run_on(base, tmp_path, **settings)
-    assert "its language model alone is loaded, trained and gets the adapter" in done.err + done.out
+    assert "the adapter is on its language model alone" in done.err + done.out
 
     card = (done.folder / "README.md").read_text("utf-8")
     whole: Any = AutoModelForImageTextToText.from_pretrained(base).eval()
@@ -76,6 +76,17 @@ def test_run_and_merge_keep_the_whole_checkpoint(
     assert type(model) is type(whole)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    if family == "gemma3":  # an image of four tokens
+        image = {
+            "input_ids": torch.tensor([[1, 90, 90, 90, 90, 30, 31]]),
+            "pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
+        }
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(**image).logits, peft_model(**image).logits, atol=1e-4, rtol=1e-4
+            )
+            other = model(**{**image, "pixel_values": -image["pixel_values"]}).logits
+            assert not torch.allclose(model(**image).logits, other, atol=0.1)
     before, after = tensors_of(base), tensors_of(tmp_path / "M")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed
@@ -127,3 +138,16 @@ def test_a_checkpoint_that_bitsandbytes_packed_is_loaded_without_its_towers(tmp_
         torch.testing.assert_close(
             model(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-4, rtol=1e-4
         )
+
+
+def test_several_number_formats_become_one_with_a_word(tmp_path: Path) -> None:
+    base = checkpoint_folder(tmp_path / "base", "qwen3_vl_moe")
+    tensors = {
+        name: tensor if "visual" in name else tensor.bfloat16()
+        for name, tensor in load_file(base / "model.safetensors").items()
+    }
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run = run_on(base, tmp_path, lora_experts=True)
+    merged = command(run.folder, "merge", str(run.folder), "--output_dir", str(tmp_path / "M"))
+    assert merged.status == 0, merged.out + merged.err
+    assert "its files have weights in BF16 and F32; all are written in" in merged.out + merged.err

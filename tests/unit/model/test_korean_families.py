@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.runs import articles, characters, trained, write_jsonl
+from tests.runs import articles, characters, command, trained, write_jsonl
 from yeonma.batch.forest import lay_out
 from yeonma.errors import UserError
 from yeonma.model.forest_support import check_forest_support, tiny_sequences
@@ -112,14 +112,17 @@ def test_a_forest_gives_the_log_probabilities_of_transformers(family: str) -> No
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_run_trains_and_answers(family: str, tmp_path: Path) -> None:
+def test_a_run_trains_answers_and_merges(family: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     korean_model(family).save_pretrained(base)
     characters().save_pretrained(base)
     data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
     run = trained(tmp_path / "OUT", base, data, max_steps=2, card_rows=1)
     assert len(run.losses) == 2 and all(np.isfinite(run.losses))
+    merged = command(run.folder, "merge", str(run.folder), "--output_dir", str(tmp_path / "M"))
+    assert merged.status == 0, merged.out + merged.err
 
 
 def test_exaone_3_5_asks_for_its_own_code_to_be_read(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
     python scripts/choose.py           the table of both pages from choose.json; --check compares
 
 No weights are needed, and nothing is measured on a GPU: the forecast's own code (`yeonma/model/memory_trace.py`) runs
-one row of 2,048 tokens through each model on PyTorch's meta device. The sizes of layers are those known of each config.json; a model whose parameters are not as many as its publisher says ends the script. Tracing takes ten minutes.
+one row of 2,048 tokens through each model on PyTorch's meta device. The sizes of layers are those known of each
+config.json; a model whose parameters are not as many as its publisher says ends the script. Tracing takes ten minutes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python scripts/choose.py           the table of both pages from choose.json; --check compares
 
 No weights are needed, and nothing is measured on a GPU: the forecast's own code (`yeonma/model/memory_trace.py`) runs
-one row of 2,048 tokens through each model on PyTorch's meta device. The sizes of layers are those of the published
+one row of 2,048 tokens through each model on PyTorch's meta device. The sizes of layers are those known of each
 config.json; a model whose parameters are not as many as its publisher says ends the script. Tracing takes ten minutes.
 """
 
@@ -99,7 +99,7 @@ MODELS: dict[str, Shape] = {
         {"head_dim": 128, "num_experts": 128, "moe_intermediate_size": 2048, "sliding_window": 128},
     ),
 }  # fmt: skip
-"""Sizes as public repositories have them of each name's config.json, parameters as its card or its publisher has them.
+"""Sizes as known of each name's config.json, parameters as its card or its publisher has them.
 Where a size was not found, it is the one with which the parameters come out: kanana-2-3b's intermediate."""
 
 

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from yeonma.adapter.adapter_folder import BASE_CONTENT, TRAINED
+from yeonma.adapter.adapter_folder import BASE_CONTENT, TRAINED, is_full
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
@@ -232,7 +232,8 @@ def check_run(
     if details is not None:
         problems += _details_problems(folder, identity, details, adapter_config)
     steps, metrics_problems = _metrics_problems(folder / "metrics.jsonl", identity, finished=finished)
-    about = f"settings, metrics of {steps:,} steps and adapter are of one run"
+    noun = "model" if is_full(details or {}) else "adapter"
+    about = f"settings, metrics of {steps:,} steps and {noun} are of one run"
     return checked("run", [*problems, *metrics_problems], about)
 
 

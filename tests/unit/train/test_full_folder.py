@@ -11,12 +11,24 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.pairs import dpo, labelled
-from tests.runs import Done, arguments, articles, command, model_folder, sft, trained, write_jsonl
+from tests.runs import (
+    Done,
+    arguments,
+    articles,
+    command,
+    left_behind,
+    model_folder,
+    sft,
+    trained,
+    unfinished_copy,
+    write_jsonl,
+)
 from tests.unit.train.test_full import FULL, TWO_EPOCHS, weights_of
 from yeonma.adapter import full_model
 from yeonma.config.settings import ModelSettings
 from yeonma.errors import UserError
 from yeonma.model.published import published_in
+from yeonma.run_folder.checkpoint import checkpoints, step_of
 from yeonma.train.full_settings import check_full_base
 
 
@@ -77,6 +89,26 @@ def test_weights_may_be_in_several_files(
     assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())
     trained(several.folder, base, data, max_steps=1, overwrite=True)
     assert not list(several.folder.glob("model*")) and not (several.folder / "config.json").exists()
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path, whole: Done, base: Path, data: Path) -> None:
+    """Weights that are not those of the manifest; and a manifest without weights, which no run writes."""
+    (tmp_path / "again").mkdir()
+    output = unfinished_copy(whole.folder, tmp_path / "again/out")
+    third, second, newest = checkpoints(output)[-3:]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    manifest = second / "manifest.json"
+    sums = json.loads(manifest.read_text("utf-8"))["sha256"]
+    del sums["model.safetensors"]
+    manifest.write_text(json.dumps({"sha256": sums}), "utf-8")
+    done = trained(output, base, data, **TWO_EPOCHS, dtype="bfloat16")
+    assert f"skipping {newest.name}, which is damaged" in done.out
+    assert f"{manifest}: it has no SHA-256 of model.safetensors" in done.out
+    assert f"continuing after step {step_of(third)} of" in done.out
+    assert left_behind(output) == left_behind(whole.folder)
 
 
 def test_another_model_is_never_overwritten(tmp_path: Path, base: Path, data: Path) -> None:

@@ -103,6 +103,8 @@ def test_gated_norms_keep_their_own_forward() -> None:
         assert all("forward" not in vars(module) for module in gated)
 
 
+NOT_MERGED = {"zamba"}
+"""Its layers share weights, and have an adapter each. `yeonma merge` refuses it."""
 IDS = torch.arange(3, 40)[None]
 NOT_BY_PLAIN_PEFT = {"laguna"}
 """transformers renames `shared_expert.` by an expression that matches `shared_experts`; PEFT finds no such layer."""
@@ -141,4 +143,5 @@ def test_adapter_on_all_linear_gives_the_same_logits_loaded_by_plain_peft_and_me
     if model_type not in NOT_BY_PLAIN_PEFT:
         plain = PeftModel.from_pretrained(base(), str(tmp_path))
         torch.testing.assert_close(logits(plain), expected, **tolerance)
-    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, **tolerance)
+    if model_type not in NOT_MERGED:
+        torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, **tolerance)

@@ -1,4 +1,4 @@
-"""The ranks of an adapter, and the limit that vLLM is started with for them. No torch here."""
+"""The ranks of an adapter, the limit that vLLM is started with for them, and what vLLM lacks. No torch here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from yeonma.model.adapter_config import read_adapter_config
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's `--max-lora-rank`, without 1, which not every version accepts."""
+
+VLLM_LACKS = ("use_dora", "modules_to_save", "trainable_token_indices")
+"""Keys of PEFT's config that vLLM does not support."""
 
 
 def lora_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
-from yeonma.adapter.lora_ranks import VLLM_RANKS, highest_rank, lora_config, vllm_rank
+from yeonma.adapter.lora_ranks import VLLM_LACKS, VLLM_RANKS, highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import PromptBuilder, quantization_for
 from yeonma.config.settings import QuantizationOrAuto
 from yeonma.model.load import generation_eos
@@ -145,12 +145,8 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
 
 def _why_not_lora(prompt_builder: PromptBuilder) -> str:
     path = prompt_builder.adapter.path
-    if lora_config(path).get("use_dora"):
-        return f"it does not support DoRA, which {path} uses"
-    if whole := [
-        name for name in ("modules_to_save", "trainable_token_indices") if lora_config(path).get(name)
-    ]:
-        return f"it does not support {whole[0]}, which {path} has"
+    if lacking := [key for key in VLLM_LACKS if lora_config(path).get(key)]:
+        return f"it does not support {lacking[0].replace('use_dora', 'DoRA')}, which {path} has"
     if vllm_rank(rank_of(prompt_builder)) is None:
         return f"it supports no ranks above {VLLM_RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
     return ""

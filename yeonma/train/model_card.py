@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, PUBLISHED, AdapterFolder, read_adapter_folder
 from yeonma.adapter.base_licence import licence_note
-from yeonma.adapter.lora_ranks import highest_rank, lora_config, vllm_rank
+from yeonma.adapter.lora_ranks import VLLM_LACKS, highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.adapter.samples import prompts_of
 from yeonma.config.yaml_text import front_matter
@@ -305,7 +305,8 @@ def vllm_lines(output: Path, base: str) -> list[str]:
     """The command that serves the adapter by vLLM with the prompts of training; nothing if vLLM cannot."""
     rank = vllm_rank(highest_rank(output))
     template = output / CHAT_TEMPLATE
-    if rank is None or lora_config(output).get("use_dora") or not template.is_file():
+    config = lora_config(output)
+    if rank is None or any(config.get(key) for key in VLLM_LACKS) or not template.is_file():
         return []
     name = output.resolve().name
     command = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"

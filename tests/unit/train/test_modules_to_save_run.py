@@ -73,6 +73,7 @@ def test_run_says_what_is_trained_whole_and_verify_finds_nothing(done: Done) -> 
     said = {"untied": "lm_head, model.norm", "tied": "lm_head, model.embed_tokens"}[kind_of(done)]
     assert f"; trained whole: {said}" in done.out
     assert f"trained whole: {said}" in (done.folder / "README.md").read_text().replace("\\", "")
+    assert "vllm serve" not in (done.folder / "README.md").read_text()
     verified = command(done.folder, "verify", str(done.folder))
     assert verified.status == 0, verified.out
     base = AutoModelForCausalLM.from_pretrained(base_of(done)).state_dict()

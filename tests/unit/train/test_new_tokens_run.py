@@ -96,6 +96,9 @@ def test_tokens_are_one_id_in_rows_and_prompts_and_verify_finds_nothing(done: Do
         (prompt,) = builder.prompts([row], max_new_tokens=4)
         assert prompt.token_ids.tolist() == sample.prompt_ids
     assert "rows of 2 tokens" in done.out
+    assert (
+        "vllm serve" not in (done.folder / "README.md").read_text()
+    )  # which has no rows of an adapter's own
     assert json.loads((done.folder / "run.json").read_text())["identity"]["new_tokens"] == NEW
     verified = command(done.folder, "verify", str(done.folder))
     assert verified.status == 0, verified.out

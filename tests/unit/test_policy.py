@@ -339,7 +339,7 @@ def test_direct_model_call_gives_the_logits_of_transformers_and_peft(titles: Fol
     expected = PeftModel.from_pretrained(base, titles.adapter)
     with torch.no_grad():
         logits = policy.model(ids, attention_mask=mask).logits
-        torch.testing.assert_close(logits, expected(ids, attention_mask=mask).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, expected(ids, attention_mask=mask).logits, rtol=1e-5, atol=5e-5)
         assert close(policy.logprobs(batch()), plain_logprobs(titles.base, titles.adapter))
 
 

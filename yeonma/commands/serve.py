@@ -79,7 +79,7 @@ def _exec_vllm(
     source = adapters.first.source
     plan = VllmPlan(
         base=source.name,
-        base_name=adapters.base_name or next(iter(adapters.prompt_builders)),
+        base_name=adapters.base_name or adapters.names[0],
         revision=source.revision,
         adapters={
             name: (builder.adapter.path.absolute(), rank_of(builder))

@@ -19,9 +19,9 @@ from yeonma.config.foreign_names import foreign_name_cure
 from yeonma.config.layer_ranges import InvalidRanges
 from yeonma.config.loss_sum import InvalidLoss
 from yeonma.config.settings import (
+    ADAPTER_SETTINGS,
     FULL_LEARNING_RATES,
     InspectConfig,
-    LoraSettings,
     Range,
     RunConfig,
     StepSettings,
@@ -520,7 +520,7 @@ def settings_dict(config: object) -> dict[str, Any]:
     values = {
         name: value for part in parts if part is not None for name, value in settings_dict(part).items()
     }
-    unread = {setting.name for setting in fields(LoraSettings)} if values.get("train") == "full" else ()
+    unread = ADAPTER_SETTINGS if values.get("train") == "full" else ()
     return {name: value for name, value in values.items() if name not in unread}
 
 

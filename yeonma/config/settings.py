@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from yeonma.config.layer_ranges import RANGES_EXAMPLE, layer_ranges
@@ -246,6 +246,10 @@ class StepSettings:
     """Put rows of similar length into the same step. This only evens out step times: there is no padding to save."""
     seed: int = field(default=42, metadata=SEED)
     """Random seed for adapter initialisation, row order, the validation split and dropout."""
+
+
+ADAPTER_SETTINGS = frozenset(setting.name for setting in fields(LoraSettings)) | {"loraplus_ratio"}
+"""Settings that full fine-tuning does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)

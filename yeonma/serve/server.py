@@ -51,6 +51,10 @@ class ServedAdapters:
     def first(self) -> PromptBuilder:
         return next(iter(self.prompt_builders.values()))
 
+    @property
+    def names(self) -> list[str]:
+        return [*self.prompt_builders, *([] if self.base_name is None else [self.base_name])]
+
 
 def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedAdapters:
     """Open the adapter folders, without weights. `log` gets a line if reading the base for its SHA-256 takes long.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from yeonma.config.settings import LoraSettings, ModelSettings, RunConfig
+from yeonma.config.settings import ADAPTER_SETTINGS, ModelSettings, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.model.published import Published
 
@@ -22,8 +21,7 @@ def check_full(config: RunConfig, continued: str | None) -> None:
         Problem(
             "it shapes an adapter, and full fine-tuning has none", name, "leave it out, or use --train lora"
         )
-        for name in (*(setting.name for setting in fields(LoraSettings)), "loraplus_ratio")
-        if name in config.given
+        for name in sorted(ADAPTER_SETTINGS & config.given)
     ]
     if continued is not None:
         what = f"{continued} is an adapter, and full fine-tuning trains the weights of a model"

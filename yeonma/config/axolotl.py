@@ -11,6 +11,7 @@ from yeonma.config.conversion import (
     take_dtype,
     take_optimizer,
     take_schedule,
+    take_warmup,
     with_packing,
 )
 from yeonma.config.foreign_names import SAME_COMMAND
@@ -42,7 +43,6 @@ SAME = (
     "trust_remote_code",
     "val_set_size",
     "warmup_ratio",
-    "warmup_steps",
     "weight_decay",
 )
 DEFAULTS: Mapping[str, object] = {"num_epochs": 1, "cutoff_len": 512, "lr_scheduler": "cosine"}
@@ -75,8 +75,14 @@ def convert(run: Conversion, processes: int) -> None:
         run.put("lora_target_modules", "all-linear")
     else:
         run.put("lora_target_modules", target)
+    for theirs, ours in (("lora_modules_to_save", "modules_to_save"), ("tokens", "new_tokens")):
+        if run.take(theirs):
+            run.put(ours, run.take(theirs))
+    if run.take("peft_layers_to_transform"):
+        run.put("lora_layers", ",".join(map(str, run.take("peft_layers_to_transform"))))
     take_optimizer(run, "optimizer")
     take_schedule(run, "lr_scheduler")
+    take_warmup(run)
     if "warmup_steps" not in run.given and "warmup_ratio" not in run.given:
         run.put("warmup_ratio", 0.03, f"the default of {TOOL}")
     take_dtype(run)
@@ -120,11 +126,12 @@ def _take_method(run: Conversion) -> None:
             TRAININGS,
         )
     adapter = run.take("adapter")
-    if adapter not in ("lora", "qlora"):
-        what = (
-            "the file trains all weights" if adapter is None else f"{adapter} is not among the methods here"
+    if adapter is None:
+        run.put("train", "full")
+    elif adapter not in ("lora", "qlora"):
+        raise run.refuse(
+            "adapter", f"{adapter} is not among the methods here", "write adapter: lora, or none"
         )
-        raise run.refuse("adapter", what, "write adapter: lora")
     if run.take("load_in_4bit") is True:
         run.put("quantization", "nf4")
     elif run.take("load_in_8bit") is True:

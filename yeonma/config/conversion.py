@@ -8,7 +8,14 @@ from typing import Any, get_args
 
 from yeonma.config.foreign_names import IN_OTHER_WORDS, NOT_NEEDED, RENAMED, WITHOUT_COUNTERPART
 from yeonma.config.parse import Setting, config_from_keywords, groups_in, settings_of
-from yeonma.config.settings import PREFERENCE_DEFAULTS, TRAINING, LrScheduler, Optimizer, RunConfig
+from yeonma.config.settings import (
+    ADAPTER_SETTINGS,
+    PREFERENCE_DEFAULTS,
+    TRAINING,
+    LrScheduler,
+    Optimizer,
+    RunConfig,
+)
 from yeonma.config.yaml_text import write_item
 from yeonma.errors import Problem, UserError, brief
 from yeonma.shown import one_line
@@ -102,11 +109,12 @@ class Conversion:
                 self.remark(key, IN_OTHER_WORDS.get(key) or WITHOUT_COUNTERPART[key])
             else:
                 self.remark(key, "not known to yeonma convert: look at what it does")
-        if "adapter" in self.settings:
-            for name in ("lora_r", "lora_alpha", "lora_target_modules"):
-                self.settings.pop(name, None)
+        unread = ADAPTER_SETTINGS if self.settings.get("train") == "full" else frozenset[str]()
+        if "adapter" in self.settings:  # whose own shape is kept
+            unread = unread | {"lora_r", "lora_alpha", "lora_target_modules"}
+        self.settings = {name: value for name, value in self.settings.items() if name not in unread}
         for name, value in defaults.items():
-            if name == "lora_r" and "adapter" in self.settings:
+            if name in unread:
                 continue
             if name in own and name not in self.settings and value != own[name].default:
                 self.put(name, value, f"the default of {self.tool}")
@@ -177,6 +185,14 @@ def take_schedule(run: Conversion, key: str) -> None:
         run.put("lr_scheduler", name)
     elif name is not None:
         run.remark(key, "no schedule of transformers that fits every run")
+
+
+def take_warmup(run: Conversion) -> None:
+    steps = run.take("warmup_steps")
+    if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 takes a share there as well
+        run.put("warmup_ratio", steps)
+    elif steps:
+        run.put("warmup_steps", int(steps))
 
 
 def take_dtype(run: Conversion) -> None:

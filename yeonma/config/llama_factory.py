@@ -15,6 +15,7 @@ from yeonma.config.conversion import (
     take_dtype,
     take_optimizer,
     take_schedule,
+    take_warmup,
     with_packing,
 )
 from yeonma.config.foreign_names import SAME_COMMAND
@@ -79,8 +80,10 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
             TRAININGS,
         )
     method = run.take("finetuning_type", "lora")
-    if method != "lora":
-        raise run.refuse("finetuning_type", f"{method} is not among the methods here", "write lora")
+    if method not in ("lora", "full"):
+        raise run.refuse("finetuning_type", f"{method} is not among the methods here", "write lora or full")
+    if method == "full":
+        run.put("train", "full")
     run.verb = STAGES[stage]
     run.take("do_train")
     _take_model(run)
@@ -95,9 +98,13 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
         run.put("lora_alpha", run.take("lora_alpha"))
     target = run.take("lora_target", "all")
     run.put("lora_target_modules", "all-linear" if target == "all" else _names(target))
+    for theirs, ours in (("additional_target", "modules_to_save"), ("add_tokens", "new_tokens")):
+        if run.take(theirs):
+            run.put(ours, _names(run.take(theirs)))
+    run.remark("add_special_tokens", "name them in new_tokens, whose rows alone are trained")
     take_optimizer(run, "optim")
     take_schedule(run, "lr_scheduler_type")
-    _take_warmup(run)
+    take_warmup(run)
     take_dtype(run)
     if not run.take("disable_gradient_checkpointing", False):
         run.put("gradient_checkpointing", "auto", f"on in {TOOL}; changes no number")
@@ -138,14 +145,6 @@ def _take_model(run: Conversion) -> None:
 
 def _names(text: object) -> list[str]:
     return [name.strip() for name in str(text).split(",")]
-
-
-def _take_warmup(run: Conversion) -> None:
-    steps = run.take("warmup_steps")
-    if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 takes a share there as well
-        run.put("warmup_ratio", steps)
-    elif steps:
-        run.put("warmup_steps", int(steps))
 
 
 def _take_preferences(run: Conversion, stage: str) -> None:

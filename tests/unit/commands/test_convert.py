@@ -22,7 +22,7 @@ from yeonma.config.foreign_names import (
 )
 from yeonma.config.llama_factory import SAME as LLAMA_FACTORY_SAME
 from yeonma.config.parse import read_config, settings_dict
-from yeonma.config.settings import TRAINING, RunConfig
+from yeonma.config.settings import ADAPTER_SETTINGS, TRAINING, RunConfig
 from yeonma.errors import UserError
 
 LLAMA_FACTORY = {
@@ -182,7 +182,7 @@ def test_axolotls_data_sets_are_entries() -> None:
         ({**LLAMA_FACTORY, "finetuning_type": "oft"}, "finetuning_type: oft is not among the methods here"),
         ({**LLAMA_FACTORY, "stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss: kto_pair is not among"),
         ({**AXOLOTL, "rl": "grpo"}, "rl: grpo is not among the trainings here"),
-        ({**AXOLOTL, "adapter": None}, "adapter: the file trains all weights"),
+        ({**AXOLOTL, "adapter": "llama-adapter"}, "adapter: llama-adapter is not among the methods here"),
         ({**AXOLOTL, "datasets": "letters"}, "datasets: not a list of data sets"),
         ({**AXOLOTL, "weight_decay": -1}, "theirs.yaml: weight_decay: -1 is out of range"),
         ({"learning_rate": 1}, "theirs.yaml: neither LLaMA-Factory's nor Axolotl's"),
@@ -223,6 +223,30 @@ def test_the_example_of_the_docs(page: str) -> None:
 def test_a_continued_adapter_keeps_its_own_shape() -> None:
     run = conversion({**AXOLOTL, "lora_model_dir": "earlier", "lora_r": 4})
     assert run.settings["adapter"] == "earlier" and "lora_r" not in run.settings
+
+
+def test_full_fine_tuning_has_no_shape_of_an_adapter() -> None:
+    describe_data(letters={"file_name": "letters.json"})
+    for theirs in ({**LLAMA_FACTORY, "finetuning_type": "full"}, {**AXOLOTL, "adapter": None}):
+        made = conversion(theirs).settings
+        assert made["train"] == "full" and not ADAPTER_SETTINGS & set(made)
+
+
+def test_a_share_of_the_steps_may_stand_for_warmup_steps() -> None:
+    assert conversion({**AXOLOTL, "warmup_steps": 0.1}).settings["warmup_ratio"] == 0.1
+    assert conversion({**AXOLOTL, "warmup_steps": 10}).settings["warmup_steps"] == 10
+
+
+def test_parts_beside_the_adapter() -> None:
+    describe_data(letters={"file_name": "letters.json"})
+    beside = {"additional_target": "norm,lm_head", "add_tokens": "<a>, <b>", "loraplus_lr_ratio": 16}
+    made = conversion({**LLAMA_FACTORY, **beside}).settings
+    assert (made["modules_to_save"], made["new_tokens"]) == (["norm", "lm_head"], ["<a>", "<b>"])
+    assert made["loraplus_ratio"] == 16
+    made = conversion(
+        {**AXOLOTL, "lora_modules_to_save": ["lm_head"], "peft_layers_to_transform": [0, 2]}
+    ).settings
+    assert (made["modules_to_save"], made["lora_layers"]) == (["lm_head"], "0,2")
 
 
 def test_tables_of_names_agree_with_our_settings() -> None:

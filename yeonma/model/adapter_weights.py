@@ -216,7 +216,7 @@ def _stored_rows(
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
     for infix in _COPIES_OF_BASE:
         key = f"{PREFIX}{path}.{infix}weight"
-        if weight.ndim == 2 and key in header and header[key].shape[1] == weight.shape[1]:
+        if weight.ndim == 2 and key in header and header[key].shape[1:] == weight.shape[1:]:
             with safe_open(user_path(folder) / WEIGHTS_FILE, "pt") as file:
                 stored: torch.Tensor = file.get_slice(key)[rows:]
             return zero if weight.device.type == "meta" else stored.to(weight)

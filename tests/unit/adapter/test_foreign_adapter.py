@@ -203,6 +203,17 @@ def test_compare_keeps_the_base_apart_from_an_adapter_with_tokens_of_its_own(
     assert answers[0] == answers[1]  # text and scores
 
 
+def test_a_copy_of_the_head_in_another_shape_is_refused(home: Path, tmp_path: Path) -> None:
+    folder = foreign_adapter(home / "base", tmp_path / "adapter", "new tokens")
+    name = "base_model.model.lm_head.original_module.weight"
+    change_tensors(
+        folder,
+        lambda tensors: {**tensors, name: tensors["base_model.model.lm_head.weight"].flatten().clone()},
+    )
+    with pytest.raises(UserError, match="lm_head"):
+        load(folder, device="cpu", template="title")
+
+
 def test_serve_holds_adapters_of_several_kinds_on_one_base(home: Path, tmp_path: Path) -> None:
     kinds = ("plain", "whole modules", "tokens")
     folders = [foreign_adapter(home / "base", tmp_path / kind.split()[0], kind) for kind in kinds]

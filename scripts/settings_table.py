@@ -1,7 +1,7 @@
 """Write the tables of settings into docs/settings.md and docs/settings.ko.md, between the two `settings` comments.
 
 The English texts are the docstrings in yeonma/config/settings.py, the Korean ones are in
-docs/settings.ko.yaml.
+yeonma/config/settings.ko.yaml.
 With --check nothing is written; the exit status is 1 if a table is out of date.
 """
 
@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 ENGLISH_PAGE, KOREAN_PAGE = "docs/settings.md", "docs/settings.ko.md"
-KOREAN_TEXTS = ROOT / "docs" / "settings.ko.yaml"
+KOREAN_TEXTS = ROOT / "yeonma" / "config" / "settings.ko.yaml"
 TRAINING_VERBS = ("sft", "dpo")
 
 
@@ -46,13 +46,15 @@ class Group:
 class Wording:
     """What differs between the languages.
 
-    `groups`: group name -> `about` or setting name -> text; None for the docstrings' own.
+    `groups`: group name -> `about` or setting name -> text; None for the docstrings' own. `commands`: the lines of
+    `yeonma --help`, which stand in no table.
     """
 
     heading: str
     required: str
     unset: str
     groups: Mapping[str, Mapping[str, str]] | None = None
+    commands: Mapping[str, str] | None = None
 
 
 # The verbs that read a group. TRAINING_VERBS read all others.

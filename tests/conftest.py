@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 # Before torch and huggingface_hub are imported: they read these once. The workers of xdist share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["YEONMA_LANG"] = "en"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 

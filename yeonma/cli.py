@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from yeonma.streams import escape_other_libraries, log_line, say, say_lines
 from yeonma.train.interrupt import Stopped
 
 NON_FIRST_RANK_DELAY_SECONDS = 10
+HELP = re.compile(r"-h|--help(=.*)?")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Verb:
     defaults: Mapping[str, object] = field(default_factory=dict)
     not_required: tuple[str, ...] = ()
     """Settings that the groups require and this subcommand does not: they are empty if not given."""
+    important: tuple[str, ...] = ()
+    """The settings on the one screen of `--help`, besides those that are required. If empty, that shows all."""
+    example: str = ""
 
     @property
     def groups(self) -> tuple[type, ...]:
@@ -62,34 +67,64 @@ class Verb:
         return self.reads or groups_in(self.config)
 
 
+FIRST = ("template", "val_set_size")
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EXAMPLE = f"--base_model {BASE} \\\n    --data_path rows.jsonl"
 VERBS = {
     "sft": Verb(
         "Fine-tune a model on the answers in a table of examples.",
         "yeonma.commands.sft:run",
         RunConfig,
         reads=TRAINING,
+        important=(
+            *FIRST,
+            "cutoff_len",
+            "num_epochs",
+            "batch_size",
+            "lora_r",
+            "quantization",
+            "learning_rate",
+        ),
+        example=f"yeonma sft {EXAMPLE} --template title.txt --output_dir titles",
     ),
     "dpo": Verb(
         "Fine-tune a model on preference pairs or labelled answers.",
         "yeonma.commands.dpo:run",
         RunConfig,
         defaults=PREFERENCE_DEFAULTS,
+        important=(*FIRST, "loss", "beta", "num_epochs", "batch_size", "quantization", "learning_rate"),
+        example="yeonma dpo --base_model titles --data_path pairs.jsonl --output_dir titles-dpo",
     ),
     "inspect": Verb(
         "Show what a run would train on, audit it, and forecast memory and time.",
         "yeonma.commands.inspect:run",
         InspectConfig,
         not_required=("output_dir",),
+        important=(*FIRST, "objective", "rows", "tokens", "html", "probe", "cutoff_len"),
+        example=f"yeonma inspect {EXAMPLE} --template title.txt --rows 1-3",
     ),
     "generate": Verb(
         "Generate answers to rows or a prompt.",
         "yeonma.commands.generate:run",
         GenerateConfig,
         "adapter_dir",
+        important=("data_path", "row", "prompt", "output", "max_new_tokens", "temperature", "batch_size"),
+        example="""yeonma generate titles --row '{"document": "The ferry runs again."}'""",
     ),
-    "chat": Verb("Chat with a fine-tuned model.", "yeonma.commands.chat:run", ChatConfig, "adapter_dir"),
+    "chat": Verb(
+        "Chat with a fine-tuned model.",
+        "yeonma.commands.chat:run",
+        ChatConfig,
+        "adapter_dir",
+        important=("max_new_tokens", "temperature", "adapter_weights", "template"),
+        example="yeonma chat titles",
+    ),
     "compare": Verb(
-        "Compare models on the same rows and write a report.", "yeonma.commands.compare:run", CompareConfig
+        "Compare models on the same rows and write a report.",
+        "yeonma.commands.compare:run",
+        CompareConfig,
+        important=("template", "output_dir", "max_new_tokens", "data_split"),
+        example=f"yeonma compare --models {BASE} titles \\\n    --data_path test.jsonl --output_dir report",
     ),
     "verify": Verb(
         "Check the folder of a run for damage and mismatches.",
@@ -120,6 +155,8 @@ VERBS = {
         "yeonma.commands.serve:run",
         ServeSettings,
         "adapter_dirs",
+        important=("host", "port", "engine", "max_new_tokens", "batch_size", "api_key"),
+        example="yeonma serve titles --port 8000",
     ),
     "convert": Verb(
         "Turn a settings file of LLaMA-Factory or Axolotl into one of Yeonma.",
@@ -185,18 +222,25 @@ def _dispatch(arguments: list[str]) -> int:
         cure = did_you_mean(name, VERBS) or f"the commands are {', '.join(VERBS)}"
         raise UserError("unknown command", place=name, cure=cure)
     verb = VERBS[name]
-    if "-h" in rest or "--help" in rest:
-        from yeonma.config.help import help_text
+    asked = next((index for index, word in enumerate(rest) if HELP.fullmatch(word)), None)
+    if asked is not None:
+        from yeonma.config.help import HelpSource, help_text
+        from yeonma.language import language
 
-        page = help_text(
+        _, _, given = rest[asked].partition("=")
+        following = rest[asked + 1 : asked + 2]
+        topic = given or next((word for word in following if not word.startswith("-")), None)
+        source = HelpSource(
             verb.groups,
-            verb=name,
-            about=verb.about,
-            positional=verb.positional,
-            not_required=verb.not_required,
-            defaults=verb.defaults,
+            name,
+            verb.about,
+            verb.positional,
+            verb.not_required,
+            verb.defaults,
+            verb.important,
+            verb.example,
         )
-        say_lines(page.removesuffix("\n"))
+        say_lines(help_text(source, topic, language()))
         return 0
     return _run(name, verb, rest)
 
@@ -225,15 +269,19 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    width = max(map(len, VERBS)) + 2
-    lines = (f"  {name:{width}}{verb.about}" for name, verb in VERBS.items())
+    from yeonma.config.help import WORDINGS, about_command
+    from yeonma.language import language
+
+    width, spoken = max(map(len, VERBS)) + 2, language()
+    words = WORDINGS[spoken]
+    lines = (f"  {name:{width}}{about_command(name, verb.about, spoken)}" for name, verb in VERBS.items())
     return "\n".join(
         [
-            "usage: yeonma COMMAND [--setting value ...]",
+            f"{words.usage}: yeonma COMMAND [--setting value ...]",
             "",
             *lines,
             "",
-            "yeonma COMMAND --help   settings of a command",
-            "yeonma --version        version of Yeonma",
+            f"yeonma COMMAND --help   {words.of_command}",
+            f"yeonma --version        {words.version}",
         ]
     )

@@ -52,6 +52,7 @@ OTHER_OPTIONS = {
     *("no_deps", "install", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
     *(
         "lr",
+        "signal",
         "write_docs",
         "try",
         "data",

@@ -1,53 +1,226 @@
-"""The help page of a command, made from the settings groups that it reads."""
+"""The help of a command, made from the settings groups that it reads: one screen, all settings, or one of them."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
+import shutil
 import textwrap
-from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from types import NoneType
-from typing import Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from yeonma.config.parse import NO_DEFAULTS, Setting, describe, settings_of
+from yeonma.config.foreign_names import foreign_name_cure
+from yeonma.config.parse import Setting, describe, settings_of
+from yeonma.config.settings import Range
+from yeonma.errors import UserError, did_you_mean
+from yeonma.language import Language
 
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", list: "LIST", dict: "MAP", Literal: "NAME"}
+KOREAN_TEXTS = Path(__file__).parent / "settings.ko.yaml"
+NAMES_WIDTH, MAX_WIDTH = 26, 100
 
 
-def help_text(
-    groups: Sequence[type],
-    *,
-    verb: str,
-    about: str,
-    positional: str | None = None,
-    not_required: Sequence[str] = (),
-    defaults: Mapping[str, object] = NO_DEFAULTS,
-) -> str:
-    """The help page, as wide as the terminal: one section per group, with the text, values and default of its settings.
+@dataclass(frozen=True)
+class Wording:
+    """What the pages say between the settings."""
 
-    `positional`, `not_required` and `defaults` as in `read_config`.
+    usage: str
+    required: str
+    important: str
+    example: str
+    more: str
+    one: str
+    default: str
+    general: str
+    help: str
+    config: str
+    of_command: str
+    version: str
+
+
+WORDINGS: Mapping[Language, Wording] = {
+    "en": Wording(
+        usage="usage",
+        required="required",
+        important="the settings that matter most",
+        example="example",
+        more="all {count} settings",
+        one="one setting",
+        default="default",
+        general="options",
+        help="Show this help; `all` for every setting, or the name of one.",
+        config="YAML file of settings. The command line wins over it.",
+        of_command="settings of a command",
+        version="version of Yeonma",
+    ),
+    "ko": Wording(
+        usage="사용법",
+        required="필수",
+        important="가장 중요한 설정",
+        example="예",
+        more="설정 {count}개 모두",
+        one="설정 하나",
+        default="기본값",
+        general="공통",
+        help="이 도움말. `all`이면 모든 설정을, 설정 이름이면 그 설정만 보여 줍니다.",
+        config="설정을 적은 YAML 파일. 명령줄에서 지정한 값이 우선합니다.",
+        of_command="명령의 설정",
+        version="연마의 버전",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class HelpSource:
+    """What the help of a command is made from. `groups`, `positional`, `not_required` and `defaults` as in
+    `read_config`. about: one line. important: the settings of the short page. example: a command line."""
+
+    groups: Sequence[type]
+    verb: str
+    about: str
+    positional: str | None
+    not_required: Sequence[str]
+    defaults: Mapping[str, object]
+    important: Sequence[str]
+    example: str
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        return settings_of(self.groups, self.not_required, self.defaults)
+
+
+def help_text(source: HelpSource, topic: str | None, language: Language) -> str:
+    """The page for `--help TOPIC`: one screen without a topic, all settings for `all`, or the setting of that name.
+
+    Raises UserError for a topic that is no setting of the command.
     """
-    settings = settings_of(groups, not_required, defaults)
-    required = [name for name, setting in settings.items() if setting.required and name != positional]
-    usage = [f"yeonma {verb}", *([positional.upper()] if positional else []), "[--config FILE]"]
-    usage += [*(f"--{name} ..." for name in required), "[--setting value ...]"]
-    parser = ArgumentParser(usage=" ".join(usage), description=about, add_help=False)
-    general = parser.add_argument_group("options")
-    general.add_argument("-h", "--help", action="store_true", help="Show this help.")
-    general.add_argument(
-        "--config", metavar="FILE", help="YAML file of settings. The command line wins over it."
-    )
-    for group in groups:
-        section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
-        texts = setting_texts(group)
+    if topic is None:
+        return _short_page(source, language) if source.important else _whole_page(source, language)
+    if topic == "all":
+        return _whole_page(source, language)
+    return _setting_page(source, topic.lstrip("-").replace("-", "_"), language)
+
+
+def _short_page(source: HelpSource, language: Language) -> str:
+    words, settings, texts = WORDINGS[language], source.settings, _texts(source.groups, language)
+    required = [name for name, setting in settings.items() if setting.required]
+    lines = _head(source, language)
+    for title, names in ((words.required, required), (words.important, source.important)):
+        lines += [f"{title}:"]
+        for name in names:
+            lines += _entry(settings[name], _first_sentence(texts[name]), source, language, is_short=True)
+        lines += [""]
+    command = f"yeonma {source.verb} --help"
+    width = len(f"{command} learning_rate") + 3
+    lines += [f"{words.example}:", *(f"  {line}" for line in source.example.split("\n")), ""]
+    lines += [f"{f'{command} all':{width}}{words.more.format(count=len(settings))}"]
+    lines += [f"{f'{command} {source.important[-1]}':{width}}{words.one}"]
+    return "\n".join(lines)
+
+
+def _whole_page(source: HelpSource, language: Language) -> str:
+    """One section per group, with the text, values and default of its settings."""
+    words, settings, texts = WORDINGS[language], source.settings, _texts(source.groups, language)
+    lines = [*_head(source, language), f"{words.general}:"]
+    lines += _columns("-h, --help [NAME]", words.help) + _columns("--config FILE", words.config)
+    for group in source.groups:
+        lines += ["", *_wrapped(f"{_about(group, language).rstrip('.')}:", "")]
         for field in fields(group):
             setting = settings[field.name]
-            text = f"{texts[field.name]} {_values_and_default(setting)}".rstrip().replace("%", "%%")
-            section.add_argument(f"--{field.name}", metavar=_metavar(setting), help=text)
-    return parser.format_help()
+            lines += _entry(setting, texts[field.name], source, language)
+    return "\n".join(lines)
+
+
+def _setting_page(source: HelpSource, name: str, language: Language) -> str:
+    settings = source.settings
+    if name not in settings:
+        cure = foreign_name_cure(name, settings, "--{}") or did_you_mean(name, settings)
+        all_of_them = f"yeonma {source.verb} --help all lists them"
+        raise UserError("no setting of this command", place=name, cure=cure or all_of_them)
+    lines = _entry(settings[name], _texts(source.groups, language)[name], source, language)
+    return "\n".join(line.removeprefix("  ") for line in lines)
+
+
+def _head(source: HelpSource, language: Language) -> list[str]:
+    required = [name for name, setting in source.settings.items() if setting.required]
+    usage = [f"yeonma {source.verb}", *([source.positional.upper()] if source.positional else [])]
+    usage += ["[--config FILE]", *(f"--{name} ..." for name in required if name != source.positional)]
+    usage += ["[--setting value ...]"]
+    text = f"{WORDINGS[language].usage}: {' '.join(usage)}"
+    about = about_command(source.verb, source.about, language)
+    return [*_wrapped(text, "       "), "", *_wrapped(about, ""), ""]
+
+
+def about_command(verb: str, about: str, language: Language) -> str:
+    """What a command does, in one line. `about`: the same in English."""
+    return _korean_texts()["commands"].get(verb, about) if language == "ko" else about
+
+
+def _entry(
+    setting: Setting, text: str, source: HelpSource, language: Language, *, is_short: bool = False
+) -> list[str]:
+    """A setting's name and kind of value, and beside them its text, its values unless `is_short`, and its default."""
+    is_positional = setting.name == source.positional
+    name = setting.name.upper() if is_positional else f"--{setting.name} {_metavar(setting)}"
+    return _columns(name, f"{text} {_values_and_default(setting, language, is_short)}".rstrip())
+
+
+def _columns(name: str, text: str) -> list[str]:
+    indent = " " * NAMES_WIDTH
+    lines = _wrapped(text, indent, indent)
+    if len(name) + 4 <= NAMES_WIDTH:
+        return [f"  {name:{NAMES_WIDTH - 2}}{lines[0][NAMES_WIDTH:]}", *lines[1:]]
+    return [f"  {name}", *lines]
+
+
+def _wrapped(text: str, later: str, first: str = "") -> list[str]:
+    """Lines as wide as the terminal. Hangul and other wide characters take two columns."""
+    width = min(shutil.get_terminal_size().columns, MAX_WIDTH) - 1
+    lines, line = list[str](), first
+    for word in text.split():
+        joined = f"{line} {word}" if line.strip() else line + word
+        if line.strip() and _columns_of(joined) > width:
+            lines.append(line)
+            joined = later + word
+        line = joined
+    return [*lines, line]
+
+
+def _columns_of(text: str) -> int:
+    from unicodedata import east_asian_width
+
+    return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
+
+
+def _texts(groups: Sequence[type], language: Language) -> dict[str, str]:
+    """Setting name -> its text."""
+    if language == "ko":
+        korean = _korean_texts()
+        return {name: text for group in groups for name, text in korean[group.__name__].items()}
+    return {name: text for group in groups for name, text in setting_texts(group).items()}
+
+
+def _about(group: type, language: Language) -> str:
+    return _korean_texts()[group.__name__]["about"] if language == "ko" else (group.__doc__ or "")
+
+
+@cache
+def _korean_texts() -> Mapping[str, Mapping[str, str]]:
+    """Group of settings, or `commands` -> name -> text."""
+    import yaml
+
+    texts = yaml.safe_load(KOREAN_TEXTS.read_text("utf-8"))
+    return {**texts["groups"], "commands": texts["commands"]}
 
 
 def setting_texts(group: type) -> dict[str, str]:
@@ -62,13 +235,49 @@ def setting_texts(group: type) -> dict[str, str]:
     return texts
 
 
-def _values_and_default(setting: Setting) -> str:
-    parts = [describe(setting)] if set(setting.members) - {str, NoneType} else []
-    if setting.required:
-        parts.append("required")
+def _values_and_default(setting: Setting, language: Language, is_short: bool) -> str:
+    words = WORDINGS[language]
+    describes = describe if language == "en" else _in_korean
+    parts = [describes(setting)] if set(setting.members) - {str, NoneType} and not is_short else []
+    if setting.required and is_short:
+        pass
+    elif setting.required:
+        parts.append(words.required)
     elif setting.default not in (None, ""):
-        parts.append(f"default {setting.default}")
+        parts.append(f"{words.default} {setting.default}")
     return f"({'; '.join(parts)})" if parts else ""
+
+
+def _in_korean(setting: Setting) -> str:
+    """As `describe`."""
+    kinds, choices = list[str](), list[str]()
+    for member in setting.members:
+        if get_origin(member) is Literal:
+            choices += [str(choice) for choice in get_args(member)]
+        elif member is bool:
+            kinds.append("true 또는 false")
+        elif member in (int, float):
+            number = "정수" if member is int else "수"
+            kinds.append(f"{_range_in_korean(setting.range)}의 {number}" if setting.range else number)
+        elif member is str:
+            kinds += [] if setting.also else ["텍스트"]
+        elif get_origin(member) is list:
+            kinds.append("[a, b] 같은 목록")
+        elif get_origin(member) is dict:
+            kinds.append("{a: b} 같은 매핑, 콜론 뒤에 공백")
+    kinds += [f"{', '.join(choices)} 가운데 하나"] if choices else []
+    kinds += [setting.also] if setting.also else []
+    return " 또는 ".join(kinds)
+
+
+def _range_in_korean(accepted: Range) -> str:
+    ends: tuple[tuple[Any, str], ...] = (
+        (accepted.at_least, "이상"),
+        (accepted.above, "초과"),
+        (accepted.at_most, "이하"),
+        (accepted.below, "미만"),
+    )
+    return " ".join(f"{number} {word}" for number, word in ends if number is not None)
 
 
 def _metavar(setting: Setting) -> str:

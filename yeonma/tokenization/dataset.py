@@ -37,7 +37,7 @@ from yeonma.data.text_checks import (
     WHOLE_FRACTION,
     ZERO_WIDTH,
 )
-from yeonma.errors import Log
+from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
@@ -189,6 +189,9 @@ def prepare_dataset(
             log(f"{one.name}: {line}" if len(settings) > 1 else line)
 
         def store_of(rows: Rows, template: Template, columns: Columns) -> TokenStore:
+            if template.is_text and rules.cutoff_len < 2:
+                what = "a piece of one token trains nothing, because it has none before it"
+                raise UserError(what, place="cutoff_len 1", cure="give at least 2 for whole texts")
             return build_store(
                 rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=skip_bad
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ import pytest
 import yeonma
 from yeonma.cli import VERBS, Verb, main
 from yeonma.config.help import setting_texts
+from yeonma.config.parse import read_config, settings_of
 from yeonma.config.settings import StepSettings, TokenSettings
 from yeonma.errors import Problem, UserError
+from yeonma.language import VARIABLES, language
 
 ROOT = Path(inspect.getfile(yeonma)).parents[1]
 
@@ -36,12 +39,6 @@ def in_new_process(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "yeonma", *argv], capture_output=True, text=True, cwd=ROOT, check=False
     )
-
-
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the lines of help pages too wide to break."""
-    monkeypatch.setenv("COLUMNS", "10000")
 
 
 @pytest.fixture
@@ -104,23 +101,52 @@ def test_unknown_verb_without_a_similar_one_gets_the_list_of_verbs(
     assert f"the commands are {', '.join(VERBS)}" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_describes_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, "--help"]) == 0
+def test_all_help_of_a_verb_describes_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help", "all"]) == 0
     page = " ".join(capsys.readouterr().out.split())
     for group in VERBS[verb].groups:
         assert (group.__doc__ or "").rstrip(".") in page
         texts = setting_texts(group)
         assert list(texts) == [field.name for field in fields(group)]
         for name, text in texts.items():
-            assert f"--{name} " in page
+            assert f"--{name} " in page or name == VERBS[verb].positional
             assert text in page
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_help_of_a_verb_is_one_screen(
+    verb: str, language: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YEONMA_LANG", language)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([verb, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45
+    assert all(sum(2 if "가" <= char <= "힣" else 1 for char in line) <= 80 for line in lines)
+    for name, setting in settings_of(VERBS[verb].groups, VERBS[verb].not_required).items():
+        if setting.required or name in VERBS[verb].important:
+            assert any(name in line or name.upper() in line for line in lines)
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.important])
+def test_examples_of_help_are_valid(verb: str) -> None:
+    kind = VERBS[verb]
+    _, given, *words = shlex.split(kind.example.replace("\\\n", " "))
+    assert given == verb
+    read_config(
+        kind.config,
+        words,
+        verb=verb,
+        groups=kind.groups,
+        positional=kind.positional,
+        not_required=kind.not_required,
+    )
+
+
 def test_help_shows_ranges_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["sft", "--lora_r", "nonsense", "--help"])
+    main(["sft", "--lora_r", "nonsense", "--help", "all"])
     page = " ".join(capsys.readouterr().out.split())
     assert "--lora_r N Rank of the adapter. (a whole number of at least 1; default 16)" in page
     assert "(one of end, start, middle; default end)" in page
@@ -132,6 +158,47 @@ def test_help_shows_ranges_choices_and_defaults(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.startswith(
         "usage: yeonma generate ADAPTER_DIR [--config FILE] [--setting value"
     )
+
+
+def test_help_of_one_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (["--help", "lora-r"], ["--help=lora_r"], ["--lora_r", "3", "-h", "lora_r"]):
+        assert main(["sft", *words]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert text == "--lora_r N Rank of the adapter. (a whole number of at least 1; default 16)"
+    monkeypatch.setenv("YEONMA_LANG", "ko_KR.UTF-8")
+    assert main(["dpo", "--help", "learning_rate"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("--learning_rate X 워밍업이") and text.endswith("(0 초과의 수; 기본값 1e-05)")
+    assert main(["sft", "--help", "lr"]) == 2
+    assert capsys.readouterr().err == "yeonma: lr: no setting of this command; here it is --learning_rate\n"
+
+
+def test_the_language_is_that_of_the_first_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert language() == "en"
+    monkeypatch.setenv("LANG", "ko_KR.UTF-8")
+    assert language() == "ko"
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    assert language() == "en"
+    monkeypatch.setenv("YEONMA_LANG", "ko")
+    assert language() == "ko"
+
+
+def test_every_command_and_setting_has_a_korean_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YEONMA_LANG", "ko")
+    for verb in VERBS:
+        assert main([verb, "--help", "all"]) == 0
+        page = capsys.readouterr().out
+        assert all(
+            f"--{name} " in page or name == VERBS[verb].positional for name in settings_of(VERBS[verb].groups)
+        )
+    assert main(["--help"]) == 0
+    page = capsys.readouterr().out
+    assert "명령의 설정" in page
+    assert not any(verb.about in page for verb in VERBS.values())
 
 
 def test_no_verb_has_two_settings_of_one_name() -> None:

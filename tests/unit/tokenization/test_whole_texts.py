@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from tests.tokenizers import byte_level, sentencepiece_bpe
+from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.columns import recognise
 from yeonma.data.rows import Row, Rows
 from yeonma.data.task import ANSWERS, PAIRS, choose_template
 from yeonma.data.template import Template, load_template
 from yeonma.errors import UserError
+from yeonma.tokenization.dataset import prepare_dataset
 from yeonma.tokenization.example import Example, TokenRules
 from yeonma.tokenization.example_encoder import encode
 
@@ -72,6 +75,14 @@ def test_whole_texts_have_no_prompt() -> None:
     assert choose_template(ANSWERS, "text", rows, None).template.is_text
     with pytest.raises(UserError, match="whole texts have no answers to prefer"):
         choose_template(PAIRS, "text", rows, None)
+
+
+def test_pieces_of_one_token_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b c"}\n')
+    data = DataSettings(data_path=str(tmp_path / "rows.jsonl"))
+    tokens = TokenSettings(cutoff_len=1, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="cutoff_len 1: a piece of one token trains nothing"):
+        prepare_dataset(data, tokens, byte_level(), 0, print, lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -665,7 +665,7 @@ def test_default_learning_rate_is_1e_05(tmp_path: Path, base: Path, data: Path) 
     done = tuned(tmp_path / "out", base, data, max_steps=1, learning_rate=None)
     assert done.steps[0]["learning_rate"] == 1e-5
     assert "learning_rate: 1.0e-05" in (done.folder / "settings.yaml").read_text()
-    page = command(tmp_path, "dpo", "--help").out
+    page = command(tmp_path, "dpo", "--help", "learning_rate").out
     assert "default 1e-05" in " ".join(page.split())
 
 

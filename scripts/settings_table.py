@@ -72,6 +72,7 @@ VERBS = {
     "ServeSettings": ("serve",),
     "DemoSettings": ("demo",),
     "ConvertSettings": ("convert",),
+    "DoctorSettings": ("doctor",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
 

@@ -20,6 +20,7 @@ from yeonma.config.settings import (
     CompareConfig,
     ConvertSettings,
     DemoSettings,
+    DoctorSettings,
     ExportSettings,
     GenerateConfig,
     InspectConfig,
@@ -163,6 +164,11 @@ VERBS = {
         "yeonma.commands.convert:run",
         ConvertSettings,
         "file",
+    ),
+    "doctor": Verb(
+        "Show what is installed, what a run here would use, and what is wrong.",
+        "yeonma.commands.doctor:run",
+        DoctorSettings,
     ),
     "demo": Verb("Fine-tune a small model on a bundled sample.", "yeonma.commands.demo:run", DemoSettings),
     "demo-dpo": Verb(

@@ -571,6 +571,16 @@ class ConvertSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorSettings:
+    """What to look at."""
+
+    hub: bool = True
+    """Ask the hub whether it answers: at most 5 seconds."""
+    cache_dir: str | None = None
+    """Folder of the cache. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushSettings:
     """What to upload to the hub, and who can see it there."""
 

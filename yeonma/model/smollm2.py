@@ -61,7 +61,7 @@ def fetch(log: Log) -> str:
         log(f"renewing the tokenizer of SmolLM2-135M-Instruct, which was fetched before: {cached}")
         _renew(older, cached)
         return str(cached)
-    failure = _hub_failure() or _download_from_hub(log)
+    failure = hub_failure() or _download_from_hub(log)
     if not failure:
         return HUB_NAME
     log(f"cannot reach the hub ({failure})")
@@ -83,7 +83,7 @@ def _in_hub_cache() -> bool:
     return True
 
 
-def _hub_failure() -> str:
+def hub_failure() -> str:
     """Why the hub does not answer; empty if it does. Uses a thread: no time-out of a request covers resolving names."""
     from huggingface_hub import HfApi
 

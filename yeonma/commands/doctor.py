@@ -1,0 +1,183 @@
+"""`yeonma doctor`: what this installation consists of, what a run here would use, and what is wrong."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from yeonma import __version__
+from yeonma.config.settings import DoctorSettings
+from yeonma.packages import TESTED, install
+from yeonma.streams import say
+
+FAST = ("flash-linear-attention", "causal-conv1d", "flash-attn")
+"""Packages of kernels that people ask about. Forests do not need them."""
+LITTLE_SPACE = 5e9
+
+
+@dataclass
+class Report:
+    """Lines by subject, and what is wrong."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, subject: str, text: str) -> None:
+        self.lines.append((subject, text))
+
+
+def run(settings: DoctorSettings) -> int:
+    """Prints the report. Returns 1 if a run could fail for what it says."""
+    report = Report()
+    _installation(report)
+    _packages(report)
+    _device(report)
+    _cache(report, settings.cache_dir)
+    if settings.hub:
+        _hub(report)
+    width = max(len(subject) for subject, _ in report.lines) + 2
+    for subject, text in report.lines:
+        say(f"{subject:{width}}{text}")
+    say("")
+    for problem in report.problems:
+        say(f"! {problem}")
+    if not report.problems:
+        say("nothing is wrong")
+    return int(bool(report.problems))
+
+
+def _installation(report: Report) -> None:
+    report.add("yeonma", f"{__version__}, in {Path(__file__).parents[1]}")
+    report.add("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _packages(report: Report) -> None:
+    from packaging.requirements import Requirement
+
+    required = [Requirement(text) for text in _requirements()]
+    own = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
+    for one in own:
+        found = version_of(one.name)
+        if found is None:
+            report.problems.append(f'{one.name} is not installed; pip install "{one.name}{one.specifier}"')
+        elif not one.specifier.contains(found, prereleases=True):
+            what = f"{one.name} {found} is installed, and Yeonma needs {one.specifier}"
+            report.problems.append(f'{what}; pip install "{one.name}{one.specifier}"')
+    shown = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
+    report.add("packages", ", ".join(f"{name} {version_of(name)}" for name in shown))
+    optional = {name: version_of(name) for name in (*sorted(TESTED), *FAST)}
+    present = [f"{name} {found}" for name, found in optional.items() if found is not None]
+    missing = [name for name, found in optional.items() if found is None]
+    report.add("optional", ", ".join(present) or "none")
+    report.add("not installed", ", ".join(missing) or "none")
+
+
+def _requirements() -> list[str]:
+    """Those of the installed package; none where only its source is used."""
+    try:
+        return requires("yeonma") or []
+    except PackageNotFoundError:
+        return []
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None if there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(report: Report) -> None:
+    import torch
+
+    from yeonma.model.attention.dispatch import capability_of
+    from yeonma.model.load import pick_device, pick_dtype
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    report.add("processor", f"{cores} cores, {torch.get_num_threads()} threads, {_memory()}")
+    device = pick_device("auto")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        free, whole = torch.cuda.mem_get_info(device)
+        capability = f"{properties.major}.{properties.minor}"
+        text = f"{properties.name}, compute capability {capability}"
+        report.add(
+            "device", f"{text}, {free / 1e9:.1f} of {whole / 1e9:.1f} GB free, CUDA {torch.version.cuda}"
+        )
+    else:
+        built = "" if torch.version.cuda else ": this PyTorch is built for the CPU alone"
+        report.add("device", f"cpu (no GPU that PyTorch can use{built})")
+    dtype = pick_dtype("auto", device)
+    whole_forest = capability_of(device, dtype) is not None
+    report.add("dtype", f"{str(dtype).removeprefix('torch.')} with --dtype auto")
+    report.add(
+        "attention", "all segments in one kernel call" if whole_forest else "segments of one length at a time"
+    )
+    compiles = "compiled by torch.compile" if device.type == "cuda" else "PyTorch's own operators"
+    report.add("kernels", f"{compiles} with --torch_compile auto")
+    if version_of("bitsandbytes") is None:
+        report.add("quantization", f"fp8; int8 and nf4 need bitsandbytes: {install('bitsandbytes')}")
+    else:
+        report.add("quantization", "int8, nf4, fp8")
+
+
+def _memory() -> str:
+    """Of the machine, where /proc says it."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return "memory unknown"
+    kilobytes = {name: int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    free, whole = (kilobytes.get(name, 0) * 1024 / 1e9 for name in ("MemAvailable", "MemTotal"))
+    return f"{free:.1f} of {whole:.1f} GB of memory free"
+
+
+def _cache(report: Report, given: str | None) -> None:
+    from yeonma.files import free_bytes, user_path
+    from yeonma.tokenization.cache import default_cache_dir
+
+    folder = user_path(given) if given is not None else default_cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        report.add("cache", str(folder))
+        report.problems.append(
+            f"{folder}: cannot be made ({error.strerror}); name another with $YEONMA_CACHE"
+        )
+        return
+    used = sum(size for size in map(_size, folder.rglob("*")))
+    report.add(
+        "cache", f"{folder}: {used / 1e9:.2f} GB used, {free_bytes(folder) / 1e9:.1f} GB free on its disk"
+    )
+    report.add("here", f"{Path.cwd()}: {free_bytes(Path.cwd()) / 1e9:.1f} GB free")
+    if not os.access(folder, os.W_OK):
+        report.problems.append(f"{folder}: cannot be written; name another with $YEONMA_CACHE")
+    for place in dict.fromkeys((folder, Path.cwd())):
+        if free_bytes(place) < LITTLE_SPACE:
+            report.problems.append(f"{place}: less than {LITTLE_SPACE / 1e9:.0f} GB free")
+
+
+def _size(path: Path) -> int:
+    try:
+        return 0 if path.is_symlink() or not path.is_file() else path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _hub(report: Report) -> None:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    from yeonma.model.smollm2 import hub_failure
+
+    if HF_HUB_OFFLINE:
+        report.add(
+            "hub", "not asked, because of $HF_HUB_OFFLINE; models and data of the hub come from its cache"
+        )
+        return
+    failure = hub_failure()
+    report.add("hub", f"does not answer ({failure}); folders on this machine work" if failure else "answers")

@@ -17,6 +17,7 @@ from yeonma.streams import say
 FAST = ("flash-linear-attention", "causal-conv1d", "flash-attn")
 """Packages of kernels that people ask about. Forests do not need them."""
 LITTLE_SPACE = 5e9
+AGAIN = "install Yeonma again, with its packages"
 
 
 @dataclass
@@ -62,11 +63,11 @@ def _packages(report: Report) -> None:
     own = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
     for one in own:
         found = version_of(one.name)
+        needs = f"Yeonma needs {one.name}{one.specifier}"
         if found is None:
-            report.problems.append(f'{one.name} is not installed; pip install "{one.name}{one.specifier}"')
+            report.problems.append(f"{one.name} is not installed, and {needs}; {AGAIN}")
         elif not one.specifier.contains(found, prereleases=True):
-            what = f"{one.name} {found} is installed, and Yeonma needs {one.specifier}"
-            report.problems.append(f'{what}; pip install "{one.name}{one.specifier}"')
+            report.problems.append(f"{one.name} {found} is installed, and {needs}; {AGAIN}")
     shown = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
     report.add("packages", ", ".join(f"{name} {version_of(name)}" for name in shown))
     optional = {name: version_of(name) for name in (*sorted(TESTED), *FAST)}

@@ -228,6 +228,21 @@ FIELDS = (
     Field("*state.json", "identity.train", "left out", "likewise"),
     Field("*settings.yaml", "train", "left out", "likewise"),
     Field("console/inspect/*", "forecast.memory.copies", "left out", "likewise"),
+    *(
+        Field(pattern, f"{prefix}{name}", "left out", "a setting that earlier versions did not have")
+        for pattern, prefix in (
+            ("*run.json", "identity."),
+            ("*state.json", "identity."),
+            ("*settings.yaml", ""),
+        )
+        for name in ("lora_layers", "exclude_modules", "new_tokens", "modules_to_save", "loraplus_ratio")
+    ),
+    *(
+        Field("*yeonma.json", f"lora.{name}", "left out", "likewise")
+        for name in ("layers", "exclude", "new_tokens", "modules_to_save")
+    ),
+    Field("console/inspect/*", "forecast.adapter.tokens", "left out", "likewise"),
+    Field("console/inspect/*", "adapter.tokens", "left out", "likewise"),
     Field("*report.json", "yeonma", "left out", "it is not what the results depend on"),
     Field("*report.json", "made", "left out", "a date"),
     Field(

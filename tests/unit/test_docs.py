@@ -53,6 +53,8 @@ OTHER_OPTIONS = {
     *(
         "lr",
         "signal",
+        "steps",
+        "threads",
         "write_docs",
         "try",
         "data",

@@ -67,6 +67,7 @@ bench: setup
 docs: setup
 	$(BIN)/python scripts/settings_table.py
 	$(BIN)/python scripts/model_table.py
+	$(BIN)/python scripts/choose.py
 
 # llama.cpp's server in a wheel, nothing to compile: tests/slow/test_gguf.py asks exported files through it.
 llama: .venv-llama/.installed

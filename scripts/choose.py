@@ -15,11 +15,10 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "choose.md", ROOT / "docs" / "choose.ko.md")
+from page_tables import ROOT, write_pages
+
 KEPT = ROOT / "scripts" / "choose.json"
 BEGIN, END = "<!-- models -->", "<!-- /models -->"
 TOKENS, RANK = 2048, 16
@@ -151,15 +150,6 @@ def table(page: str, kept: Mapping[str, Mapping[str, int]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def page_of(text: str, page: str, kept: Mapping[str, Mapping[str, int]]) -> str:
-    """The page with its table between the comments. Raises ValueError where the place is missing."""
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{page} has no place for the table")
-    return f"{before}{begin}\n{table(page, kept)}\n\n{end}{after}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -177,13 +167,9 @@ def main() -> int:
             print(name, kept[name], flush=True)
             check_count(name, shape, kept[name]["frozen"])
         KEPT.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    kept, differs = json.loads(KEPT.read_text(encoding="utf-8")), False
-    for path in PAGES:
-        text, page = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
-        fresh = page_of(text, page, kept)
-        differs |= fresh != text
-        if not given.check:
-            path.write_text(fresh, encoding="utf-8")
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    texts = {page: table(page, kept) for page in HEADS}
+    differs = write_pages(BEGIN, END, texts, "scripts/choose.json", check=given.check)
     return int(given.check and differs)
 
 

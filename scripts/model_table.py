@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from page_tables import ROOT, write_pages
+
 RESULTS = ROOT / "docs" / "models.json"
 BEGIN, END = "<!-- model types -->", "<!-- /model types -->"
 PACKAGES = ("transformers", "peft", "torch", "bitsandbytes")
@@ -79,15 +80,6 @@ def tables(results: Mapping[str, Any], wording: Wording) -> str:
     return "\n".join(lines)
 
 
-def with_tables(page: str, text: str, place: str) -> str:
-    """The page with the tables between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{place}: the lines {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def try_model_types(names: Sequence[str]) -> bool:
     """Makes the runs of these model types, or of all, and writes their results. Returns whether none failed."""
     from tests.families import FAMILIES
@@ -125,20 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     good = options.names is None or try_model_types(options.names)
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    stale = []
-    for wording in (ENGLISH, KOREAN):
-        path = ROOT / wording.page
-        page = path.read_text(encoding="utf-8")
-        fresh = with_tables(page, tables(results, wording), wording.page)
-        if fresh != page:
-            stale.append(wording.page)
-            if not options.check:
-                path.write_text(fresh, encoding="utf-8")
-    for name in stale:
-        print(
-            f"{name}: differs from docs/models.json; run `make docs`" if options.check else f"{name}: written"
-        )
-    return int(not good or (options.check and bool(stale)))
+    texts = {wording.page: tables(results, wording) for wording in (ENGLISH, KOREAN)}
+    stale = write_pages(BEGIN, END, texts, "docs/models.json", check=options.check)
+    return int(not good or (options.check and stale))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from page_tables import ROOT, write_pages
 
-ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 ENGLISH_PAGE, KOREAN_PAGE = "docs/settings.md", "docs/settings.ko.md"
 KOREAN_TEXTS = ROOT / "yeonma" / "config" / "settings.ko.yaml"
@@ -182,15 +182,6 @@ def markdown(groups: Sequence[Group], wording: Wording) -> str:
     return "\n\n".join(blocks)
 
 
-def with_table(page: str, table: str, place: str) -> str:
-    """The page with the table between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{place}: the lines {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,21 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ENGLISH_PAGE: in_chapters(groups, ENGLISH),
         KOREAN_PAGE: in_chapters(groups, translated(groups, KOREAN_TEXTS)),
     }
-    stale = []
-    for name, table in pages.items():
-        page = (ROOT / name).read_text(encoding="utf-8")
-        fresh = with_table(page, table, name)
-        if fresh != page:
-            stale.append(name)
-            if not check:
-                (ROOT / name).write_text(fresh, encoding="utf-8")
-    for name in stale:
-        print(
-            f"{name}: differs from yeonma/config/settings.py; run `make docs`"
-            if check
-            else f"{name}: written"
-        )
-    return int(check and bool(stale))
+    stale = write_pages(BEGIN, END, pages, "yeonma/config/settings.py", check=check)
+    return int(check and stale)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from yeonma.tokenization.example import Example
 VOCABULARY = 97
 WINDOW = 5
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -236,7 +236,7 @@ def _built(family: str, seed: int) -> Any:
         **BORDER_FAMILIES,
         **MORE_FAMILIES,
     }
-    options = {**_COMMON, **copy.deepcopy(families[family])}  # a config changes its rope parameters
+    options = {**COMMON, **copy.deepcopy(families[family])}  # a config changes its rope parameters
     config = AutoConfig.for_model(family.split()[0], **options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # some parameters start from random numbers, and keep them below

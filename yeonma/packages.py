@@ -5,6 +5,8 @@ Yeonma itself is on no package index, so that no message can name its extras.
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 TESTED = {
     "bitsandbytes": "0.50.2",
     "compressed-tensors": "0.20.1",
@@ -31,3 +33,11 @@ TESTED = {
 def install(*packages: str) -> str:
     """The command that installs packages, by their names on PyPI."""
     return " ".join(["pip install", *(f'"{package}=={TESTED[package]}"' for package in packages)])
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None if there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -12,3 +12,8 @@ def check_platform() -> None:
     if os.name == "nt":
         cure = "use Linux inside Windows (WSL2): run `wsl --install`, and install Yeonma there"
         raise UserError("native Windows is not supported", cure=cure)
+
+
+def usable_cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

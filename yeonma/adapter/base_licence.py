@@ -7,14 +7,13 @@ models where that is known.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 
-from yeonma.config.yaml_text import read_value
+from yeonma.config.yaml_text import read_front_matter, read_value
 from yeonma.errors import UserError
 from yeonma.shown import code, markdown
 
@@ -145,13 +144,9 @@ def _of_name(name: str) -> BaseLicence | None:
 
 def _of_readme(path: Path) -> BaseLicence | None:
     """By the front matter of a model card: `license`, or `license_name` where that is `other`."""
+    front = read_front_matter(path)
     try:
-        text = path.read_text("utf-8")[: 1 << 20]
-    except (OSError, ValueError):
-        return None
-    front = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
-    try:
-        values = read_value(front[1], path.name) if front else None
+        values = None if front is None else read_value(front, path.name)
     except UserError:
         return None
     if not isinstance(values, Mapping):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+from typing import Any
 
 from yeonma import __version__
 from yeonma.config.settings import DoctorSettings
-from yeonma.packages import TESTED, install
+from yeonma.packages import TESTED, install, version_of
+from yeonma.platforms import usable_cores
 from yeonma.streams import say
 
 FAST = ("flash-linear-attention", "causal-conv1d", "flash-attn")
@@ -85,22 +86,14 @@ def _requirements() -> list[str]:
         return []
 
 
-def version_of(package: str) -> str | None:
-    """The installed version, None if there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _device(report: Report) -> None:
     import torch
 
     from yeonma.model.attention.dispatch import capability_of
     from yeonma.model.load import pick_device, pick_dtype
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    report.add("processor", f"{cores} cores, {torch.get_num_threads()} threads, {_memory()}")
+    memory = _memory(torch.device("cpu"))
+    report.add("processor", f"{usable_cores()} cores, {torch.get_num_threads()} threads, {memory}")
     device = pick_device("auto")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -127,15 +120,15 @@ def _device(report: Report) -> None:
         report.add("quantization", "int8, nf4, fp8")
 
 
-def _memory() -> str:
-    """Of the machine, where /proc says it."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
+def _memory(device: Any) -> str:
+    """What a run on the CPU may still use, and what the machine has."""
+    from yeonma.train.memory_budget import free_memory
+
+    free = free_memory(device)
+    if free is None:
         return "memory unknown"
-    kilobytes = {name: int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    free, whole = (kilobytes.get(name, 0) * 1024 / 1e9 for name in ("MemAvailable", "MemTotal"))
-    return f"{free:.1f} of {whole:.1f} GB of memory free"
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of memory free"
 
 
 def _cache(report: Report, given: str | None) -> None:
@@ -151,7 +144,7 @@ def _cache(report: Report, given: str | None) -> None:
             f"{folder}: cannot be made ({error.strerror}); name another with $YEONMA_CACHE"
         )
         return
-    used = sum(size for size in map(_size, folder.rglob("*")))
+    used = sum(map(_size, folder.rglob("*")))
     report.add(
         "cache", f"{folder}: {used / 1e9:.2f} GB used, {free_bytes(folder) / 1e9:.1f} GB free on its disk"
     )

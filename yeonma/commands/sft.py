@@ -14,6 +14,7 @@ from pathlib import Path
 from yeonma.config.parse import to_yaml
 from yeonma.config.settings import RunConfig
 from yeonma.errors import LOST, gather
+from yeonma.platforms import usable_cores
 from yeonma.run_folder.lock import check_unlocked
 from yeonma.streams import log_line, unfailing_streams
 from yeonma.train.interrupt import REASONS, START_TIME, Stopped, heeded_signals, stoppable
@@ -89,8 +90,7 @@ def _start_processes(processes: int, command: list[str]) -> int:
 
 
 def _cores_per_process(processes: int) -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return str(max(1, cores // processes))
+    return str(max(1, usable_cores() // processes))
 
 
 @contextmanager

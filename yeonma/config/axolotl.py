@@ -8,13 +8,13 @@ from typing import Any
 from yeonma.config.conversion import (
     TRAININGS,
     Conversion,
+    columns_to_map,
     take_dtype,
     take_optimizer,
     take_schedule,
     take_warmup,
     with_packing,
 )
-from yeonma.config.foreign_names import SAME_COMMAND
 
 TOOL = "Axolotl"
 SAME = (
@@ -102,7 +102,6 @@ def convert(run: Conversion, processes: int) -> None:
         )
         run.used.discard("sequence_len")
     _take_intervals(run)
-    run.no_use("resume_from_checkpoint", SAME_COMMAND)
     if any(run.take(key) for key in ("wandb_project", "use_wandb")):
         run.put("report_to", "wandb")
     for key in ("wandb_entity", "wandb_project", "wandb_mode"):
@@ -120,11 +119,7 @@ def _take_method(run: Conversion) -> None:
         if "rl_beta" in run.given:
             run.put("beta", run.take("rl_beta"))
     if run.given.get("reward_model") or run.given.get("process_reward_model"):
-        raise run.refuse(
-            "reward_model",
-            "reward models are not trained here",
-            TRAININGS,
-        )
+        raise run.refuse("reward_model", "reward models are not trained here", TRAININGS)
     adapter = run.take("adapter")
     if adapter is None:
         run.put("train", "full")
@@ -138,9 +133,6 @@ def _take_method(run: Conversion) -> None:
         run.put("quantization", "int8")
     for key in ("load_in_4bit", "load_in_8bit"):
         run.take(key)
-    run.remark("deepspeed", "write shard: true, with nproc, to divide the base model among processes")
-    for key in ("fsdp", "fsdp_config", "fsdp_version"):
-        run.remark(key, "write shard: true, with nproc, to divide the base model among processes")
     tokens = run.take("special_tokens")
     if isinstance(tokens, dict) and set(tokens) <= {"pad_token"}:
         run.no_use("special_tokens", "there is no padding")
@@ -171,12 +163,7 @@ def _take_data(run: Conversion) -> None:
     ):
         raise run.refuse("datasets", "not a list of data sets with a path each", "see Axolotl's own examples")
     sets = [_entry(run, entry) for entry in entries]
-    if len(sets) == 1:
-        names = {"path": "data_path", "split": "data_split", "revision": "data_revision"}
-        for key, value in sets[0].items():
-            run.put(names.get(key, key), value)
-    else:
-        run.put("data_path", sets)
+    run.put_data(sets)
     if run.take("dataset_exact_deduplication") is True:
         run.remark("dataset_exact_deduplication", "equal rows are counted by yeonma inspect, and trained")
     run.remark("chat_template", "the chat template of the model itself is used: compare with yeonma inspect")
@@ -210,9 +197,7 @@ def _entry(run: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
         run.remark("datasets", f"{given['path']}: write a template file for its type")
     if columns.get("messages") in USUAL_COLUMNS:
         del columns["messages"]
-    columns = {field: column for field, column in columns.items() if field != column}
-    if columns:
-        entry["columns"] = columns
+    entry |= columns_to_map(columns)
     usual = {"roles", "message_property_mappings", "field", *PARTS, *MESSAGES}
     others = sorted(key for key, value in given.items() if key not in usual and value is not None)
     if others:

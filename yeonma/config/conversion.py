@@ -6,7 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from yeonma.config.foreign_names import IN_OTHER_WORDS, NOT_NEEDED, RENAMED, WITHOUT_COUNTERPART
+from yeonma.config.foreign_names import (
+    IN_OTHER_WORDS,
+    NOT_NEEDED,
+    RENAMED,
+    SAME_COMMAND,
+    WITHOUT_COUNTERPART,
+)
 from yeonma.config.parse import Setting, config_from_keywords, groups_in, settings_of
 from yeonma.config.settings import (
     ADAPTER_SETTINGS,
@@ -22,6 +28,8 @@ from yeonma.shown import one_line
 
 SHOWN = 60  # characters of a value in a remark
 TRAININGS = "they are answers, whole texts and preferences"
+OF_ONE_SET = {"path": "data_path", "split": "data_split", "revision": "data_revision"}
+"""Key of an entry of data_path -> the setting of its own, where it has another name."""
 REQUIRED = ("base_model", "data_path", "output_dir")
 OPTIMIZERS: Mapping[object, str] = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
@@ -88,6 +96,14 @@ class Conversion:
         self.put("batch_size", in_pass * passes * processes, f"{in_pass} x {passes} x {processes}")
         self.put("micro_batch_size", in_pass)
 
+    def put_data(self, sets: Sequence[dict[str, Any]]) -> None:
+        """One data set as settings of their own, several as entries of data_path."""
+        if len(sets) == 1:
+            for key, value in sets[0].items():
+                self.put(OF_ONE_SET.get(key, key), value)
+        else:
+            self.put("data_path", list(sets))
+
     def finish(self, same: Collection[str], defaults: Mapping[str, object]) -> None:
         """Takes the keys that are left: those with our names and meaning, and those in the tables of foreign names.
 
@@ -95,6 +111,7 @@ class Conversion:
         with that default.
         """
         own = own_settings(self.verb)
+        self.no_use("resume_from_checkpoint", SAME_COMMAND)
         for key in self.given:
             ours = key if key in same else RENAMED.get(key)
             if key in self.used:
@@ -114,9 +131,8 @@ class Conversion:
             unread = unread | {"lora_r", "lora_alpha", "lora_target_modules"}
         self.settings = {name: value for name, value in self.settings.items() if name not in unread}
         for name, value in defaults.items():
-            if name in unread:
-                continue
-            if name in own and name not in self.settings and value != own[name].default:
+            settled = name in unread or name in self.settings or name not in own
+            if not settled and value != own[name].default:
                 self.put(name, value, f"the default of {self.tool}")
 
     def check(self) -> None:
@@ -209,8 +225,13 @@ def take_dtype(run: Conversion) -> None:
 
 def with_packing(run: Conversion, keys: Sequence[str], tokens: int) -> None:
     """What a batch is where several examples make up one."""
-    on = [key for key in keys if run.take(key) is True]
-    for key in on:
-        packs = run.settings["batch_size"]
-        why = f"a step there has {packs} packs of up to {tokens} tokens; batch_size counts examples: raise it to match"
-        run.remark(key, why)
+    packs = f"{run.settings['batch_size']} packs of up to {tokens} tokens"
+    for key in keys:
+        if run.take(key) is True:
+            run.remark(key, f"a step there has {packs}; batch_size counts examples: raise it to match")
+
+
+def columns_to_map(columns: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The `columns` of an entry of data_path for field -> column; nothing where all have the field's own name."""
+    mapped = {field: column for field, column in columns.items() if field != column}
+    return {"columns": mapped} if mapped else {}

@@ -73,17 +73,20 @@ RENAMED: Mapping[str, str] = {
 }
 """Their name -> our setting of the same meaning."""
 
+_SHARD = "write shard: true, with nproc, to divide the base model among processes"
 IN_OTHER_WORDS: Mapping[str, str] = {
     "assistant_only_loss": "only answers are trained, unless train_on_inputs is true",
     "bf16": "write dtype: bfloat16, or leave it to auto",
     "completion_only_loss": "only answers are trained, unless train_on_inputs is true",
-    "deepspeed": "write shard: true, with nproc, to divide the base model among processes",
+    "deepspeed": _SHARD,
     "eval_strategy": "write eval_steps; without it, a run is evaluated after every epoch",
     "evaluation_strategy": "write eval_steps; without it, a run is evaluated after every epoch",
     "evals_per_epoch": "write eval_steps; without it, a run is evaluated after every epoch",
     "finetuning_type": "write train: lora or train: full",
     "fp16": "write dtype: float16",
-    "fsdp": "write shard: true, with nproc, to divide the base model among processes",
+    "fsdp": _SHARD,
+    "fsdp_config": _SHARD,
+    "fsdp_version": _SHARD,
     "gradient_accumulation_steps": "batch_size is all examples of a step: those of a pass x passes x processes",
     "load_in_4bit": "write quantization: nf4",
     "load_in_8bit": "write quantization: int8",

@@ -13,12 +13,10 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_origin
 
-from yeonma.config.foreign_names import foreign_name_cure
-from yeonma.config.parse import Setting, describe, settings_of
-from yeonma.config.settings import Range
-from yeonma.errors import UserError, did_you_mean
+from yeonma.config.parse import ENGLISH, Setting, ValueWords, describe, settings_of, unknown_cure
+from yeonma.errors import UserError
 from yeonma.language import Language
 
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", list: "LIST", dict: "MAP", Literal: "NAME"}
@@ -42,6 +40,7 @@ class Wording:
     config: str
     of_command: str
     version: str
+    values: ValueWords
 
 
 WORDINGS: Mapping[Language, Wording] = {
@@ -58,6 +57,7 @@ WORDINGS: Mapping[Language, Wording] = {
         config="YAML file of settings. The command line wins over it.",
         of_command="settings of a command",
         version="version of Yeonma",
+        values=ENGLISH,
     ),
     "ko": Wording(
         usage="사용법",
@@ -72,6 +72,19 @@ WORDINGS: Mapping[Language, Wording] = {
         config="설정을 적은 YAML 파일. 명령줄에서 지정한 값이 우선합니다.",
         of_command="명령의 설정",
         version="연마의 버전",
+        values=ValueWords(
+            true_or_false="true 또는 false",
+            whole_number="정수",
+            number="수",
+            in_range="{range}의 {number}",
+            ends=("{} 이상", "{} 초과", "{} 이하", "{} 미만"),
+            between_ends=" ",
+            text="텍스트",
+            list="[{}] 같은 목록",
+            mapping="{{a: {}}} 같은 매핑, 콜론 뒤에 공백",
+            one_of="{} 가운데 하나",
+            between_kinds=" 또는 ",
+        ),
     ),
 }
 
@@ -140,9 +153,8 @@ def _whole_page(source: HelpSource, language: Language) -> str:
 def _setting_page(source: HelpSource, name: str, language: Language) -> str:
     settings = source.settings
     if name not in settings:
-        cure = foreign_name_cure(name, settings, "--{}") or did_you_mean(name, settings)
-        all_of_them = f"yeonma {source.verb} --help all lists them"
-        raise UserError("no setting of this command", place=name, cure=cure or all_of_them)
+        cure = unknown_cure(name, settings, "--{}") or f"yeonma {source.verb} --help all lists them"
+        raise UserError("no setting of this command", place=name, cure=cure)
     lines = _entry(settings[name], _texts(source.groups, language)[name], source, language)
     return "\n".join(line.removeprefix("  ") for line in lines)
 
@@ -237,47 +249,14 @@ def setting_texts(group: type) -> dict[str, str]:
 
 def _values_and_default(setting: Setting, language: Language, is_short: bool) -> str:
     words = WORDINGS[language]
-    describes = describe if language == "en" else _in_korean
-    parts = [describes(setting)] if set(setting.members) - {str, NoneType} and not is_short else []
-    if setting.required and is_short:
-        pass
-    elif setting.required:
-        parts.append(words.required)
+    parts = []
+    if not is_short and set(setting.members) - {str, NoneType}:
+        parts.append(describe(setting, words.values))
+    if setting.required:
+        parts += [] if is_short else [words.required]
     elif setting.default not in (None, ""):
         parts.append(f"{words.default} {setting.default}")
     return f"({'; '.join(parts)})" if parts else ""
-
-
-def _in_korean(setting: Setting) -> str:
-    """As `describe`."""
-    kinds, choices = list[str](), list[str]()
-    for member in setting.members:
-        if get_origin(member) is Literal:
-            choices += [str(choice) for choice in get_args(member)]
-        elif member is bool:
-            kinds.append("true 또는 false")
-        elif member in (int, float):
-            number = "정수" if member is int else "수"
-            kinds.append(f"{_range_in_korean(setting.range)}의 {number}" if setting.range else number)
-        elif member is str:
-            kinds += [] if setting.also else ["텍스트"]
-        elif get_origin(member) is list:
-            kinds.append("[a, b] 같은 목록")
-        elif get_origin(member) is dict:
-            kinds.append("{a: b} 같은 매핑, 콜론 뒤에 공백")
-    kinds += [f"{', '.join(choices)} 가운데 하나"] if choices else []
-    kinds += [setting.also] if setting.also else []
-    return " 또는 ".join(kinds)
-
-
-def _range_in_korean(accepted: Range) -> str:
-    ends: tuple[tuple[Any, str], ...] = (
-        (accepted.at_least, "이상"),
-        (accepted.above, "초과"),
-        (accepted.at_most, "이하"),
-        (accepted.below, "미만"),
-    )
-    return " ".join(f"{number} {word}" for number, word in ends if number is not None)
 
 
 def _metavar(setting: Setting) -> str:

@@ -12,13 +12,13 @@ from yeonma.config.conversion import (
     TRAININGS,
     Conversion,
     Remark,
+    columns_to_map,
     take_dtype,
     take_optimizer,
     take_schedule,
     take_warmup,
     with_packing,
 )
-from yeonma.config.foreign_names import SAME_COMMAND
 from yeonma.errors import UserError
 from yeonma.files import user_path
 
@@ -50,7 +50,7 @@ SAME = (
 )
 DEFAULTS: Mapping[str, object] = {"learning_rate": 5e-5, "lora_r": 8, "num_epochs": 3, "cutoff_len": 2048}
 STAGES = {"pt": "sft", "sft": "sft", "dpo": "dpo", "kto": "dpo"}
-LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 BITS = {4: "nf4", 8: "int8"}
 ROLES = {
     "role_tag": ("role", "from"),
@@ -74,11 +74,7 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
     dataset_info.json."""
     stage = run.take("stage", "sft")
     if stage not in STAGES:
-        raise run.refuse(
-            "stage",
-            f"{stage} is not among the trainings here",
-            TRAININGS,
-        )
+        raise run.refuse("stage", f"{stage} is not among the trainings here", TRAININGS)
     method = run.take("finetuning_type", "lora")
     if method not in ("lora", "full"):
         raise run.refuse("finetuning_type", f"{method} is not among the methods here", "write lora or full")
@@ -87,11 +83,8 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
     run.verb = STAGES[stage]
     run.take("do_train")
     _take_model(run)
-    in_pass, passes = (
-        run.take("per_device_train_batch_size", 8),
-        run.take("gradient_accumulation_steps", 1),
-    )
-    run.take_batch(in_pass, passes, processes)
+    batch = run.take("per_device_train_batch_size", 8), run.take("gradient_accumulation_steps", 1)
+    run.take_batch(*batch, processes)
     if run.take("lora_alpha") is None:
         run.put("lora_alpha", 2 * run.given.get("lora_rank", 8), f"twice the rank, as in {TOOL}")
     else:
@@ -113,10 +106,10 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
     _take_data(run, stage, dataset_dir)
     with_packing(run, ("packing", "neat_packing"), run.given.get("cutoff_len", 2048))
     if stage == "pt" and run.given.get("packing") is None:
-        run.different.append(_packed_by_default())
+        why = f"{TOOL} packs whole texts by default: a step has packs, and here texts"
+        run.different.append(Remark("packing", "not given", why))
     _take_trackers(run)
     _take_intervals(run)
-    run.no_use("resume_from_checkpoint", SAME_COMMAND)
     run.finish(SAME, DEFAULTS)
 
 
@@ -134,8 +127,6 @@ def _take_model(run: Conversion) -> None:
     adapter = run.take("adapter_name_or_path")
     if adapter:
         run.put("adapter", adapter)
-    run.remark("deepspeed", "write shard: true, with nproc, to divide the base model among processes")
-    run.remark("fsdp", "write shard: true, with nproc, to divide the base model among processes")
     for key in ("freeze_vision_tower", "freeze_multi_modal_projector"):
         if run.take(key, True) is True:
             run.no_use(key, "vision towers are not adapted unless lora_target_modules names them")
@@ -143,8 +134,9 @@ def _take_model(run: Conversion) -> None:
             run.remark(key, "name the layers in lora_target_modules")
 
 
-def _names(text: object) -> list[str]:
-    return [name.strip() for name in str(text).split(",")]
+def _names(given: object) -> list[str]:
+    """The names in a list, or in a text with commas between them."""
+    return [str(name).strip() for name in (given if isinstance(given, list) else str(given).split(","))]
 
 
 def _take_preferences(run: Conversion, stage: str) -> None:
@@ -187,12 +179,6 @@ def _take_intervals(run: Conversion) -> None:
         run.put("eval_steps", run.take("eval_steps"))
 
 
-def _packed_by_default() -> Remark:
-    return Remark(
-        "packing", "not given", f"{TOOL} packs whole texts by default: a step has packs, and here texts"
-    )
-
-
 # -------------------------------------------------------------------------------- data
 
 
@@ -227,18 +213,13 @@ def _put_data(run: Conversion, sets: Sequence[dict[str, Any]]) -> None:
     probabilities = run.take("interleave_probs")
     strategy = run.take("mix_strategy", "concat")
     if probabilities is not None and strategy != "concat":
-        parts = probabilities if isinstance(probabilities, list) else _names(probabilities)
-        sets = [{**entry, "weight": float(part)} for entry, part in zip(sets, parts, strict=False)]
+        parts = map(float, _names(probabilities))
+        sets = [{**entry, "weight": part} for entry, part in zip(sets, parts, strict=False)]
         run.remark(
             "mix_strategy",
             "every step has these shares; an epoch has as many rows as all sets together",
         )
-    if len(sets) == 1:
-        names = {"path": "data_path", "split": "data_split", "template": "template", "columns": "columns"}
-        for key, value in sets[0].items():
-            run.put(names[key], value)
-    else:
-        run.put("data_path", list(sets))
+    run.put_data(sets)
 
 
 def _dataset_info(folder: str) -> Mapping[str, Any] | None:
@@ -262,7 +243,7 @@ def _data_sets(
     given = run.given.get(key)
     if given is None:
         return None
-    names = [str(name).strip() for name in (given if isinstance(given, list) else str(given).split(","))]
+    names = _names(given)
     if info is None:
         run.remark(
             key,
@@ -322,7 +303,4 @@ def _entry(
     ):
         if columns.get(theirs_name):
             mapping[ours_name] = columns[theirs_name]
-    mapping = {field: column for field, column in mapping.items() if field != column}
-    if mapping:
-        entry["columns"] = mapping
-    return entry
+    return {**entry, **columns_to_map(mapping)}

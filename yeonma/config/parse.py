@@ -130,8 +130,7 @@ def config_from_keywords(
         if name in settings:
             raw_values[name] = RawValue(os.fspath(value) if isinstance(value, os.PathLike) else value, name)
         elif name != "config":
-            cure = foreign_name_cure(name, settings, "{}") or did_you_mean(name, settings)
-            problems.append(Problem("unknown setting", name, cure))
+            problems.append(Problem("unknown setting", name, unknown_cure(name, settings, "{}")))
     if keywords.get("config") is not None:
         raw_values = {**_from_yaml(str(keywords["config"]), settings, problems), **raw_values}
     return _parse(kind, settings, raw_values, problems, "{}=...")
@@ -161,8 +160,7 @@ def _from_command_line(
         if text is None and remaining and not OPTION.fullmatch(remaining[0]):
             text = remaining.pop(0)
         if name not in settings and name != "config":
-            cure = foreign_name_cure(name, settings, "--{}") or did_you_mean(name, settings)
-            cure = cure or f"see yeonma {verb} --help"
+            cure = unknown_cure(name, settings, "--{}") or f"see yeonma {verb} --help"
             problems.append(Problem("unknown setting", f"--{option[1]}", cure))
             continue
         if text is None and name in settings and bool in settings[name].members:
@@ -174,6 +172,11 @@ def _from_command_line(
         else:
             raw_values[name] = RawValue(_with_further_words(settings.get(name), text, remaining), name)
     return raw_values
+
+
+def unknown_cure(name: str, settings: Mapping[str, Setting], form: str) -> str:
+    """What to write instead of a name that no setting has; empty if nothing is like it. `form`: `--{}` or `{}`."""
+    return foreign_name_cure(name, settings, form) or did_you_mean(name, settings)
 
 
 def _with_further_words(setting: Setting | None, text: str, remaining: list[str]) -> object:
@@ -224,7 +227,7 @@ def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Proble
         place = f"{path}:{line}"
         name = str(key).replace("-", "_")
         if name not in settings:
-            cure = foreign_name_cure(name, settings, "{}") or did_you_mean(name, settings)
+            cure = unknown_cure(name, settings, "{}")
             problems.append(Problem(f"unknown setting {_format_value(key)}", place, cure))
         elif name in raw_values:
             problems.append(Problem(f'"{name}" is given twice', place, "remove one of them"))
@@ -454,7 +457,40 @@ def settings_of(
     return settings
 
 
-def describe(setting: Setting) -> str:
+@dataclass(frozen=True)
+class ValueWords:
+    """How a language describes values. Braces stand for examples, choices, or the ends of a range."""
+
+    true_or_false: str
+    whole_number: str
+    number: str
+    in_range: str
+    """Takes the range and one of the two above."""
+    ends: tuple[str, str, str, str]
+    between_ends: str
+    text: str
+    list: str
+    mapping: str
+    one_of: str
+    between_kinds: str
+
+
+ENGLISH = ValueWords(
+    true_or_false="true or false",
+    whole_number="a whole number",
+    number="a number",
+    in_range="{number} {range}",
+    ends=("of at least {}", "above {}", "at most {}", "below {}"),
+    between_ends=" and ",
+    text="text",
+    list="a list such as [{}]",
+    mapping="a mapping such as {{a: {}}}, with a space after each colon",
+    one_of="one of {}",
+    between_kinds=" or ",
+)
+
+
+def describe(setting: Setting, words: ValueWords = ENGLISH) -> str:
     """A description of the values that a setting accepts: `a whole number of at least 1`."""
     kinds: list[str] = []
     choices: list[str] = []
@@ -462,24 +498,29 @@ def describe(setting: Setting) -> str:
         if get_origin(member) is Literal:
             choices += [str(choice) for choice in get_args(member)]
         elif member is bool:
-            kinds.append("true or false")
+            kinds.append(words.true_or_false)
         elif member in (int, float):
-            number = "a whole number" if member is int else "a number"
-            kinds.append(f"{number} {setting.range}" if setting.range else number)
+            kinds.append(_number_in_words(member, setting.range, words))
         elif member is str:
-            kinds += [] if setting.also else ["text"]
+            kinds += [] if setting.also else [words.text]
         elif get_origin(member) is list:
             item = get_args(member)[0]
             examples = get_args(item) if get_origin(item) is Literal else ("a", "b")
-            kinds.append(f"a list such as [{', '.join(map(str, examples[:2]))}]")
+            kinds.append(words.list.format(", ".join(map(str, examples[:2]))))
         elif get_origin(member) is dict:
-            example = "b" if get_args(member)[1] is str else "1"
-            kinds.append(f"a mapping such as {{a: {example}}}, with a space after each colon")
+            kinds.append(words.mapping.format("b" if get_args(member)[1] is str else "1"))
     if choices:
-        kinds.append(f"one of {', '.join(choices)}")
+        kinds.append(words.one_of.format(", ".join(choices)))
     if setting.also:
         kinds.append(setting.also)
-    return " or ".join(kinds)
+    return words.between_kinds.join(kinds)
+
+
+def _number_in_words(member: type, accepted: Range | None, words: ValueWords) -> str:
+    number = words.whole_number if member is int else words.number
+    if accepted is None:
+        return number
+    return words.in_range.format(number=number, range=accepted.in_words(words.ends, words.between_ends))
 
 
 def _parts(kind: type) -> dict[str, tuple[type, bool]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -55,14 +55,11 @@ class Range:
             and (self.below is None or number < self.below)
         )
 
-    def __str__(self) -> str:
-        ends = (
-            ("of at least", self.at_least),
-            ("above", self.above),
-            ("at most", self.at_most),
-            ("below", self.below),
-        )
-        return " and ".join(f"{words} {number}" for words, number in ends if number is not None)
+    def in_words(self, forms: Sequence[str], between: str) -> str:
+        """`forms`: how its four ends are said, such as `above {}`, in the order of the fields."""
+        ends = (self.at_least, self.above, self.at_most, self.below)
+        said = (form.format(end) for form, end in zip(forms, ends, strict=True) if end is not None)
+        return between.join(said)
 
 
 COUNT = {"range": Range(at_least=1, limit=10**9)}

@@ -9,12 +9,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import yaml
 
 from yeonma.errors import UserError
 from yeonma.shown import has_hidden, many_lines
 
+MAX_FRONT_CHARACTERS = 1 << 20
+"""Of a Markdown file, for the data at its head."""
 MAX_VALUES = 10_000
 """Limit on the values of a text with its aliases expanded: ten short lines of them can stand for billions of values."""
 
@@ -71,6 +74,16 @@ def write_item(name: str, value: object) -> str:
 def front_matter(items: Mapping[str, object]) -> list[str]:
     """The lines of a card's own data at the head of a Markdown file."""
     return ["---", *(write_item(key, value).rstrip("\n") for key, value in items.items()), "---", ""]
+
+
+def read_front_matter(path: Path) -> str | None:
+    """The text of the data at the head of a Markdown file; None if it has none, or cannot be read."""
+    try:
+        text = path.read_text("utf-8")[:MAX_FRONT_CHARACTERS]
+    except (OSError, ValueError):
+        return None
+    front = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    return front and front[1]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from yeonma.errors import UserError
+from yeonma.model.reading_class import class_with
 
 
 class AbsentTower(nn.Module):
@@ -75,14 +76,7 @@ def build_empty(config: Any, trust_remote_code: bool = False, **options: Any) ->
 
 def without_towers(model_class: Any) -> Any:
     """The class of a checkpoint whose towers are left out, for transformers to read the other weights into."""
-
-    def make(self: Any, config: Any, *args: Any, **options: Any) -> None:
-        model_class.__init__(self, config, *args, **options)
-        leave_out_towers(self)
-
-    return type(
-        model_class.__name__, (model_class,), {"__init__": make, "__module__": model_class.__module__}
-    )
+    return class_with(model_class, leave_out_towers)
 
 
 def leave_out_towers(model: Any) -> None:

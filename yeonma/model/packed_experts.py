@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from yeonma.errors import UserError
+from yeonma.model.reading_class import class_with
 from yeonma.model.targets import PLACE, ROUTED, TargetLayer
 from yeonma.model.whole_weights import PACKED_BYTES, unpack_mxfp4
 
@@ -32,14 +33,7 @@ class PackedShape:
 
 def packing_class(model_class: Any) -> Any:
     """The class of a model whose experts have packed weights, for transformers to read them into."""
-
-    def make(self: Any, config: Any, *args: Any, **options: Any) -> None:
-        model_class.__init__(self, config, *args, **options)
-        _replace_weights(self)
-
-    return type(
-        model_class.__name__, (model_class,), {"__init__": make, "__module__": model_class.__module__}
-    )
+    return class_with(model_class, _replace_weights)
 
 
 def pack_experts_on_meta(model: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from yeonma.config.settings import Quantization
+from yeonma.config.yaml_text import read_front_matter
 from yeonma.errors import UserError
 from yeonma.packages import install
 
@@ -183,11 +184,8 @@ def _is_same(name: str, folder: Path) -> bool:
 
 def _base_of_readme(path: Path) -> str | None:
     """The first `base_model` of the front matter of a model card."""
-    try:
-        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", path.read_text("utf-8"), re.DOTALL)
-    except (OSError, ValueError):
-        return None
-    named = front and re.search(r"^base_model:\s*(?:-\s*)?[\[\"']*([\w./-]+)", front.group(1), re.MULTILINE)
+    front = read_front_matter(path)
+    named = front and re.search(r"^base_model:\s*(?:-\s*)?[\[\"']*([\w./-]+)", front, re.MULTILINE)
     return named.group(1) if named else None
 
 

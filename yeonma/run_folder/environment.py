@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
+
+from yeonma.packages import version_of
 
 
 def environment(processes: int, device: torch.device) -> dict[str, str | int]:
@@ -22,15 +24,8 @@ def environment(processes: int, device: torch.device) -> dict[str, str | int]:
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         **versions(),
-        **({"triton": _version_or_none("triton")} if on_gpu else {}),
+        **({"triton": version_of("triton") or "none"} if on_gpu else {}),
     }
-
-
-def _version_or_none(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def versions() -> dict[str, str]:

@@ -373,6 +373,11 @@ def adapter_bytes(parameters: int, tokenizer: Any) -> int:
     return parameters * FLOAT32_BYTES + _tokenizer_bytes(tokenizer)
 
 
+def state_bytes(optimizer: str) -> int:
+    """Bytes of an optimizer's state for each trained parameter: two numbers, in float32 or in 8 bits with scales."""
+    return OPTIMIZER_STATES * FLOAT32_BYTES if optimizer == "adamw" else 3
+
+
 def model_bytes(weights: Iterable[torch.Tensor], tokenizer: Any) -> int:
     """The size of a model's weights and tokenizer files."""
     return sum(weight.nbytes for weight in weights) + _tokenizer_bytes(tokenizer)

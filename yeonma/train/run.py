@@ -160,7 +160,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
                 _checkpoint_schedule(config, prepared),
                 prepared.trained_parameters,
                 prepared.tokenizer,
-                state_bytes=8 if config.step.optimizer == "adamw" else 3,
+                state_bytes=folder.state_bytes(config.step.optimizer),
                 noun="model" if model_settings.train == "full" else "adapter",
             )
         stop.check()

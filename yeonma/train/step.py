@@ -107,9 +107,9 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
     def add_gradients() -> torch.Tensor:
         totals = torch.zeros(1 + len(objective.metrics), device=state.model.device)
+        idle = [weight for weight in state.parameters.values() if not is_shard(weight)]
         for micro_pass in _passes(state, batch):
             loss_sum, metric_sums = _sums(state, objective.sums, micro_pass)
-            idle = [weight for weight in state.parameters.values() if not is_shard(weight)]
             with _no_gradient_from_idle(micro_pass, idle):
                 (loss_sum / count).backward()
             totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count

@@ -119,8 +119,8 @@ def locate_base(
     return source
 
 
-def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> Finding:
-    """Checks the base's config and size against yeonma.json, and the adapter's shapes against the base's layers."""
+def _recorded_base(adapter: AdapterFolder, source: BaseSource) -> Any:
+    """The base without its weights; the finding, if it cannot be built so or is not the one that yeonma.json has."""
     model = outline(load_config(source), source)
     if model is None:
         return not_checked("base", f"{source.name} cannot be built without its weights")
@@ -128,6 +128,14 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
         check_base(adapter, base_identity(model, source))
     except UserError as error:
         return checked("base", error.problems, "")
+    return model
+
+
+def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> Finding:
+    """Checks the base's config and size against yeonma.json, and the adapter's shapes against the base's layers."""
+    model = _recorded_base(adapter, source)
+    if isinstance(model, Finding):
+        return model
     place, cure = str(adapter.path / WEIGHTS_FILE), "restore the adapter of this run, or train again"
     try:
         header = read_header(adapter.path)
@@ -148,13 +156,9 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
 
 def check_base_config(adapter: AdapterFolder, source: BaseSource) -> Finding:
     """Checks the base's config and size against yeonma.json."""
-    model = outline(load_config(source), source)
-    if model is None:
-        return not_checked("base", f"{source.name} cannot be built without its weights")
-    try:
-        check_base(adapter, base_identity(model, source))
-    except UserError as error:
-        return checked("base", error.problems, "")
+    model = _recorded_base(adapter, source)
+    if isinstance(model, Finding):
+        return model
     return checked("base", [], f"{source.name} has the recorded config")
 
 

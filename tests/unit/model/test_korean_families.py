@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.models import COMMON
 from tests.runs import articles, characters, command, trained, write_jsonl
 from yeonma.batch.forest import lay_out
 from yeonma.errors import UserError
@@ -23,19 +24,7 @@ from yeonma.model.forest_support import check_forest_support, tiny_sequences
 from yeonma.model.logprobs import trained_logprobs
 from yeonma.model.source import find_base
 
-_TEXT = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_TEXT = {**COMMON, "max_position_embeddings": 512}
 _EXPERTS = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,

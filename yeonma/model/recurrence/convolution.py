@@ -8,7 +8,7 @@ Shapes: T tokens, W channels, K width of the convolution, S segments, F tokens t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-from yeonma.model.recurrence.pieces import rows
+from yeonma.model.recurrence.pieces import add_rows_
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +84,13 @@ def causal_convolution(
 ) -> torch.Tensor:
     """x (1, W, T), weight (W, K), bias (W,) -> (1, W, T), with the arguments of transformers' `causal_conv1d_fn`.
 
-    initial: (origins, K - 1, W), the last inputs before segments without a parent.
+    initial: (origins, K - 1, W), the last inputs before segments without a parent; they get no gradient.
     """
     inputs = x[0].t()
     # as much precision as one product over all inputs has
     exact = inputs.to(torch.promote_types(weight.dtype, torch.float32))
     kernel = weight.to(exact.dtype)
-    output: torch.Tensor = _Flat.apply(exact, kernel)
-    bank = exact if initial is None else torch.cat([exact, initial.flatten(0, 1).to(exact)])
-    windows = rows(bank, taps.input_FK.flatten()).unflatten(0, taps.input_FK.shape) * taps.exists_FK1
-    output = output.index_copy(0, taps.first_F, (windows * kernel.t()).sum(1))
+    output: torch.Tensor = _Convolution.apply(exact, kernel, taps, initial)
     if bias is not None:
         output = output + bias
     if activation is not None:
@@ -109,34 +106,54 @@ def last_inputs(x: torch.Tensor, taps: Taps, initial: torch.Tensor | None = None
     return bank[taps.last_SK.clamp_min(0)] * (taps.last_SK >= 0).unsqueeze(-1)
 
 
-class _Flat(torch.autograd.Function):
-    """The convolution (T, W) -> (T, W) over one sequence, with zeros before it, by K passes over memory in either
-    direction."""
+class _Convolution(torch.autograd.Function):
+    """The convolution (T, W) -> (T, W): over one sequence with zeros before it, by K passes over memory in either
+    direction, except for the rows `taps.first_F`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, taps: Taps, initial: torch.Tensor | None
+    ) -> torch.Tensor:
+        kernel = weight.t().contiguous()
+        result = x * kernel[-1]
+        for shift, factor in _shifts(kernel, len(x)):
+            result[shift:].addcmul_(x[:-shift], factor)
+        result.index_copy_(0, taps.first_F, (_windows(x, taps, initial) * kernel).sum(1))
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        width = weight.shape[1]
-        padded = F.pad(x, (0, 0, width - 1, 0))
-        taps = weight.t().contiguous()
-        result = padded[: len(x)] * taps[0]
-        for tap in range(1, width):
-            result.addcmul_(padded[tap : tap + len(x)], taps[tap])
+        ctx.taps, ctx.initial = taps, initial
         return result
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def backward(
+        ctx: Any, upstream: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        length, width = len(upstream), weight.shape[1]
+        taps, kernel = ctx.taps, weight.t().contiguous()
+        of_first = upstream.index_select(0, taps.first_F).unsqueeze(1)
+        of_others = upstream.index_fill(0, taps.first_F, 0)
         to_x = to_weight = None
         if ctx.needs_input_grad[0]:
-            padded = F.pad(upstream, (0, 0, 0, width - 1))
-            taps = weight.t().contiguous()
-            to_x = padded[width - 1 :] * taps[0]
-            for tap in range(1, width):
-                start = width - 1 - tap
-                to_x.addcmul_(padded[start : start + length], taps[tap])
+            to_x = of_others * kernel[-1]
+            for shift, factor in _shifts(kernel, len(upstream)):
+                to_x[:-shift].addcmul_(of_others[shift:], factor)
+            inputs = taps.exists_FK1 & (taps.input_FK < len(upstream)).unsqueeze(-1)
+            index = taps.input_FK.clamp_max(len(upstream) - 1).flatten()
+            add_rows_(to_x, index, (of_first * kernel * inputs).flatten(0, 1))
         if ctx.needs_input_grad[1]:
+            width, length = len(kernel), len(upstream)
             padded = F.pad(x, (0, 0, width - 1, 0))
-            to_weight = torch.stack([(padded[k : k + length] * upstream).sum(0) for k in range(width)], dim=1)
-        return to_x, to_weight
+            to_weight = torch.stack([(padded[k : k + length] * of_others).sum(0) for k in range(width)])
+            to_weight = (to_weight + (_windows(x, taps, ctx.initial) * of_first).sum(0)).t()
+        return to_x, to_weight, None, None
+
+
+def _shifts(kernel: torch.Tensor, length: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """How many tokens before its own a token reads, and the weights (W,) of that input, without its own."""
+    for shift in range(1, min(len(kernel), length)):
+        yield shift, kernel[-1 - shift]
+
+
+def _windows(x: torch.Tensor, taps: Taps, initial: torch.Tensor | None) -> torch.Tensor:
+    """(F, K, W): the inputs of the rows `taps.first_F`."""
+    bank = x if initial is None else torch.cat([x, initial.flatten(0, 1).to(x)])
+    return bank.index_select(0, taps.input_FK.flatten()).unflatten(0, taps.input_FK.shape) * taps.exists_FK1

@@ -8,6 +8,8 @@ segments, P pieces, C places of a piece, R = H / G.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -85,13 +87,15 @@ def _delta_inputs(
     normed: bool,
 ) -> tuple[torch.Tensor, ...]:
     """The arguments of a delta rule in float32, in pieces and by group."""
-    q, k = query[0].float(), key[0].float()
+    q, k, scale = query[0].float(), key[0].float(), query.shape[-1] ** -0.5
     if normed:
-        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPSILON) for x in (q, k))
+        q, k = _Normed.apply(q, scale), _Normed.apply(k, 1.0)
+    else:
+        q = q * scale
     groups = q.shape[1]
     others = (value[0].float(), g[0].float(), beta[0].float().unsqueeze(-1))
     return (
-        _by_group(q * q.shape[-1] ** -0.5, pieces, groups),
+        _by_group(q, pieces, groups),
         _by_group(k, pieces, groups),
         *(_by_group(x, pieces, groups) for x in others),
     )
@@ -99,14 +103,31 @@ def _delta_inputs(
 
 def _by_group(x_T: torch.Tensor, pieces: Pieces, groups: int) -> torch.Tensor:
     """(T, heads, N) -> (P, G, heads / G, C, N)."""
-    return to_pieces(x_T, pieces).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
+    return to_pieces(x_T, pieces).unflatten(1, (groups, -1))
 
 
 def _outputs(
     output: torch.Tensor, behind: torch.Tensor | None, pieces: Pieces, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    places = output.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return to_tokens(places, pieces).unsqueeze(0).to(dtype), behind
+    return to_tokens(output.flatten(1, 2), pieces).unsqueeze(0).to(dtype), behind
+
+
+class _Normed(torch.autograd.Function):
+    """Rows (..., K) over their length, times `scale`: two passes over memory in either direction."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        factor = torch.linalg.vecdot(x, x).add_(EPSILON).rsqrt_().mul_(scale).unsqueeze(-1)
+        result = x * factor
+        ctx.save_for_backward(result, factor)
+        ctx.scale = scale
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        result, factor = ctx.saved_tensors
+        along = torch.linalg.vecdot(upstream, result).div_(ctx.scale**2).unsqueeze(-1)
+        return torch.addcmul(upstream, result, along, value=-1).mul_(factor), None
 
 
 def _read_by_channel(query: torch.Tensor, key: torch.Tensor, fading: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,24 @@ def scan(
 
     `initial`: the states that level 0 starts from.
     """
-    sizes = [level.pieces for level in pieces.levels]
+    outputs: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
+    state = initial
+    for level, own in zip(pieces.levels, _by_level(inputs, pieces.levels), strict=True):
+        before = None if level.parent is None or state is None else rows(state, level.parent)
+        output, state = _level(own, level, before)
+        outputs.append(output)
+        if pieces.last_S is not None and state is not None:
+            states.append(state)
+    behind = torch.cat(states).index_select(0, pieces.last_S) if pieces.last_S is not None else None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), behind
+
+
+def _by_level(inputs: PieceInputs, levels: Sequence[Level]) -> list[PieceInputs]:
+    """One split of each tensor, whose gradient is one concatenation; none where there is one level."""
+    if len(levels) == 1:
+        return [inputs]
+    sizes = [level.pieces for level in levels]
     columns = (
         inputs.query,
         inputs.key,
@@ -65,22 +82,10 @@ def scan(
         inputs.system,
         inputs.strength,
     )
-    # one split, whose gradient is one concatenation
     parts: list[Sequence[torch.Tensor | None]] = [
         [None] * len(sizes) if column is None else column.split(sizes) for column in columns
     ]
-    outputs: list[torch.Tensor] = []
-    states: list[torch.Tensor] = []
-    state = initial
-    for level, columns_of_level in zip(pieces.levels, zip(*parts, strict=True), strict=True):
-        own = PieceInputs(*columns_of_level)
-        before = None if level.parent is None or state is None else rows(state, level.parent)
-        output, state = _level(own, level, before)
-        outputs.append(output)
-        if pieces.last_S is not None and state is not None:
-            states.append(state)
-    behind = torch.cat(states).index_select(0, pieces.last_S) if pieces.last_S is not None else None
-    return torch.cat(outputs), behind
+    return [PieceInputs(*columns_of_level) for columns_of_level in zip(*parts, strict=True)]
 
 
 def _level(

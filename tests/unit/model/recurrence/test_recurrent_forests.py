@@ -205,7 +205,7 @@ def test_levels_hold_all_pieces_of_a_depth_those_that_are_continued_first() -> N
 
 
 @pytest.mark.parametrize(
-    ("lengths", "length"), [([16] * 9, 16), ([30, 31], 32), ([1] * 5, 1), ([700], MAX_PIECE)]
+    ("lengths", "length"), [([16] * 9, 16), ([30, 31], 32), ([1] * 5, 1), ([8 * MAX_PIECE], MAX_PIECE)]
 )
 def test_pieces_are_as_short_as_the_segments_allow(lengths: list[int], length: int) -> None:
     assert lay_out_pieces(lengths, [None] * len(lengths), torch.device("cpu")).length == length

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from yeonma.cli import VERBS, Verb
-from yeonma.commands.demo import SAMPLES
 from yeonma.config.parse import read_config
 from yeonma.data import template
+from yeonma.data.bundled_samples import FOLDER as SAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from yeonma.data.arrow_reader import one_line
+from yeonma.data.bundled_samples import sample_data
 from yeonma.data.data_folder import DataFile, files_of
 from yeonma.data.library_sets import hub_set, is_saved, no_splits, saved_set
 from yeonma.data.python_rows import given_set
@@ -78,8 +79,8 @@ def open_rows(
     max_rows: int | None = None,
     skip_bad: bool = False,
 ) -> Rows:
-    """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`), or
-    those that were given in Python.
+    """The rows of a file, a folder of files, a `save_to_disk` folder, a bundled sample (`sample:news_en`) or a hub data
+    set (`name`, `name:config`), or those that were given in Python.
 
     An existing path is local; a name that looks like a path but does not exist is an error; any other name is looked up
     on the hub. A local path may be followed by `:` and the part to read. `split` may be sliced, also where there are no
@@ -190,6 +191,8 @@ def _local_path(data_path: str) -> tuple[Path | None, str | None]:
     """
     if not data_path.strip():
         raise UserError("no data given", place="--data_path", cure="give a file, a folder or a data set")
+    if (sample := sample_data(data_path)) is not None:
+        return sample, None
     if (path := _existing(data_path)) is not None:
         return path, None
     before, colon, part = data_path.partition(":")

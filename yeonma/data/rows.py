@@ -21,7 +21,7 @@ import numpy as np
 from yeonma.data.arrow_reader import one_line
 from yeonma.data.bundled_samples import sample_data
 from yeonma.data.data_folder import DataFile, files_of
-from yeonma.data.library_sets import hub_set, is_saved, no_splits, saved_set
+from yeonma.data.library_sets import check_on_hub, hub_set, is_saved, no_splits, saved_set
 from yeonma.data.python_rows import given_set
 from yeonma.data.readers import ENDINGS, ending_of, is_text, open_file
 from yeonma.data.records import DataSet, FileOptions, Source
@@ -114,14 +114,17 @@ def glance(
 ) -> Rows | None:
     """Like `open_rows` for a file or a folder of files, but without `identity`, which takes reading all of the data.
 
-    Returns None for data that the library `datasets` reads, and for slices that depend on the number of rows. Raises
-    UserError as `open_rows`.
+    Returns None for data that the library `datasets` reads, after a check that the hub can be reached, and for slices
+    that depend on the number of rows. Raises UserError as `open_rows`.
     """
     if (data := given_set(data_path)) is not None:
         return _rows(_slice_of(data, split), max_rows)
     path, part = _local_path(data_path)
     options = _options(encoding, part, delimiter, skip_bad)
-    if path is None or is_saved(path):
+    if path is None:
+        check_on_hub(data_path)
+        return None
+    if is_saved(path):
         return None
     parts = parse_split(split)
     if any(part.needs_count for part in parts):

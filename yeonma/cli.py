@@ -60,6 +60,8 @@ class Verb:
     important: tuple[str, ...] = ()
     """The settings on the one screen of `--help`, besides those that are required. If empty, that shows all."""
     example: str = ""
+    check: str = ""
+    """The function of yeonma.commands.first_checks that runs before the command is imported."""
 
     @property
     def groups(self) -> tuple[type, ...]:
@@ -111,6 +113,7 @@ VERBS = {
         "adapter_dir",
         important=("data_path", "row", "prompt", "output", "max_new_tokens", "temperature", "batch_size"),
         example="""yeonma generate titles --row '{"document": "The ferry runs again."}'""",
+        check="check_generate",
     ),
     "chat": Verb(
         "Chat with a fine-tuned model.",
@@ -119,6 +122,7 @@ VERBS = {
         "adapter_dir",
         important=("max_new_tokens", "temperature", "adapter_weights", "template"),
         example="yeonma chat titles",
+        check="check_chat",
     ),
     "compare": Verb(
         "Compare models on the same rows and write a report.",
@@ -126,24 +130,28 @@ VERBS = {
         CompareConfig,
         important=("template", "output_dir", "max_new_tokens", "data_split"),
         example=f"yeonma compare --models {BASE} titles \\\n    --data_path test.jsonl --output_dir report",
+        check="check_compare",
     ),
     "verify": Verb(
         "Check the folder of a run for damage and mismatches.",
         "yeonma.commands.verify:run",
         VerifySettings,
         "adapter_dir",
+        check="check_verify",
     ),
     "merge": Verb(
         "Merge an adapter into its base model and check the result.",
         "yeonma.commands.merge:run",
         MergeSettings,
         "adapter_dir",
+        check="check_merge",
     ),
     "export": Verb(
         "Export a fine-tuned model to llama.cpp or Ollama.",
         "yeonma.commands.export:run",
         ExportSettings,
         "model_dir",
+        check="check_export",
     ),
     "push": Verb(
         "Upload an adapter or a merged model to the Hugging Face hub.",
@@ -270,6 +278,8 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
             log_line(f"warning: {warning}")
     escape_other_libraries()
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
+    if verb.check:
+        getattr(import_module("yeonma.commands.first_checks"), verb.check)(parsed.config)
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0
 

@@ -55,6 +55,11 @@ def user_path(written: str | Path, place: str = "") -> Path:
     return path
 
 
+def default_cache_dir() -> Path:
+    """$YEONMA_CACHE, or ~/.cache/yeonma."""
+    return user_path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma")
+
+
 def output_file(written: str, setting: str, data_path: str | None) -> Path:
     """The file for results. `setting` is the option that names it, such as `--output`.
 
@@ -71,6 +76,23 @@ def output_file(written: str, setting: str, data_path: str | None) -> Path:
         raise UserError(
             "this is the data file itself", place=f"{setting} {written}", cure="name another file"
         )
+    return output
+
+
+def existing_folder(written: str, cure: str) -> Path:
+    """The folder that a setting names. Raises UserError, with this cure, if there is none."""
+    folder = user_path(written)
+    if not folder.is_dir():
+        raise UserError("no such folder", place=written, cure=cure)
+    return folder
+
+
+def new_output_folder(written: str) -> Path:
+    """The folder that `output_dir` names, to be written as a whole. Raises UserError if it exists and is not empty."""
+    output = user_path(written, f"output_dir {written}")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        cure = "give another folder, or remove it"
+        raise UserError("it exists already", place=f"output_dir {output}", cure=cure)
     return output
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import BaseIdentity, base_identity, check_continued
 from yeonma.adapter.base_check import check_content
+from yeonma.adapter.found_adapter import BASE_CURE
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.batch.batch import Batch
 from yeonma.config.parse import config_from_keywords
@@ -425,8 +426,7 @@ def load_policy(
     except UserError as error:
         if Path(source.name).is_dir():
             raise
-        cure = "name a folder that has it with --base_model"
-        problems = [replace(problem, cure=f"{problem.cure}, or {cure}") for problem in error.problems]
+        problems = [replace(problem, cure=f"{problem.cure}, or {BASE_CURE}") for problem in error.problems]
         raise UserError(problems) from error
     check_content(builder.adapter, source, log=log)
     policy = _assemble(base, source, adapters, PLAIN)

@@ -262,6 +262,7 @@ def test_fault_29_data_set_that_needs_its_own_code_is_refused(
         "load_dataset",
         lambda name, *arguments, **keywords: load_dataset(f"someone/{name}", *arguments, **keywords),
     )
+    monkeypatch.setattr("yeonma.data.library_sets.check_reachable", lambda *_, **__: None)
     assert refused("news") == [f"news: {what.format('news.py')}; {cure}"]
     assert not (tmp_path / "ran").exists()
 

@@ -33,7 +33,7 @@ from tests.fuzz.samples import (
 from tests.fuzz.sandbox import Sandbox
 from tests.tables import table_as
 from yeonma.cli import VERBS
-from yeonma.commands.generate import row_of
+from yeonma.commands.first_checks import row_of
 from yeonma.config.parse import config_from_keywords, read_config, settings_dict, to_yaml
 from yeonma.config.settings import (
     TRAINING,

@@ -11,9 +11,9 @@ import pytest
 
 from tests.runs import Done, command, model_folder
 from yeonma import load
-from yeonma.commands.demo import SAMPLES
 from yeonma.config.parse import read_config, to_yaml
 from yeonma.config.settings import PREFERENCE_DEFAULTS, TRAINING, RunConfig
+from yeonma.data.bundled_samples import FOLDER as SAMPLES
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from yeonma.cli import VERBS, Verb
-from yeonma.commands.demo import SAMPLES
 from yeonma.config.parse import read_config
 from yeonma.data import template
+from yeonma.data.bundled_samples import FOLDER as SAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -49,7 +49,17 @@ OTHER_OPTIONS = {
     "allowed_origins",  # of vLLM
     # of pip, wsl, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
     "trace",  # of scripts/choose.py
-    *("no_deps", "install", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
+    *(
+        "no_deps",
+        "install",
+        "index_url",
+        "wheel_dir",
+        "ntasks_per_node",
+        "nnodes",
+        "node_rank",
+        "max_model_len",
+        "signals_to_handle",
+    ),
     *(
         "lr",
         "signal",
@@ -84,9 +94,9 @@ COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:cd|hf|make|nvidia-smi|python[\d.]*|rsync|ssh|tmux|torchrun|yeonma|\.[\w-]+/bin/\w+)(?: .*)?"
 )
 KOREAN_COMMANDS = {
-    "yeonma inspect --base_model HuggingFaceTB/SmolLM2-135M-Instruct --data_path yeonma/samples/news_en.jsonl "
-    "--template yeonma/samples/title_en.txt --cutoff_len 80 --rows 1,17": "yeonma inspect --base_model "
-    "HuggingFaceTB/SmolLM2-135M-Instruct --data_path yeonma/samples/news_ko.jsonl --cutoff_len 256 --rows 1,17",
+    "yeonma inspect --base_model HuggingFaceTB/SmolLM2-135M-Instruct --data_path sample:news_en "
+    "--template sample:title_en --cutoff_len 80 --rows 1,17": "yeonma inspect --base_model "
+    "HuggingFaceTB/SmolLM2-135M-Instruct --data_path sample:news_ko --cutoff_len 256 --rows 1,17",
 }
 """English commands whose Korean pages have another one: Korean rows suit the built-in template and have more tokens."""
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")

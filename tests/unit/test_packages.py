@@ -98,14 +98,49 @@ def test_every_optional_import_has_a_command() -> None:
 
 
 def test_no_message_or_page_names_an_extra_or_a_version_of_its_own() -> None:
+    """Yeonma is on no index: a message never names its extras, and a page only with the place that it comes from."""
     pages = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
-    code = [path for path in sorted((ROOT / "yeonma").rglob("*.py")) if path.name != "packages.py"]
+    code = [path for path in sorted((ROOT / "yeonma").rglob("*")) if path.suffix in (".py", ".yaml")]
     for path in [*pages, *code]:
         text = path.read_text("utf-8")
-        assert not re.search(r"yeonma\[[a-z-]+\]", text), path
-        for command in re.findall(r"pip install (?!-)(\S+)", text):
-            if path in code:
-                raise AssertionError(f"{path}: {command}: use yeonma.packages.install")
+        if path in code and path.name != "packages.py":
+            assert "yeonma[" not in text and "pip install " not in text, (
+                f"{path}: use yeonma.packages.install"
+            )
+            continue
+        for extras, place in re.findall(r"yeonma[\w.-]*\[([^\]]*)\](.*)", text):
+            assert path in pages and place.startswith((" @ git+", '"')), f"{path}: {extras}{place}"
+            assert set(extras.split(",")) <= extras_of_pyproject(), f"{path}: {extras}"
+        for command in re.findall(r"pip install (?!-)(\S+)", text) if path in pages else ():
+            if command.startswith(('"yeonma[', '"yeonma-')):
+                continue
             match = re.match(r'"?([a-z][a-z0-9_-]*)==([0-9.]*[0-9])', command)
             assert match, f"{path}: {command}"
-            assert TESTED.get(match[1], match[2]) == match[2], f"{path}: {command}"
+            assert TESTED.get(match[1], pins_of_requirements().get(match[1])) == match[2], (
+                f"{path}: {command}"
+            )
+
+
+@pytest.mark.parametrize("page", ["README", "docs/tutorial"])
+def test_every_way_to_install_begins_with_the_pinned_torch(page: str) -> None:
+    """A package after it would otherwise draw in another build of PyTorch."""
+    pin = f"torch=={pins_of_requirements()['torch']}"
+    for ending in (".md", ".ko.md"):
+        text = (ROOT / f"{page}{ending}").read_text("utf-8")
+        found = [
+            re.findall(r"pip install (.*)", block)
+            for block in re.findall(r"^```\n(.*?)^```$", text, re.M | re.S)
+        ]
+        ways = [commands for commands in found if commands]
+        assert ways and all(commands[0].startswith(pin) for commands in ways), f"{page}{ending}: {ways}"
+
+
+def extras_of_pyproject() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return set(re.findall(r"^([a-z0-9-]+) = ", section, re.M))
+
+
+def pins_of_requirements() -> dict[str, str]:
+    text = (ROOT / "requirements.txt").read_text("utf-8")
+    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([0-9.]+)", text, re.M))

@@ -404,7 +404,8 @@ def test_unreachable_base_on_the_hub_is_an_error_with_a_cure(tmp_path: Path) -> 
     manifest = folders.adapter / "yeonma.json"
     manifest.write_text(manifest.read_text().replace(str(folders.base), "nobody/nothing"))
     with pytest.raises(
-        UserError, match=r"nobody/nothing: cannot load .* or name a folder that has it with --base_model"
+        UserError,
+        match=r"nobody/nothing: no such folder, .* or name a folder that has it with --base_model",
     ):
         load_policy(folders.adapter)
 

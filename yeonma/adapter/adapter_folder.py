@@ -1,4 +1,7 @@
-"""The adapter folder: PEFT's files, the template, the tokenizer, and yeonma.json, which ties them together."""
+"""The adapter folder: PEFT's files, the template, the tokenizer, and yeonma.json, which ties them together.
+
+Reading one imports no torch, so that a wrong folder is said at once.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,7 @@ from yeonma.files import user_path
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
 from yeonma.model.base_content import VOLATILE, BaseContent, content_of
-from yeonma.model.language_part import absent_parameters
-from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
-from yeonma.model.quantized import numbers_of
 from yeonma.model.source import BaseSource
 from yeonma.shown import json_text
 from yeonma.tokenization.cache import tokenizer_identity
@@ -155,6 +155,9 @@ def stored_parameters(folder: Path) -> int:
 def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
     """The identity of a base model without an adapter. The name of a local folder is its absolute path. Towers that are
     left out count as parameters."""
+    from yeonma.model.language_part import absent_parameters
+    from yeonma.model.quantized import numbers_of
+
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
@@ -237,6 +240,8 @@ def write_adapter(
     samples: Samples | None = None,
 ) -> None:
     """Writes the adapter's files into an existing folder. The callers make that atomic."""
+    from yeonma.model.peft_targets import as_peft_reads
+
     config = peft_model.peft_config["default"]
     config.base_model_name_or_path, config.revision = details["base"]["name"], details["base"]["revision"]
     if isinstance(config.target_modules, set):  # the order of a set differs between processes

@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yeonma.adapter.adapter_folder import AdapterFolder, asked_as, read_adapter_folder
-from yeonma.adapter.foreign_adapter import (
-    TEMPLATE_CURE,
-    check_is_adapter,
-    is_foreign,
-    read_foreign_adapter,
-    remark_on,
+from yeonma.adapter.adapter_folder import AdapterFolder
+from yeonma.adapter.foreign_adapter import remark_on
+from yeonma.adapter.found_adapter import (
+    FoundAdapter,
+    check_has_template,
+    columns_of_row,
+    find_adapter,
+    rendered_prompts,
+    row_with_all_paths,
 )
 from yeonma.config.settings import Quantization, QuantizationOrAuto
-from yeonma.data.column_paths import row_with_paths
 from yeonma.data.columns import Columns, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
-from yeonma.errors import Problem, UserError
-from yeonma.model.adapter_file import check_adapter_files
+from yeonma.errors import UserError
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
 from yeonma.model.position_limits import check_fits, model_positions
-from yeonma.model.source import BaseSource, find_base
+from yeonma.model.source import BaseSource
 from yeonma.tokenization.answer_shape import frame_of
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.chat_template_export import base_chat_template
@@ -103,9 +103,7 @@ class PromptBuilder:
 
     def check_template(self) -> None:
         """Raises UserError if there is no template: an adapter of another tool, and none was given."""
-        if not self.adapter.has_template:
-            what = "another tool made this adapter, so it has no template"
-            raise UserError(what, place=str(self.adapter.path), cure=TEMPLATE_CURE)
+        check_has_template(self.adapter)
 
     def check_room(
         self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
@@ -137,17 +135,7 @@ class PromptBuilder:
         """
         self.check_template()
         self.check_room(max_new_tokens)
-        rendered: list[Rendered] = []
-        problems: list[Problem] = []
-        for row in rows:
-            try:
-                full = self.with_paths(row, columns)
-                row_columns = self.columns(full, columns)
-                rendered.append(self.adapter.template.render(full, row_columns, with_answer=False))
-            except UserError as error:
-                problems += error.problems
-        if problems:
-            raise UserError(problems)
+        rendered = rendered_prompts(self.adapter, rows, columns)
         return [
             self._prompt(text, ids, shortened)
             for text, (ids, shortened) in zip(
@@ -212,19 +200,12 @@ class PromptBuilder:
 
     def with_paths(self, row: Row, columns: Columns) -> Row:
         """The row with the values within its columns that training or `columns` name, such as `answers.text`."""
-        named = {**(self.adapter.columns or {}), **(columns or {})}
-        return row_with_paths(row, named.values())
+        return row_with_all_paths(self.adapter, row, columns)
 
     def columns(self, row: Row, columns: Columns) -> dict[str, str]:
         """Field -> column for this row: the columns of training, updated by `columns`, without those that the row
         lacks."""
-        answer = self.adapter.template.answer_field
-        named = {**(self.adapter.columns or {}), **(columns or {})}
-        return {
-            field: column
-            for field, column in named.items()
-            if column in row.values or (answer if field == "answer" else field) not in row.values
-        }
+        return columns_of_row(self.adapter, row, columns)
 
     def _token_ids(
         self, rendered: Sequence[Rendered], rows: Sequence[Row], max_new_tokens: int
@@ -281,58 +262,30 @@ def open_prompt_builder(
     template: str | None = None,
 ) -> PromptBuilder:
     """Opens an adapter folder or a merged model. Needs no weights, so that rows can be checked before they are loaded.
-    `data_set`: the one of several data sets whose template is used, by default the first. `template`: that of an
-    adapter which another tool made. Raises UserError as `yeonma.policy.load_policy`."""
-    check_is_adapter(adapter_dir)
-    if is_foreign(adapter_dir):
-        return _open_foreign(adapter_dir, base_model, trust_remote_code, template)
-    adapter = read_adapter_folder(adapter_dir)
-    if template is not None:
-        what = f"{adapter_dir} has a template of its own"
-        raise UserError(what, place="--template", cure="leave it out; it is for adapters of other tools")
-    if not adapter.is_whole:
-        check_adapter_files(adapter.path)
-    if data_set is not None:
-        adapter = asked_as(adapter, data_set)
-    if adapter.is_whole:
-        if base_model is not None:
-            cure = "leave base_model out"
-            raise UserError("the base model is part of this folder", place=str(adapter_dir), cure=cure)
-        base_model = str(adapter.path)
-    _check_base_there(adapter, adapter_dir, base_model)
-    name, revision = (base_model, None) if base_model else (adapter.base.name, adapter.base.revision)
-    source = find_base(name, revision, trust_remote_code)
-    tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code))
+    The settings are those of `find_adapter`. Raises UserError as it does, and as `yeonma.policy.load_policy`."""
+    return prompt_builder_of(
+        find_adapter(
+            adapter_dir,
+            base_model=base_model,
+            trust_remote_code=trust_remote_code,
+            data_set=data_set,
+            template=template,
+        ),
+        trust_remote_code,
+    )
+
+
+def prompt_builder_of(found: FoundAdapter, trust_remote_code: bool = False) -> PromptBuilder:
+    """Reads the tokenizer of an adapter that was found. Raises UserError if there is none."""
+    adapter, source, remark = found.adapter, found.source, ""
+    tokenizer_source = BaseSource(str(adapter.path), None, trust_remote_code)
+    if found.is_foreign:
+        own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        tokenizer_source = tokenizer_source if own else source
+        remark = remark_on(adapter, own_tokenizer=own, base_is_given=found.base_is_given)
+    tokenizer = load_tokenizer(tokenizer_source)
     rules = adapter.rules if adapter.template.has_turns else None
     tokens = answer_tokens(tokenizer, rules, generation_eos(source))
-    return PromptBuilder(adapter, source, tokenizer, tokens, _positions(source))
-
-
-def _check_base_there(adapter: AdapterFolder, folder: str | Path, base_model: str | None) -> None:
-    """Raises UserError if the base was a local folder and is gone."""
-    name = adapter.base.name
-    if base_model is None and Path(name).is_absolute() and not Path(name).is_dir():
-        what = f"its base model is no longer at {name}"
-        raise UserError(what, place=str(folder), cure="give its new place with --base_model")
-
-
-def _open_foreign(
-    folder: str | Path, base_model: str | None, trust_remote_code: bool, template: str | None
-) -> PromptBuilder:
-    """Opens an adapter that another tool made."""
-    adapter = read_foreign_adapter(folder, template, base_model)
-    _check_base_there(adapter, folder, base_model)
-    source = find_base(adapter.base.name, adapter.base.revision, trust_remote_code)
-    if source.adapter is not None:
-        what = f"its base {adapter.base.name} is an adapter too"
-        raise UserError(
-            what, place=str(folder), cure="merge that one into its base first, and give --base_model"
-        )
-    own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code) if own else source)
-    rules = adapter.rules if adapter.template.has_turns else None
-    tokens = answer_tokens(tokenizer, rules, generation_eos(source))
-    remark = remark_on(adapter, own_tokenizer=own, base_is_given=base_model is not None)
     return PromptBuilder(adapter, source, tokenizer, tokens, _positions(source), remark)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from yeonma.commands.first_checks import ANSWERS, report_folder
 from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import open_rows
@@ -15,10 +15,8 @@ from yeonma.evaluate.candidates import open_candidates
 from yeonma.evaluate.metrics import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.evaluate.report import Comparison, make_report, print_table, to_json
 from yeonma.evaluate.report_page import page
-from yeonma.files import disk_errors_as_user_errors, replace_file, user_path
+from yeonma.files import disk_errors_as_user_errors, replace_file
 from yeonma.streams import log_line, say
-
-ANSWERS = "answers.jsonl"
 
 
 def run(config: CompareConfig) -> int:
@@ -37,7 +35,7 @@ def run(config: CompareConfig) -> int:
 
 def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Path:
     """Write the report, print its table and return its folder. `log` gets progress messages. Raises UserError."""
-    output = _output(settings)
+    output = report_folder(settings)
     opened = open_rows(
         settings.data_path,
         split=settings.data_split,
@@ -67,30 +65,6 @@ def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Pat
 
     print_table(Console(highlight=False, markup=False, emoji=False), report)
     return output
-
-
-def _output(settings: CompareSettings) -> Path:
-    """The folder of the report, not created yet. Raises UserError if it cannot be written."""
-    output, place = user_path(settings.output_dir, "--output_dir"), f"--output_dir {settings.output_dir}"
-    if output.exists() and not output.is_dir():
-        raise UserError("it is a file", place=place, cure="name a folder")
-    if output.is_dir():
-        for spec in settings.models:
-            model = user_path(spec, "--models")
-            if model.is_dir() and output.samefile(model) and not (model / ANSWERS).exists():
-                raise UserError("it is a model's folder", place=place, cure="name another one")
-        _check_writable(output, place)
-        return output
-    parent = next(parent for parent in output.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"{parent} is a file", place=place, cure="name a folder")
-    _check_writable(parent, place)
-    return output
-
-
-def _check_writable(folder: Path, place: str) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError("cannot be written", place=place, cure="name a folder that you can write to")
 
 
 def _create(output: Path, given: str) -> None:

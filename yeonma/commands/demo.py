@@ -30,7 +30,6 @@ from yeonma.files import user_path
 from yeonma.shown import shell_word
 from yeonma.streams import say, say_lines
 
-SAMPLES = Path(__file__).parents[1] / "samples"
 MAX_ROWS = 3
 MAX_CHARACTERS = 96
 LINE_LENGTH = 100
@@ -42,7 +41,7 @@ QUICK_STEPS = 4
 
 @dataclass(frozen=True)
 class Demo:
-    """One demo: its command, its data files under samples/, and its settings."""
+    """One demo: its command, its data among the bundled samples, and its settings."""
 
     verb: str
     groups: tuple[type, ...] | None
@@ -80,8 +79,8 @@ TITLES = Demo(
     verb="sft",
     groups=TRAINING,
     defaults={},
-    rows="news_en.jsonl",
-    validation_rows="news_en_validation.jsonl",
+    rows="sample:news_en",
+    validation_rows="sample:news_en_validation",
     reference_column="title",
     settings=SETTINGS,
     next_settings={"data_path": "your-rows.csv", "template": "your-template.txt", "output_dir": "my-titles"},
@@ -90,8 +89,8 @@ PAIRS = Demo(
     verb="dpo",
     groups=None,
     defaults=PREFERENCE_DEFAULTS,
-    rows="pairs_en.jsonl",
-    validation_rows="pairs_en_validation.jsonl",
+    rows="sample:pairs_en",
+    validation_rows="sample:pairs_en_validation",
     reference_column="chosen",
     settings=PAIR_SETTINGS,
     next_settings={"data_path": "your-pairs.jsonl", "output_dir": "my-preferences"},
@@ -148,9 +147,9 @@ def _training_settings(demo: Demo, settings: DemoSettings, base: str) -> dict[st
     """The run's settings that differ from the command's defaults."""
     run_settings: dict[str, object] = {
         "base_model": base,
-        "data_path": _relative(SAMPLES / demo.rows),
-        "val_data_path": _relative(SAMPLES / demo.validation_rows),
-        "template": _relative(SAMPLES / "title_en.txt"),
+        "data_path": demo.rows,
+        "val_data_path": demo.validation_rows,
+        "template": "sample:title_en",
         "output_dir": settings.output_dir,
         **demo.settings,
     }
@@ -169,7 +168,7 @@ def _show_answers(demo: Demo, output: Path) -> None:
     """Print the first held-out rows with the reference, the base model's answer and the adapter's answer."""
     from yeonma.policy import load_policy
 
-    rows = list(islice(open_rows(str(SAMPLES / demo.validation_rows)), MAX_ROWS))
+    rows = list(islice(open_rows(demo.validation_rows), MAX_ROWS))
     policy = load_policy(output)
     prompts = [{"document": row.values["document"]} for row in rows]
     after = policy.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
@@ -219,7 +218,7 @@ def _compare(demo: Demo, output: Path, base: str) -> Path:
 
     settings: dict[str, object] = {
         "models": [base, str(output)],
-        "data_path": _relative(SAMPLES / demo.validation_rows),
+        "data_path": demo.validation_rows,
         "max_new_tokens": MAX_NEW_TOKENS,
         "output_dir": str(output / "report"),
     }

@@ -132,8 +132,7 @@ def _memory(device: Any) -> str:
 
 
 def _cache(report: Report, given: str | None) -> None:
-    from yeonma.files import free_bytes, user_path
-    from yeonma.tokenization.cache import default_cache_dir
+    from yeonma.files import default_cache_dir, free_bytes, user_path
 
     folder = user_path(given) if given is not None else default_cache_dir()
     try:
@@ -166,7 +165,7 @@ def _size(path: Path) -> int:
 def _hub(report: Report) -> None:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    from yeonma.model.smollm2 import hub_failure
+    from yeonma.hub import hub_failure
 
     if HF_HUB_OFFLINE:
         report.add(

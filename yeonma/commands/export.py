@@ -8,9 +8,9 @@ from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import ExportSettings, MergeSettings
 from yeonma.export.gguf_converter import convert, install_converter
 from yeonma.export.llama_cpp_check import check_prompts, is_installed
-from yeonma.export.merged_model import MergePlan, check_output, merge, prepare_merge
+from yeonma.export.merged_model import MergePlan, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
-from yeonma.files import delete, hidden_path, move_into_place, staging_folder
+from yeonma.files import delete, hidden_path, move_into_place, new_output_folder, staging_folder
 from yeonma.model.language_part import multimodal_class
 from yeonma.model.load import load_config
 from yeonma.model.weight_files import weight_files
@@ -24,7 +24,7 @@ def run(settings: ExportSettings) -> int:
 
     Raises UserError as merging, and if the converter cannot be installed or does not support the model.
     """
-    output = check_output(settings.output_dir)
+    output = new_output_folder(settings.output_dir)
     prompt_builder = open_prompt_builder(
         settings.model_dir,
         base_model=settings.base_model,

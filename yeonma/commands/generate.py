@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TextIO
 
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder
+from yeonma.commands.first_checks import check_prompt_source, row_of
 from yeonma.config.settings import AnswerSettings, GenerateConfig, GenerateSettings
 from yeonma.data.rows import Row, Rows, open_rows
-from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import Log, Problem, UserError
-from yeonma.files import output_file, user_path
+from yeonma.files import user_path
 from yeonma.policy import Policy, load_policy
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line
@@ -31,7 +31,7 @@ Write = Callable[[str], None]
 def run(config: GenerateConfig) -> int:
     """Answer what the settings name. All rows are checked before the model is loaded. Raises UserError."""
     adapter, source, answer = config.adapter, config.generate, config.answer
-    _check(source)
+    check_prompt_source(source)
     builder = open_prompt_builder(
         adapter.adapter_dir,
         base_model=adapter.base_model,
@@ -80,33 +80,6 @@ def run(config: GenerateConfig) -> int:
         prompt = policy.text_prompt(text, answer.max_new_tokens, "--prompt")
         _answer_one(policy, prompt, answer, source.output, None)
     return 0
-
-
-def row_of(text: str) -> Mapping[str, object]:
-    """The row that `--row` gives as JSON. Raises UserError."""
-    cure = """write '{"document": "..."}'"""
-    try:
-        value, end = parse(text, len(text) - len(text.lstrip(SPACE)))
-        if rest := text[end:].lstrip(SPACE):
-            raise Fault("more text after the row", len(text) - len(rest))
-    except Fault as fault:
-        raise UserError(
-            f"{fault.problem}, at character {fault.at + 1}", place="--row", cure=fault.cure or cure
-        ) from None
-    if not isinstance(value, Mapping):
-        raise UserError(f"a row must be an object, not {kind_of(value)}", place="--row", cure=cure)
-    return value
-
-
-def _check(source: GenerateSettings) -> None:
-    """Raises UserError unless exactly one source of prompts is given and the answers have a place to go to."""
-    sources = {"data_path": source.data_path, "row": source.row, "prompt": source.prompt}
-    given = [f"--{name}" for name, value in sources.items() if value is not None]
-    if len(given) != 1:
-        what = "nothing to answer" if not given else f"{' and '.join(given)} are both given"
-        raise UserError(what, cure="give one of --data_path, --row and --prompt")
-    if source.output is not None:
-        output_file(source.output, "--output", source.data_path)
 
 
 def _check_rows(

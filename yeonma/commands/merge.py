@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from yeonma.config.settings import MergeSettings
-from yeonma.export.merged_model import check_output, merge, prepare_merge
+from yeonma.export.merged_model import merge, prepare_merge
+from yeonma.files import new_output_folder
 from yeonma.streams import say
 
 
@@ -12,7 +13,7 @@ def run(settings: MergeSettings) -> int:
 
     Raises UserError as `prepare_merge` and `merge`.
     """
-    output = check_output(settings.output_dir)
+    output = new_output_folder(settings.output_dir)
     agreement = merge(prepare_merge(settings, say), output, say)
     if not agreement.is_close:
         return 1

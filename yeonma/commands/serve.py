@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from yeonma.commands.first_checks import check_serve
 from yeonma.config.settings import ServeSettings
 from yeonma.errors import UserError
 from yeonma.packages import install
@@ -30,6 +31,7 @@ def run(settings: ServeSettings) -> int:
             names = " ".join(missing)
             cure = f"install it with: {install(*missing)}"
             raise UserError(f"missing packages: {names}", place="yeonma serve", cure=cure)
+        check_serve(settings)
         from yeonma.serve.server import load_served_models, open_adapters, run_server
 
         adapters = open_adapters(settings, log_line)

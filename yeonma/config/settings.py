@@ -84,7 +84,7 @@ class DataSettings:
     """Where the rows come from and how they become text."""
 
     data_path: str | list[Any]
-    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own."""
+    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, a bundled sample (`sample:news_en`, `sample:news_ko`), or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own."""
     data_split: str = "train"
     """Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data."""
     data_revision: str | None = None
@@ -96,7 +96,7 @@ class DataSettings:
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`. `answers.text` is a value within a column, `json(output)` a value written as JSON."""
     template: str | None = None
-    """Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns."""
+    """Name of a built-in template, a template file, a bundled sample (`sample:title_en`), or the template text itself. By default, the built-in template whose fields match the columns."""
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
     """Rows to hold out of each data set for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which."""
     val_data_path: str | list[Any] | None = None

@@ -15,6 +15,7 @@ from yeonma.data.records import DataSet
 from yeonma.data.splits import SplitSlice, parse_split
 from yeonma.errors import UserError, brief, did_you_mean
 from yeonma.files import file_hash
+from yeonma.hub import check_reachable
 
 
 def is_saved(path: Path) -> bool:
@@ -84,6 +85,11 @@ def no_splits(name: str) -> UserError:
     return UserError("it has no splits that could be joined", place=name, cure=cure)
 
 
+def check_on_hub(data_path: str) -> None:
+    """Raises UserError if neither the hub can be reached nor the data set was downloaded before."""
+    check_reachable(data_path.partition(":")[0], "dataset", place=data_path)
+
+
 def hub_set(data_path: str, split: str, revision: str | None, *, skip_bad: bool = False) -> DataSet:
     """A data set on the hub, `name` or `name:config`. Raises UserError if it cannot be loaded."""
     import datasets
@@ -93,6 +99,7 @@ def hub_set(data_path: str, split: str, revision: str | None, *, skip_bad: bool 
     # `json`, `csv`, ... would read files of the working directory.
     if name in _PACKAGED_DATASETS_MODULES:
         raise UserError("no such file or folder", place=data_path, cure=f"give {KNOWN_FILES}")
+    check_on_hub(data_path)
     try:
         table = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except Exception as error:

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from yeonma.data.arrow_reader import one_line
+from yeonma.data.bundled_samples import sample_data
 from yeonma.data.data_folder import DataFile, files_of
-from yeonma.data.library_sets import hub_set, is_saved, no_splits, saved_set
+from yeonma.data.library_sets import check_on_hub, hub_set, is_saved, no_splits, saved_set
 from yeonma.data.python_rows import given_set
 from yeonma.data.readers import ENDINGS, ending_of, is_text, open_file
 from yeonma.data.records import DataSet, FileOptions, Source
@@ -78,8 +79,8 @@ def open_rows(
     max_rows: int | None = None,
     skip_bad: bool = False,
 ) -> Rows:
-    """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`), or
-    those that were given in Python.
+    """The rows of a file, a folder of files, a `save_to_disk` folder, a bundled sample (`sample:news_en`) or a hub data
+    set (`name`, `name:config`), or those that were given in Python.
 
     An existing path is local; a name that looks like a path but does not exist is an error; any other name is looked up
     on the hub. A local path may be followed by `:` and the part to read. `split` may be sliced, also where there are no
@@ -113,14 +114,17 @@ def glance(
 ) -> Rows | None:
     """Like `open_rows` for a file or a folder of files, but without `identity`, which takes reading all of the data.
 
-    Returns None for data that the library `datasets` reads, and for slices that depend on the number of rows. Raises
-    UserError as `open_rows`.
+    Returns None for data that the library `datasets` reads, after a check that the hub can be reached, and for slices
+    that depend on the number of rows. Raises UserError as `open_rows`.
     """
     if (data := given_set(data_path)) is not None:
         return _rows(_slice_of(data, split), max_rows)
     path, part = _local_path(data_path)
     options = _options(encoding, part, delimiter, skip_bad)
-    if path is None or is_saved(path):
+    if path is None:
+        check_on_hub(data_path)
+        return None
+    if is_saved(path):
         return None
     parts = parse_split(split)
     if any(part.needs_count for part in parts):
@@ -190,6 +194,8 @@ def _local_path(data_path: str) -> tuple[Path | None, str | None]:
     """
     if not data_path.strip():
         raise UserError("no data given", place="--data_path", cure="give a file, a folder or a data set")
+    if (sample := sample_data(data_path)) is not None:
+        return sample, None
     if (path := _existing(data_path)) is not None:
         return path, None
     before, colon, part = data_path.partition(":")

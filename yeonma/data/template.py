@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
+from yeonma.data.bundled_samples import sample_template
 from yeonma.data.columns import (
     KWARGS_COLUMN,
     SIDE_COLUMNS,
@@ -410,12 +411,15 @@ class Template:
 
 
 def load_template(setting: str) -> Template:
-    """The template that `--template` gives: a built-in name, a file, or the template text itself (text with braces).
+    """The template that `--template` gives: a built-in name, a bundled sample (`sample:title_en`), a file, or the
+    template text itself (text with braces).
 
     Raises UserError if it is none of these or the file is not UTF-8, and as `Template.parse`.
     """
     if setting in BUILT_IN:
         return Template.parse((_BUILT_IN_FOLDER / f"{setting}.txt").read_text(encoding="utf-8"), setting)
+    if (sample := sample_template(setting)) is not None:
+        return Template.parse(_read_file(sample), setting)
     if os.path.isfile(setting):  # unlike Path.is_file, False also for a text too long for a path
         return Template.parse(_read_file(Path(setting)), setting)
     if ("{" in setting and "}" in setting) or "\n" in setting:

@@ -43,7 +43,7 @@ from yeonma.export.merge_weights import (
     merge_by_shard,
     merge_in_memory,
 )
-from yeonma.files import files_in, move_into_place, staging_folder, user_path
+from yeonma.files import files_in, move_into_place, staging_folder
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.adapter_weights import check_fits, load_adapter
@@ -105,15 +105,6 @@ class MergePlan:
     """Of the merged weights."""
     published: Published | None
     """How the base's files are quantised."""
-
-
-def check_output(path: str) -> Path:
-    """The folder to write. Raises UserError if it exists and is not empty."""
-    output = user_path(path, f"output_dir {path}")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        cure = "give another folder, or remove it"
-        raise UserError("it exists already", place=f"output_dir {output}", cure=cure)
-    return output
 
 
 def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePlan:

@@ -15,13 +15,10 @@ from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.kernels.linear import product
-from yeonma.model.train_mode import train_adapter
 from yeonma.run_folder.progress import peak_memory_bytes
-from yeonma.train.build import build_objective, build_train_state, load_model, reference_extras
 from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import micro_batching
 from yeonma.train.prepare import Prepared
-from yeonma.train.step import train_step
 
 SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns
 
@@ -73,6 +70,10 @@ def probe_run(
 
     Uses one process, however many the run will have. Raises UserError as the run would.
     """
+    from yeonma.model.train_mode import train_adapter
+    from yeonma.train.build import build_objective, build_train_state, load_model, reference_extras
+    from yeonma.train.step import train_step
+
     model, step = config.model, config.step
     device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
     batches = survey_micro_batches(plan, store, micro_batching(step), processes=1)

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Log, UserError, brief
-from yeonma.files import file_hash
-from yeonma.model.load import generation_eos, load_config
+from yeonma.files import default_cache_dir, file_hash
 from yeonma.model.source import BaseSource
 from yeonma.model.weight_files import file_of, weight_files
 from yeonma.model.weight_sums import MODULO, SHA256, WeightSums
-from yeonma.tokenization.cache import default_cache_dir
 
 SLOW_SECONDS = 3.0
 """After which a line says what takes so long."""
@@ -162,6 +160,8 @@ def reading_content(
 ) -> Iterator[Callable[[Log], BaseContent]]:
     """Reads a folder's content in other threads, while the block does something else. Yields the function that waits
     for it. A base on the hub is read only then. At the end of the block reading stops."""
+    import yeonma.model.load  # noqa: F401 (here, because two threads must not import it at once)
+
     files = WeightSums(cache_dir or default_cache_dir(), trust_cache)
     results: list[BaseContent | BaseException] = []
 
@@ -231,6 +231,8 @@ def _short(value: Any) -> Any:
 
 
 def _content(source: BaseSource, config: Any, files: WeightSums) -> BaseContent:
+    from yeonma.model.load import generation_eos, load_config
+
     config = load_config(source) if config is None else config
     commit = getattr(config, "_commit_hash", None)
     if commit and not Path(source.name).is_dir():

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -21,6 +21,9 @@ from transformers.models.auto.modeling_auto import (
 
 from yeonma.errors import UserError
 from yeonma.model.reading_class import class_with
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class AbsentTower(nn.Module):
@@ -95,6 +98,8 @@ def leave_out_towers(model: Any) -> None:
 
 def _towers(model: nn.Module, inside: set[int], path: str = "") -> Iterator[str]:
     """The outermost towers. `inside`: the modules of the language model."""
+    from transformers import PreTrainedModel  # imports torch's compiler
+
     for name, module in model.named_children():
         here = f"{path}.{name}" if path else name
         if id(module) in inside:

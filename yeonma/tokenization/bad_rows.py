@@ -6,9 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
@@ -21,6 +19,9 @@ from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import over_limit_problems
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Outcomes = Sequence[Example | Unit | LeftOut]
 

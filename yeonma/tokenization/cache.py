@@ -18,12 +18,10 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-import transformers
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.columns import PROMPT_COLUMNS, Columns, UnusedColumn, column_of, kinds_of_numbers
 from yeonma.data.rows import Row, Rows, of_rows
@@ -31,7 +29,8 @@ from yeonma.data.task import ANSWERS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
-from yeonma.files import NO_LOCKS, kind_of, sync, user_path
+from yeonma.files import NO_LOCKS, kind_of, sync
+from yeonma.packages import version_of
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import (
@@ -48,6 +47,9 @@ from yeonma.tokenization.example_encoder import OVER_LIMIT_CURE
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FORMAT = 6
 """Increased whenever the same rows would give different tokens or files."""
 
@@ -57,11 +59,6 @@ MOST_FAULTS = 5
 
 Chunk = tuple[list[Notes], Outcomes]
 """The notes of some rows, and the outcomes of encoding them."""
-
-
-def default_cache_dir() -> Path:
-    """$YEONMA_CACHE, or ~/.cache/yeonma."""
-    return user_path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma")
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
@@ -91,7 +88,7 @@ def store_key(
     skip_bad: bool = False,
 ) -> str:
     """SHA-256 of everything that determines the tokens, including the versions of the libraries."""
-    versions = [FORMAT, task.name, tokenizers.__version__, transformers.__version__]
+    versions = [FORMAT, task.name, tokenizers.__version__, version_of("transformers")]
     data = [rows.identity, template.text, dict(columns or {}), *(["skip"] if skip_bad else [])]
     return sha256(
         _canonical([versions, data, tokenizer_identity(tokenizer), asdict(rules)]).encode()

@@ -6,13 +6,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from yeonma.bounded.child import OverBounds, Refused
 from yeonma.bounded.template_text import names_in
 from yeonma.errors import UserError
 from yeonma.tokenization.reasoning import ThinkTags, tags_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

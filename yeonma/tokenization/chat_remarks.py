@@ -6,9 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from yeonma.data.rows import Row
 from yeonma.data.task import Task
@@ -20,6 +18,9 @@ from yeonma.tokenization.chat_template import PROBE, Chat, chat_of
 from yeonma.tokenization.conversation import ChatMessage, Conversation
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_CHARACTERS = 100
 MOST_KEYS = 15

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from yeonma.bounded.template_text import request_for, text_of
 from yeonma.data.template import RenderedTurn
 from yeonma.data.turns import REASONING_KEYS, ToolCall
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ChatMessage = dict[str, Any]
 """A message as chat templates take it: `role` and `content`, and perhaps reasoning, `tool_calls` and other keys."""

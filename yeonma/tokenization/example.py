@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
@@ -17,6 +16,9 @@ from yeonma.tokenization.answer_shape import shape_of
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.reasoning import PLAIN, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class AnswerRole(IntEnum):

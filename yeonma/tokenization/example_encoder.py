@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.columns import row_weight
 from yeonma.data.rows import Row
@@ -35,6 +34,9 @@ from yeonma.tokenization.lost_turns import check_turns
 from yeonma.tokenization.round_trip import Losses, answer_ids, gives_back, losses_of, parts_of, takes_blanks
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 from yeonma.tokenization.trained_turns import likely_conversations, prompt_part, split_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 AHEAD = 64
 """How many rows the chat template writes at once."""

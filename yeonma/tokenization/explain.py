@@ -10,9 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from yeonma.data.rows import Row
 from yeonma.data.task import ANSWERS, Task
@@ -31,6 +29,9 @@ from yeonma.tokenization.example_encoder import (
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.trained_turns import prompt_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SpanKind = Literal[
     "start", "frame", "field", "prompt", "answer", "end", "cut", "tools", "reasoning", "call", "untrained"

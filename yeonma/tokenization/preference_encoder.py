@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
 from yeonma.data.rows import Row
@@ -34,6 +33,9 @@ from yeonma.tokenization.example_encoder import (
     encoder_for,
     over_limit_problems,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
 from yeonma.data.rows import Row
@@ -15,6 +13,9 @@ from yeonma.data.template import Rendered
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import EncodeResult, ExampleEncoder, encode
 from yeonma.tokenization.preference_encoder import encode_labelled, encode_pair_results, encode_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,15 +21,14 @@ from yeonma.batch.plan import MicroBatchBounds, Plan
 from yeonma.config.settings import Checkpointing, ModelSettings, RunConfig, StepSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
-from yeonma.model.logprobs import trained_logprobs
-from yeonma.model.memory_trace import Blueprint, trace
 from yeonma.model.quantized import multiplies_fp8
-from yeonma.model.train_mode import train_adapter
-from yeonma.policy import blueprint
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.prepare import Prepared, lora_shape, train_dtype
-from yeonma.train.step import TrainState, clear_gradients
+
+if TYPE_CHECKING:
+    from yeonma.model.memory_trace import Blueprint
+    from yeonma.train.step import TrainState
 
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Larger micro-batches are no faster."""
@@ -131,6 +131,8 @@ def _blueprint_function(
     model = config.model
 
     def blueprint_at(level: Checkpointing) -> Blueprint:
+        from yeonma.policy import blueprint  # imports PEFT
+
         return blueprint(
             prepared.config,
             train_dtype(model, device),
@@ -170,6 +172,8 @@ def _bytes_for_activations(inputs: _BudgetInputs, model: Blueprint) -> int:
 def _peak_bytes(inputs: _BudgetInputs, model: Blueprint, bounds: MicroBatchBounds) -> int:
     """The peak memory of the heaviest micro-batch, weights not included."""
     batches = survey_micro_batches(inputs.plan, inputs.store, bounds, inputs.processes)
+    from yeonma.model.memory_trace import trace  # imports transformers' models
+
     return trace(model, batches.heaviest, has_gradients=batches.several).peak
 
 
@@ -247,6 +251,10 @@ def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
 
     Raises UserError if the longest row alone does not fit.
     """
+    from yeonma.model.logprobs import trained_logprobs
+    from yeonma.model.train_mode import train_adapter  # imports PEFT
+    from yeonma.train.step import clear_gradients
+
     trained_bytes = sum(weight.nbytes for weight in state.parameters.values())
     device = state.model.device
 

@@ -22,6 +22,7 @@ from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
 from yeonma.errors import Problem, UserError, gather
 from yeonma.files import user_path
+from yeonma.model.device_check import check_device
 from yeonma.model.published import check_settings, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, find_base
@@ -47,6 +48,7 @@ def preflight(config: RunConfig) -> None:
         partial(check_trackers, run.report_to),
         partial(check_quantization, model.quantization, shard=model.shard, use_dora=lora.use_dora),
         partial(check_optimizer, config.step.optimizer),
+        partial(check_device, model.device),
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
         partial(_check_output_is_no_data, config),

@@ -12,7 +12,7 @@ from yeonma.adapter.samples import read_samples
 from yeonma.config.settings import VerifySettings
 from yeonma.data.rows import open_rows
 from yeonma.errors import Log, Problem, UserError
-from yeonma.files import user_path
+from yeonma.files import existing_folder
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, checkpoints
@@ -79,9 +79,7 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
 
     Raises UserError if there is nothing to check, or if the settings name a base or data that does not exist.
     """
-    folder = user_path(settings.adapter_dir)
-    if not folder.is_dir():
-        raise UserError("no such folder", place=settings.adapter_dir, cure="give the output folder of a run")
+    folder = existing_folder(settings.adapter_dir, "give the output folder of a run")
     if (folder / RUN).is_file() or checkpoints(folder):
         return _verify_run(folder, settings, log)
     if any((folder / name).is_file() for name in (STATE, OPTIMIZER, RANDOM)):

@@ -86,7 +86,8 @@ def test_sharded_model_equals_the_single_file_model(tmp_path: Path) -> None:
     assert torch.equal(*logits)
 
 
-def test_name_that_is_not_a_folder_is_a_hub_name() -> None:
+def test_name_that_is_not_a_folder_is_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yeonma.hub.why_unreachable", lambda: None)
     assert find_base("somebody/something", "main") == BaseSource("somebody/something", "main")
 
 
@@ -259,7 +260,10 @@ def test_tokenizer_larger_than_the_embedding_is_an_error() -> None:
 # Adapters
 
 
-def test_adapter_folder_as_base_resolves_to_its_base_and_adapter(tmp_path: Path) -> None:
+def test_adapter_folder_as_base_resolves_to_its_base_and_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yeonma.hub.why_unreachable", lambda: None)
     base, adapter = complete_model(tmp_path / "base"), tmp_path / "adapter"
     save_adapter(str(base), adapter)
     assert find_base(str(adapter)) == BaseSource(str(base), adapter=str(adapter))

@@ -426,8 +426,9 @@ def test_ctrl_c_fails_running_requests_and_stops_the_server_cleanly(tmp_path: Pa
 
 
 def startup_error(*arguments: Path | str) -> str:
-    # `--device cuda` so that none of them starts serving
-    done = command(Path(), "serve", *map(str, arguments), "--device", "cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yeonma.serve.server.load_served_models", lambda *_: pytest.fail("it starts serving"))
+        done = command(Path(), "serve", *map(str, arguments))
     assert (done.status, done.out) == (2, "")
     return done.err
 

@@ -17,7 +17,7 @@ from yeonma.batch.plan import MicroBatchBounds
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import UserError
-from yeonma.model import load
+from yeonma.model import load, logprobs
 from yeonma.model.memory_trace import trace
 from yeonma.policy import blueprint
 from yeonma.train import memory_budget as budget
@@ -250,7 +250,7 @@ def test_budget_that_fails_the_trial_is_reduced_before_the_first_step(
 ) -> None:
     plain = trained(tmp_path / "plain", base, data, batch_size=8, share_prefix=False)
     longest = int(Case(base, data).prepared.plan.lengths.max())
-    pass_tokens = limit_tokens_per_pass(monkeypatch, budget, "trained_logprobs", 2 * longest)
+    pass_tokens = limit_tokens_per_pass(monkeypatch, logprobs, "trained_logprobs", 2 * longest)
     done = trained(tmp_path / "auto", base, data, share_prefix=False, **AUTO)
     assert_same_run(done, plain)
     assert pass_tokens[0] > 2 * longest >= pass_tokens[-1]
@@ -276,7 +276,7 @@ def test_run_fails_before_writing_if_the_longest_row_does_not_fit(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     longest = int(Case(base, data).prepared.plan.lengths.max())
-    limit_tokens_per_pass(monkeypatch, budget, "trained_logprobs", longest - 1)
+    limit_tokens_per_pass(monkeypatch, logprobs, "trained_logprobs", longest - 1)
     done = sft(tmp_path / "out", base, data, **AUTO)
     assert done.status == 2
     assert f"({longest} tokens)" in done.err and "out of memory on cpu with one row at a time" in done.err

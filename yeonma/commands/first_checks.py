@@ -1,0 +1,241 @@
+"""What is wrong with a command's settings, as far as it can be told before torch is imported, which takes seconds.
+
+`yeonma.cli` calls these functions before it imports the command, and `yeonma serve` its own once the port is open. The
+command checks the rest, and these things once more, because Python may call it directly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from yeonma.adapter.adapter_folder import MANIFEST, data_set_names, read_adapter_folder
+from yeonma.adapter.foreign_adapter import is_foreign
+from yeonma.adapter.found_adapter import FoundAdapter, find_adapter
+from yeonma.config.settings import (
+    AdapterSettings,
+    ChatConfig,
+    CompareConfig,
+    CompareSettings,
+    ExportSettings,
+    GenerateConfig,
+    GenerateSettings,
+    MergeSettings,
+    ServeSettings,
+    VerifySettings,
+)
+from yeonma.data.column_paths import with_paths
+from yeonma.data.rows import Row, Rows, glance
+from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
+from yeonma.errors import UserError, gather
+from yeonma.files import existing_folder, new_output_folder, output_file, user_path
+from yeonma.model.adapter_file import check_adapter_files, is_adapter
+from yeonma.model.device_check import check_device
+from yeonma.model.quantization import check_installed
+from yeonma.model.source import find_base
+
+CHECKED_ROWS = 1000
+ANSWERS = "answers.jsonl"
+"""The answers in a report's folder."""
+RUN_CURE = "give the output folder of a run"
+
+
+def check_generate(config: GenerateConfig) -> None:
+    """Raises UserError for a folder that is no adapter, a device that is not there, and rows that do not fill the
+    template: the one of `--row`, or the first ones of a local file."""
+    adapter, source = config.adapter, config.generate
+    check_prompt_source(source)
+    found: list[FoundAdapter] = []
+    given: list[Row] = []
+    opened: list[Rows] = []
+
+    def read_row() -> None:
+        if source.row is not None:
+            given.append(Row(1, row_of(source.row), "--row"))
+
+    def open_data() -> None:
+        if source.data_path is not None:
+            rows = glance(
+                source.data_path,
+                split=source.data_split,
+                encoding=source.encoding,
+                delimiter=source.delimiter,
+                max_rows=source.limit,
+            )
+            opened.extend([] if rows is None else [with_paths(rows, source.columns)])
+
+    gather(partial(_find, adapter, found), read_row, open_data)
+    if source.prompt is None:
+        found[0].check_template()
+    for row in given:
+        full = found[0].with_paths(row, source.columns)
+        found[0].check_columns(source.columns, list(full.values))
+        found[0].check_rows([row], source.columns)
+    for rows in opened:
+        found[0].check_columns(source.columns, rows.columns)
+        found[0].check_rows(islice(rows, CHECKED_ROWS), source.columns, rows.name)
+
+
+def check_chat(config: ChatConfig) -> None:
+    """Raises UserError for a folder that is no adapter or has no template, and for a device that is not there."""
+    found: list[FoundAdapter] = []
+    _find(config.adapter, found)
+    found[0].check_template()
+
+
+def check_serve(settings: ServeSettings) -> None:
+    """Raises UserError for a folder that is no adapter or has no template, and for a device that is not there."""
+
+    def check(folder: str) -> None:
+        found = find_adapter(
+            folder,
+            base_model=settings.base_model,
+            trust_remote_code=settings.trust_remote_code,
+            template=settings.template if is_foreign(folder) else None,
+        )
+        found.check_template()
+
+    gather(partial(check_device, settings.device), *(partial(check, one) for one in settings.adapter_dirs))
+
+
+def check_compare(config: CompareConfig) -> None:
+    """Raises UserError for a model that is not there, data that is not there, a folder that cannot be written, and a
+    device that is not there."""
+    settings = config.compare
+
+    def open_data() -> None:
+        glance(
+            settings.data_path,
+            split=settings.data_split,
+            encoding=settings.encoding,
+            delimiter=settings.delimiter,
+        )
+
+    gather(
+        partial(check_device, settings.device),
+        partial(report_folder, settings),
+        open_data,
+        *(partial(_check_model, spec.strip(), settings) for spec in settings.models if spec.strip()),
+    )
+
+
+def check_verify(settings: VerifySettings) -> None:
+    """Raises UserError if there is no such folder."""
+    existing_folder(settings.adapter_dir, RUN_CURE)
+
+
+def check_merge(settings: MergeSettings) -> None:
+    """Raises UserError for a folder that is no adapter, a device that is not there, and an output that exists."""
+    _check_merged(settings.adapter_dir, settings)
+
+
+def check_export(settings: ExportSettings) -> None:
+    """Raises UserError as `check_merge`."""
+    _check_merged(settings.model_dir, settings)
+
+
+def _check_merged(folder: str, settings: MergeSettings | ExportSettings) -> None:
+    gather(
+        partial(new_output_folder, settings.output_dir),
+        partial(check_device, settings.device),
+        partial(
+            find_adapter,
+            folder,
+            base_model=settings.base_model,
+            trust_remote_code=settings.trust_remote_code,
+            template=settings.template,
+        ),
+    )
+
+
+def _find(settings: AdapterSettings, found: list[FoundAdapter]) -> None:
+    """Adds the adapter that the settings name. Raises UserError as `find_adapter`, for a device that is not there, and
+    for a quantisation whose package is missing."""
+
+    def find() -> None:
+        found.append(
+            find_adapter(
+                settings.adapter_dir,
+                base_model=settings.base_model,
+                trust_remote_code=settings.trust_remote_code,
+                data_set=settings.data_set,
+                template=settings.template,
+            )
+        )
+
+    gather(partial(check_device, settings.device), find)
+    kind = settings.quantization
+    check_installed(found[0].adapter.quantization if kind == "auto" else kind)
+
+
+def _check_model(spec: str, settings: CompareSettings) -> None:
+    """Raises UserError if a model of `--models` is not there."""
+    folder = user_path(spec, "--models")
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise UserError("the folder is empty", place=spec, cure="give a model's or an adapter's folder")
+    if is_adapter(folder) and (folder / MANIFEST).is_file():
+        find_adapter(
+            folder,
+            base_model=settings.base_model,
+            trust_remote_code=settings.trust_remote_code,
+            data_set=settings.data_set if data_set_names(read_adapter_folder(folder)) else None,
+        )
+        return
+    if is_adapter(folder):
+        check_adapter_files(folder)
+    base = settings.base_model if is_adapter(folder) and settings.base_model is not None else spec
+    find_base(base, trust_remote_code=settings.trust_remote_code)
+
+
+def check_prompt_source(source: GenerateSettings) -> None:
+    """Raises UserError unless exactly one source of prompts is given and the answers have a place to go to."""
+    sources = {"data_path": source.data_path, "row": source.row, "prompt": source.prompt}
+    given = [f"--{name}" for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        what = "nothing to answer" if not given else f"{' and '.join(given)} are both given"
+        raise UserError(what, cure="give one of --data_path, --row and --prompt")
+    if source.output is not None:
+        output_file(source.output, "--output", source.data_path)
+
+
+def row_of(text: str) -> Mapping[str, object]:
+    """The row that `--row` gives as JSON. Raises UserError."""
+    cure = """write '{"document": "..."}'"""
+    try:
+        value, end = parse(text, len(text) - len(text.lstrip(SPACE)))
+        if rest := text[end:].lstrip(SPACE):
+            raise Fault("more text after the row", len(text) - len(rest))
+    except Fault as fault:
+        raise UserError(
+            f"{fault.problem}, at character {fault.at + 1}", place="--row", cure=fault.cure or cure
+        ) from None
+    if not isinstance(value, Mapping):
+        raise UserError(f"a row must be an object, not {kind_of(value)}", place="--row", cure=cure)
+    return value
+
+
+def report_folder(settings: CompareSettings) -> Path:
+    """The folder of a report, not created yet. Raises UserError if it cannot be written."""
+    output, place = user_path(settings.output_dir, "--output_dir"), f"--output_dir {settings.output_dir}"
+    if output.exists() and not output.is_dir():
+        raise UserError("it is a file", place=place, cure="name a folder")
+    if output.is_dir():
+        for spec in settings.models:
+            model = user_path(spec, "--models")
+            if model.is_dir() and output.samefile(model) and not (model / ANSWERS).exists():
+                raise UserError("it is a model's folder", place=place, cure="name another one")
+        _check_writable(output, place)
+        return output
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{parent} is a file", place=place, cure="name a folder")
+    _check_writable(parent, place)
+    return output
+
+
+def _check_writable(folder: Path, place: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError("cannot be written", place=place, cure="name a folder that you can write to")

@@ -57,6 +57,10 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.status, self.printed = status, printed
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback: the message, unless it has been printed."""
+        return [] if self.printed else [f"yeonma: {self}"]
+
 
 @dataclass
 class Stop:

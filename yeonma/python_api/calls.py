@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from yeonma.cli import VERBS
-from yeonma.config.parse import config_from_keywords
+from yeonma.config.parse import ParsedConfig, config_from_keywords
 from yeonma.config.settings import (
     CompareConfig,
     ExportSettings,
@@ -39,13 +39,18 @@ from yeonma.python_api.results import (
     RunResult,
     VerifyResult,
     run_result,
-    text_console,
 )
 from yeonma.python_api.signatures import CallForm, docstring_of, signature_of
 from yeonma.shown import one_line
 from yeonma.streams import log_line
+from yeonma.train.interrupt import Stopped
 
 Result = TypeVar("Result")
+
+INTERRUPTED = 130
+"""The status of a `Stopped` by SIGINT, as everywhere."""
+# tqdm's hint at ipywidgets in a notebook without them: no call shows its bars.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def _call_of(
             check_platform()
             keywords = _keywords(form, function.__name__, arguments, keywords)
             with in_keyword_form(form.settings), given(keywords) as settings:
-                parsed = config_from_keywords(
+                parsed: ParsedConfig[Any] = config_from_keywords(
                     verb.config,
                     settings,
                     groups=verb.groups,
@@ -85,7 +90,12 @@ def _call_of(
                 )
                 for warning in parsed.warnings:
                     warnings.warn(one_line(warning), stacklevel=2)
-                return function(parsed.config)
+                try:
+                    return function(parsed.config)
+                except Stopped:
+                    raise
+                except KeyboardInterrupt:
+                    raise Stopped("interrupted", INTERRUPTED) from None
 
         returns = get_type_hints(function)["return"]
         call.__doc__ = docstring_of(form, about, language())
@@ -159,21 +169,9 @@ def inspect(config: InspectConfig) -> InspectResult:
     Returns the rows, the audit and the forecast. Raises UserError for all that `sft` refuses before it loads weights.
     """
     from yeonma.commands.inspect import inspect as inspect_config
-    from yeonma.inspect.inspect_run import print_inspection
 
     inspection = inspect_config(config)
-    rows = tuple(inspection.views)
-    inspection = replace(inspection, views=rows)
-    console, out = text_console()
-    print_inspection(inspection, config.inspect, console)
-    return InspectResult(
-        rows,
-        inspection.audit,
-        inspection.forecast,
-        tuple(inspection.remarks),
-        out.getvalue().rstrip("\n"),
-        inspection.web_page,
-    )
+    return InspectResult(replace(inspection, views=tuple(inspection.views)), config.inspect)
 
 
 @_call_of()
@@ -185,7 +183,11 @@ def compare(config: CompareConfig) -> CompareResult:
     """
     from yeonma.commands.compare import compare_models
 
-    folder, report = compare_models(config.compare, config.answer, log_line)
+    try:
+        folder, report = compare_models(config.compare, config.answer, log_line)
+    except KeyboardInterrupt:
+        where = f"the answers so far are in {config.compare.output_dir}"
+        raise Stopped(f"interrupted; {where}, and the same call goes on from there", INTERRUPTED) from None
     return CompareResult(folder, report)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, TextIO, get_args, get_origin
 
 from yeonma.config.parse import Setting
 from yeonma.config.yaml_text import read_value
@@ -25,13 +26,32 @@ _PATH_LIKE = re.compile(r"[./:\[\d]|^[A-Z_]+$")
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?")
 
 
+class KeywordStream:
+    """A text stream on which options become keywords, line by line as they are written."""
+
+    def __init__(self, stream: TextIO, settings: Mapping[str, Setting]) -> None:
+        self._stream, self._settings = stream, settings
+
+    def write(self, text: str) -> int:
+        self._stream.write(with_keywords(text, self._settings))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def in_keyword_form(settings: Mapping[str, Setting]) -> Iterator[None]:
-    """Within the block, a UserError names settings as keywords, in its places and its cures."""
+    """Within the block, a UserError names settings as keywords, in its places and its cures, and so do lines of
+    progress and warnings."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (KeywordStream(stream, settings) for stream in streams)  # type: ignore[assignment]
     try:
         yield
     except UserError as error:
         raise UserError([keyword_form(problem, settings) for problem in error.problems]) from error
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def keyword_form(problem: Problem, settings: Mapping[str, Setting]) -> Problem:

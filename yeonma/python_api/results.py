@@ -14,10 +14,12 @@ from yeonma.shown import html_lines, many_lines
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from yeonma.config.settings import InspectSettings
     from yeonma.evaluate.report import ComparisonReport
     from yeonma.export.merged_model import Agreement
     from yeonma.inspect.audit import Audit
     from yeonma.inspect.forecast import Forecast
+    from yeonma.inspect.inspect_run import Inspection
     from yeonma.tokenization.explain import View
     from yeonma.verify.file_checks import Finding
     from yeonma.verify.verify_folder import VerifyReport
@@ -102,24 +104,38 @@ def run_result(folder: Path) -> RunResult:
 class InspectResult:
     """What a run would train on."""
 
-    rows: tuple[View, ...]
-    """The rows that were asked for, as the model will see them: tokens, trained or not, prompt and answer."""
-    audit: Audit
-    """Counts, lengths and findings of the whole data set."""
-    forecast: Forecast | None
-    """Memory and time; None if the model cannot be traced without its weights."""
-    remarks: tuple[str, ...]
-    """Sentences about the base model."""
-    text: str = field(compare=False)
-    """What the command prints."""
-    web_page: str = field(compare=False)
-    """The same as a web page."""
+    inspection: Inspection
+    settings: InspectSettings
+
+    @property
+    def rows(self) -> tuple[View, ...]:
+        """The rows that were asked for, as the model will see them: tokens, trained or not, prompt and answer."""
+        return tuple(self.inspection.views)
+
+    @property
+    def audit(self) -> Audit:
+        """Counts, lengths and findings of the whole data set."""
+        return self.inspection.audit
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """Memory and time; None if the model cannot be traced without its weights."""
+        return self.inspection.forecast
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences about the base model."""
+        return tuple(self.inspection.remarks)
 
     def __repr__(self) -> str:
-        return self.text
+        from yeonma.inspect.inspect_run import print_inspection
+
+        console, out = text_console()
+        print_inspection(self.inspection, self.settings, console)
+        return out.getvalue().rstrip("\n")
 
     def _repr_html_(self) -> str:
-        return _page_frame(self.web_page)
+        return _page_frame(self.inspection.web_page)
 
 
 @dataclass(frozen=True, repr=False)

@@ -36,11 +36,15 @@ def signature_of(form: CallForm, returns: object) -> inspect.Signature:
     """All settings as parameters with their types and defaults; all but the positional one by keyword."""
     parameters = []
     for name, setting in form.settings.items():
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        if name != form.positional:
-            kind = inspect.Parameter.KEYWORD_ONLY
-        default = inspect.Parameter.empty if setting.required else setting.default
-        parameters.append(inspect.Parameter(name, kind, default=default, annotation=setting.hint))
+        is_first = name == form.positional
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD if is_first else inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if setting.required else setting.default,
+                annotation=setting.hint,
+            )
+        )
     config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
     return inspect.Signature([*parameters, config], return_annotation=returns)
 

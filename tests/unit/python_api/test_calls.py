@@ -86,6 +86,24 @@ def test_the_stub_has_all_public_names_and_the_options_of_load() -> None:
     assert {argument.arg for argument in load.args.kwonlyargs} == options
 
 
+def test_editors_complete_calls_settings_and_results() -> None:
+    """By jedi, which IPython and many editors ask, from the stub alone."""
+    jedi = pytest.importorskip("jedi", reason="jedi is not installed: no editor's completion to try")
+
+    def complete(code: str) -> list[str]:
+        return [found.name for found in jedi.Script(f"import yeonma\n{code}", project=project).complete()]
+
+    project = jedi.Project(ROOT)
+    assert {"sft", "dpo", "inspect", "compare", "verify", "load"} <= set(complete("yeonma."))
+    assert complete("yeonma.sft(learning_r") == ["learning_rate="]
+    assert {"folder", "card", "steps", "metrics"} <= set(complete("run = yeonma.sft(base_model='x')\nrun."))
+    (signature,) = jedi.Script("import yeonma\nyeonma.dpo(", project=project).get_signatures()
+    assert [p.to_string() for p in signature.params if p.name == "learning_rate"] == [
+        "learning_rate: float=1e-05"
+    ]
+    assert "Fine-tune a model on preference pairs" in signature.docstring()
+
+
 def test_completion_lists_the_calls_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, inspect, yeonma\n"
@@ -225,7 +243,7 @@ def test_a_notebook_shows_the_message_alone(monkeypatch: pytest.MonkeyPatch) -> 
     (text,) = error._render_traceback_()
     assert text.rstrip().endswith("is missing")
     assert yeonma.Stopped("stopped", 130)._render_traceback_() == ["yeonma: stopped"]
-    assert yeonma.Stopped("stopped", 130, printed=True)._render_traceback_() == []
+    assert yeonma.Stopped("a\x1b", 130, printed=True)._render_traceback_() == ["yeonma: a\\x1b"]
 
 
 SETTINGS_OF_SFT = settings_of(VERBS["dpo"].groups)
@@ -282,4 +300,38 @@ def test_the_handlers_of_signals_are_put_back(base: Path, tmp_path: Path) -> Non
         except UserError:
             assert template == "nosuch"
     assert [signal.getsignal(getattr(signal, name)) for name in names] == before
+    assert (sys.stdout, sys.stderr) == streams
+
+
+# ------------------------------------------------------------------------- what is printed
+
+
+def test_lines_of_progress_name_keywords(
+    base: Path, run: RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SETTINGS, "num_epochs": 2, "val_set_size": 3, "card_rows": 1}
+    again = yeonma.sft(base_model=base, data_path=ROWS, output_dir=run, **settings)  # type: ignore[arg-type]
+    assert again == run
+    printed = capsys.readouterr().out
+    assert f"{run.folder} holds this run, which is finished; use overwrite=True to run it again" in printed
+
+
+def test_help_of_settings_is_korean_where_the_language_is() -> None:
+    code = "import yeonma; print(yeonma.sft.__doc__)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "YEONMA_LANG": "ko", "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("    batch_size: "))
+    assert any("가" <= char <= "힣" for char in line)
+
+
+def test_an_interrupt_of_a_call_is_a_message(monkeypatch: pytest.MonkeyPatch, run: RunResult) -> None:
+    from yeonma.verify import verify_folder
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify_folder, "verify", interrupted)
+    streams = sys.stdout, sys.stderr
+    with pytest.raises(yeonma.Stopped, match=r"^interrupted$"):
+        yeonma.verify(run)
     assert (sys.stdout, sys.stderr) == streams

@@ -88,6 +88,9 @@ def open_notebook(folder: Path, cells: Sequence[str] = ()) -> Iterator[Notebook]
         resources={"metadata": {"path": str(folder)}},
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop(
+        "PYTEST_CURRENT_TEST", None
+    )  # with it a kernel shows no output of processes that it starts
     with client.setup_kernel(env=environment):
         notebook = Notebook(client)
         for source in cells:

@@ -677,9 +677,9 @@ def sft(
     `datasets.Dataset`.
 
     Returns the run: its folder, its losses, its card. Raises UserError for every mistake that `yeonma sft` reports, and
-    RuntimeError if one of several processes (`nproc`) failed. An interrupt (Ctrl-C, or a notebook's stop button) and
-    `time_limit` save a checkpoint and raise Stopped, a KeyboardInterrupt; the same call goes on from there. A second
-    interrupt ends the call at once.
+    RunFailed, a RuntimeError, if one of several processes (`nproc`) failed. An interrupt (Ctrl-C, or a notebook's stop
+    button) and `time_limit` save a checkpoint and raise Stopped, a KeyboardInterrupt; the same call goes on from there.
+    A second interrupt ends the call at once.
 
     Settings:
         data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)

@@ -41,6 +41,14 @@ class ProcessLost(Exception):
     """Another process of the run has died. The message says which."""
 
 
+class RunFailed(RuntimeError):
+    """A run in several processes has failed, and one of them has printed why."""
+
+    def _render_traceback_(self) -> list[str]:
+        """As that of UserError."""
+        return [f"yeonma: {one_line(str(self))}"]
+
+
 class UserError(Exception):
     """A mistake in the data, the template, the settings or a folder. `yeonma` prints it and exits with status 2."""
 

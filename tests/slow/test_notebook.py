@@ -133,3 +133,16 @@ def test_an_interrupted_cell_runs_again_to_the_same_bytes(notebook: Notebook) ->
 
 def folder_of(notebook: Notebook) -> Path:
     return Path(notebook.client.resources["metadata"]["path"])
+
+
+def test_several_processes_print_lines_and_their_failure_is_a_message(notebook: Notebook) -> None:
+    call = "yeonma.sft(base_model='base', data_path=ROWS, output_dir='two', nproc=2, seed={}, **SETTINGS)"
+    done = notebook.run(call.format(1))
+    assert done.error is None and f"finished after {LAST_STEP} steps" in done.data[0]["text/plain"]
+    assert f"step {LAST_STEP}/{LAST_STEP}  epoch 2.00  loss " in done.out and "\x1b" not in done.out
+    failed = notebook.run(call.format(2))
+    assert failed.error == (
+        "RunFailed",
+        ["yeonma: training ended with status 2; the reason is printed above"],
+    )
+    assert "seed was 1 and is now 2" in failed.err

@@ -25,7 +25,7 @@ from yeonma.config.settings import (
     VerifySettings,
 )
 from yeonma.data.python_rows import given
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, RunFailed, UserError
 from yeonma.files import user_path
 from yeonma.language import language
 from yeonma.platforms import check_platform
@@ -138,9 +138,9 @@ def sft(config: RunConfig) -> RunResult:
     `datasets.Dataset`.
 
     Returns the run: its folder, its losses, its card. Raises UserError for every mistake that `yeonma sft` reports, and
-    RuntimeError if one of several processes (`nproc`) failed. An interrupt (Ctrl-C, or a notebook's stop button) and
-    `time_limit` save a checkpoint and raise Stopped, a KeyboardInterrupt; the same call goes on from there. A second
-    interrupt ends the call at once.
+    RunFailed, a RuntimeError, if one of several processes (`nproc`) failed. An interrupt (Ctrl-C, or a notebook's stop
+    button) and `time_limit` save a checkpoint and raise Stopped, a KeyboardInterrupt; the same call goes on from there.
+    A second interrupt ends the call at once.
     """
     return _train("sft", config)
 
@@ -155,7 +155,7 @@ def _train(verb: str, config: RunConfig) -> RunResult:
     from yeonma.commands.sft import train
 
     if status := train(verb, config, as_command=False):
-        raise RuntimeError(f"training ended with status {status}; the reason is printed above")
+        raise RunFailed(f"training ended with status {status}; the reason is printed above")
     return run_result(user_path(config.run.output_dir))
 
 

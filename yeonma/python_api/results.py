@@ -130,7 +130,7 @@ class InspectResult:
     def __repr__(self) -> str:
         from yeonma.inspect.inspect_run import print_inspection
 
-        console, out = text_console()
+        console, out = text_console(soft_wrap=True)
         print_inspection(self.inspection, self.settings, console)
         return out.getvalue().rstrip("\n")
 
@@ -262,8 +262,8 @@ class PushResult:
 # How they are shown
 
 
-def text_console() -> tuple[Console, StringIO]:
-    """A console that writes text into memory, also in a notebook."""
+def text_console(*, soft_wrap: bool = False) -> tuple[Console, StringIO]:
+    """A console that writes text into memory, also in a notebook. `soft_wrap`: long lines stay whole."""
     from rich.console import Console
 
     out = StringIO()
@@ -274,6 +274,7 @@ def text_console() -> tuple[Console, StringIO]:
         highlight=False,
         markup=False,
         emoji=False,
+        soft_wrap=soft_wrap,
         force_terminal=False,
         force_jupyter=False,
     )

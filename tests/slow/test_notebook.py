@@ -39,9 +39,10 @@ def test_a_run_is_one_block_with_the_curve_and_its_value(notebook: Notebook) -> 
     block, value = cell.data
     assert f'<progress value="{LAST_STEP}" max="{LAST_STEP}"' in block["text/html"]
     assert "data:image/svg+xml;base64," in block["text/html"]
-    step, evaluation = block["text/plain"].splitlines()
+    step, *evaluations = block["text/plain"].splitlines()
     assert re.fullmatch(rf"step {LAST_STEP}/{LAST_STEP}  epoch .*  loss \d.*  lr .* left  .*", step)
-    assert f"step {LAST_STEP}/{LAST_STEP}" in evaluation and "validation loss" in evaluation
+    assert all("  validation loss " in line for line in evaluations)
+    assert [int(line.split()[1].partition("/")[0]) for line in evaluations] == [0, 3, 6, 9, LAST_STEP]
     assert f"finished after {LAST_STEP} steps" in value["text/plain"]
     assert "data:image/svg+xml;base64," in value["text/html"]
     assert "tokenised 23 rows" in cell.out

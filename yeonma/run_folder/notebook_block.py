@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,8 @@ from yeonma.svg import Point, image
 
 SECONDS_BETWEEN_UPDATES = 0.5
 """A run of quick steps would otherwise send more than a browser can draw."""
+
+MOST_LINES = 10
 
 Publish = Callable[[dict[str, str], bool], None]
 """Shows the block, by MIME type. The second argument: whether it replaces what was shown before."""
@@ -51,8 +54,8 @@ class NotebookBlock:
     validation: list[Point] = field(default_factory=list)
     line: str = ""
     """The numbers of the last step."""
-    evaluation_lines: Sequence[str] = ()
-    """Of the last evaluation."""
+    said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))
+    """Lines about evaluations and the like."""
     step_number: int = 0
     is_shown: bool = False
     has_news: bool = False
@@ -67,10 +70,13 @@ class NotebookBlock:
         if time.monotonic() - self.updated >= SECONDS_BETWEEN_UPDATES or number == self.total_steps:
             self._update()
 
-    def evaluation(self, number: int, loss: float, lines: Sequence[str]) -> None:
-        """An evaluation after step `number`."""
-        self.step_number, self.evaluation_lines = number, lines
+    def evaluation(self, number: int, loss: float) -> None:
+        """An evaluation after step `number`. The lines about it follow."""
         _add(self.validation, number, loss)
+
+    def say(self, line: str) -> None:
+        """A line that is shown now. Of many, the last ones stay."""
+        self.said.append(line)
         self._update()
 
     def close(self) -> None:
@@ -83,7 +89,7 @@ class NotebookBlock:
         self.is_shown, self.has_news, self.updated = True, False, time.monotonic()
 
     def _lines(self) -> list[str]:
-        return [line for line in (self.line, *self.evaluation_lines) if line]
+        return [line for line in (self.line, *self.said) if line]
 
     def _text(self) -> str:
         return "\n".join(one_line(line, MOST_OF_A_LINE) for line in self._lines())

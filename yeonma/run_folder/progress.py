@@ -98,24 +98,25 @@ class Progress:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Prints an evaluation on its own line."""
+        if self._block:
+            self._block.evaluation(record.step, record.loss)
         units = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
         metrics = _rewards(record.metrics)
         if record.perplexity is not None:
             metrics, units = f"  perplexity {_perplexity(record.perplexity)}", "examples"
-        lines = [
+        self.print_line(
             f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}"
             f"  validation loss {record.loss:.4f}{metrics}"
-            f"  {record.examples} {units} in {_duration(record.seconds)}",
-            *(f"  {name}  validation loss {loss:.4f}" for name, loss in record.losses.items()),
-        ]
-        if self._block:
-            self._block.evaluation(record.step, record.loss, lines)
-            return
-        for line in lines:
-            self.print_line(line)
+            f"  {record.examples} {units} in {_duration(record.seconds)}"
+        )
+        for name, loss in record.losses.items():
+            self.print_line(f"  {name}  validation loss {loss:.4f}")
 
     def print_line(self, text: str) -> None:
-        """Prints a line, without markup or wrapping. A Log."""
+        """Prints a line, without markup or wrapping; in a notebook, within the block. A Log."""
+        if self._block:
+            self._block.say(text)
+            return
         log_of(self._console)(text)
 
     def _line(self, record: StepRecord) -> str:

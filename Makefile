@@ -68,6 +68,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python scripts/settings_table.py
+	$(BIN)/python scripts/python_stub.py
 	$(BIN)/python scripts/model_table.py
 	$(BIN)/python scripts/choose.py
 

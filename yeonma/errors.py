@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from yeonma.shown import one_line
+from yeonma.shown import one_line, traceback_text
 
 Log = Callable[[str], None]
 """Takes a line of progress or a warning for the user, without its line end."""
@@ -40,12 +41,26 @@ class ProcessLost(Exception):
     """Another process of the run has died. The message says which."""
 
 
+class RunFailed(RuntimeError):
+    """A run in several processes has failed, and one of them has printed why."""
+
+    def _render_traceback_(self) -> list[str]:
+        """As that of UserError."""
+        return [f"yeonma: {one_line(str(self))}"]
+
+
 class UserError(Exception):
     """A mistake in the data, the template, the settings or a folder. `yeonma` prints it and exits with status 2."""
 
     def __init__(self, what: str | Iterable[Problem], *, place: str = "", cure: str = "") -> None:
         self.problems = (Problem(what, place, cure),) if isinstance(what, str) else tuple(what)
         super().__init__("\n".join(_within_bounds(self.problems)))
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback, which IPython asks for: the message alone. YEONMA_DEBUG=1 adds
+        the traceback, as on the command line."""
+        debug = os.environ.get("YEONMA_DEBUG") == "1"
+        return [traceback_text(self)] if debug else [f"yeonma: {line}" for line in str(self).split("\n")]
 
 
 def _within_bounds(problems: Sequence[Problem]) -> list[str]:

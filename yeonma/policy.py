@@ -33,6 +33,7 @@ from yeonma.config.settings import (
     TorchCompile,
 )
 from yeonma.data.columns import Columns
+from yeonma.data.python_rows import is_table, rows_of_table
 from yeonma.data.rows import Row
 from yeonma.errors import Log, UserError, first_line
 from yeonma.generation.completion import Answer, Ids, generate
@@ -160,7 +161,7 @@ class Policy:
     @overload
     def generate(
         self,
-        row: Sequence[Mapping[str, object]],
+        row: Any,
         *,
         columns: Columns = ...,
         batch_size: int = ...,
@@ -168,7 +169,7 @@ class Policy:
     ) -> list[str]: ...
     def generate(
         self,
-        row: Mapping[str, object] | Sequence[Mapping[str, object]],
+        row: Any,
         *,
         columns: Columns = None,
         batch_size: int = GenerateSettings.batch_size,
@@ -176,8 +177,9 @@ class Policy:
     ) -> str | list[str]:
         """Generates the answer to one row, or a list of answers to several: `policy.generate({"document": "..."})`.
 
-        A row needs the template's prompt fields, under the column names of training or the template's own field names;
-        `columns` maps fields to other columns. `options` are those of `yeonma generate`: max_new_tokens, temperature,
+        Several rows are a list of dicts, a pandas or polars DataFrame, or a `datasets.Dataset`. A row needs the
+        template's prompt fields, under the column names of training or the template's own field names; `columns` maps
+        fields to other columns. `options` are those of `yeonma generate`: max_new_tokens, temperature,
         top_p, top_k, repetition_penalty, seed. Raises UserError for rows that do not fit the template and for unknown
         options.
         """
@@ -441,7 +443,8 @@ def _answer_settings(options: Mapping[str, Any]) -> AnswerSettings:
     return config_from_keywords(AnswerSettings, options).config
 
 
-def _rows(rows: Sequence[Any]) -> list[Row]:
+def _rows(rows: Any) -> list[Row]:
+    rows = list(rows_of_table(rows, "row") if is_table(rows) else rows)
     for row in rows:
         if not isinstance(row, Mapping):
             cure = 'give {"field": "text"}, or a list of such rows; complete() continues plain text'

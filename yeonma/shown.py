@@ -120,6 +120,13 @@ def html(text: str) -> str:
     return escape(one_line(text))
 
 
+def html_lines(text: str) -> str:
+    """Several lines of text in HTML, within an element such as `pre`."""
+    from html import escape
+
+    return escape(many_lines(text))
+
+
 _MARKS = r"[`\[\]<|]|\*(?=\S)|(?<=\S)\*|~(?=~)|\\(?=[!-/:-@\[-`{-~])|(?<!\w)_|_(?!\w)|&(?=#?\w+;)"
 
 

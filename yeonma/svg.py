@@ -8,6 +8,7 @@ a drawing, or from the `style` of a drawing that is a file of its own.
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -27,6 +28,12 @@ def drawing(width: float, height: float, description: str, elements: Sequence[st
     content = "".join([f"<style>{style}</style>" if style else "", *elements])
     box = f"0 0 {number(width)} {number(height)}"
     return element("svg", content, **own, viewBox=box, role="img", aria_label=description)
+
+
+def image(drawing: str, description: str) -> str:
+    """A drawing that is a file of its own as an `img` element, so that its style does not reach the page around it."""
+    data = b64encode(drawing.encode()).decode("ascii")
+    return f'<img alt="{html(description)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def element(tag: str, content: str = "", /, **attributes: str | float) -> str:

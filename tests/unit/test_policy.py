@@ -687,5 +687,6 @@ def test_yeonma_sft_takes_settings_as_keywords_and_returns_the_folder(
         batch_size=2,
         card_rows=0,
     )
-    assert folder == tmp_path / "OUT"
+    assert folder.folder == tmp_path / "OUT"
+    assert (folder.steps, folder.card) == (1, tmp_path / "OUT" / "README.md")
     assert isinstance(yeonma.load(folder).generate(DOCUMENT, max_new_tokens=3), str)

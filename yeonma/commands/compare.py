@@ -13,7 +13,7 @@ from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.evaluate.answers import answer_all, candidate_inputs, read_rows, reference_answers
 from yeonma.evaluate.candidates import open_candidates
 from yeonma.evaluate.metrics import INSTALL_SACREBLEU, has_sacrebleu
-from yeonma.evaluate.report import Comparison, make_report, print_table, to_json
+from yeonma.evaluate.report import Comparison, ComparisonReport, make_report, print_table, to_json
 from yeonma.evaluate.report_page import page
 from yeonma.files import disk_errors_as_user_errors, replace_file
 from yeonma.streams import log_line, say
@@ -35,6 +35,17 @@ def run(config: CompareConfig) -> int:
 
 def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Path:
     """Write the report, print its table and return its folder. `log` gets progress messages. Raises UserError."""
+    output, report = compare_models(settings, options, log)
+    from rich.console import Console
+
+    print_table(Console(highlight=False, markup=False, emoji=False), report)
+    return output
+
+
+def compare_models(
+    settings: CompareSettings, options: AnswerSettings, log: Log
+) -> tuple[Path, ComparisonReport]:
+    """Write the report. Returns its folder and its content. `log` gets progress messages. Raises UserError."""
     output = report_folder(settings)
     opened = open_rows(
         settings.data_path,
@@ -61,10 +72,7 @@ def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Pat
     with disk_errors_as_user_errors(output, "the report"):
         replace_file(output / "report.json", to_json(report).encode())
         replace_file(output / "report.html", page(report).encode())
-    from rich.console import Console
-
-    print_table(Console(highlight=False, markup=False, emoji=False), report)
-    return output
+    return output, report
 
 
 def _create(output: Path, given: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
@@ -19,8 +21,29 @@ from yeonma.streams import say
 from yeonma.tokenization.text_encoder import TextEncoder
 
 
+@dataclass(frozen=True)
+class ExportedFiles:
+    """The folder that was written, and lines about it: its files with their sizes, and what to do next."""
+
+    folder: Path
+    lines: Sequence[str]
+
+
 def run(settings: ExportSettings) -> int:
     """Returns 0 if the files are written, 1 if the merged model does not agree with the adapter on its base.
+
+    Raises UserError as `export`.
+    """
+    exported = export(settings)
+    if exported is None:
+        return 1
+    for line in exported.lines:
+        say(line)
+    return 0
+
+
+def export(settings: ExportSettings) -> ExportedFiles | None:
+    """Writes the files. None, after a message, if the merged model does not agree with the adapter on its base.
 
     Raises UserError as merging, and if the converter cannot be installed or does not support the model.
     """
@@ -39,19 +62,20 @@ def run(settings: ExportSettings) -> int:
     with staging_folder(output, "the exported model", least_bytes) as folder:
         model = prompt_builder.adapter.path if plan is None else _merged_model(plan, folder)
         if model is None:
-            return 1
+            return None
         gguf = _write(settings, prompt_builder, model, folder, one_line(output.absolute().name))
         if is_installed() and prompt_builder.adapter.has_template:
             check_prompts(gguf, prompt_builder, say)
         move_into_place(folder, output)
-    for path in sorted(output.iterdir()):
-        say(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    lines = [f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in sorted(output.iterdir())]
     if multimodal_class(load_config(prompt_builder.source)) is not None:
-        say("the GGUF file holds the language model alone; its towers for images and sound are not exported")
+        lines.append(
+            "the GGUF file holds the language model alone; its towers for images and sound are not exported"
+        )
     if settings.format == "ollama":
         name, file = shell_word(output.absolute().name.lower()), shell_word(str(output / "Modelfile"))
-        say(f"ollama create {name} -f {file}")
-    return 0
+        lines.append(f"ollama create {name} -f {file}")
+    return ExportedFiles(output, tuple(lines))
 
 
 def _merge_plan(settings: ExportSettings) -> MergePlan:

@@ -6,15 +6,28 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from yeonma.config.data_sets import data_sets
 from yeonma.config.settings import InspectConfig
 from yeonma.files import output_file
 from yeonma.train.preflight import preflight
 
+if TYPE_CHECKING:
+    from yeonma.inspect.inspect_run import Inspection
+
 
 def run(config: InspectConfig) -> int:
     """Run the command. Raises UserError for everything that training refuses before it loads weights, and as early."""
+    inspection = inspect(config)
+    from yeonma.inspect.inspect_run import print_inspection
+
+    print_inspection(inspection, config.inspect)
+    return 0
+
+
+def inspect(config: InspectConfig) -> Inspection:
+    """What the command prints. Raises as `run`."""
     options, training = config.inspect, config.training
     if options.html is not None:
         for one in data_sets(training.data):
@@ -23,10 +36,9 @@ def run(config: InspectConfig) -> int:
         training = replace(training, preference=None)
     preflight(training)
     with _rare_garbage_collection():
-        from yeonma.inspect.inspect_run import run_inspect
+        from yeonma.inspect.inspect_run import inspect_training
 
-        run_inspect(options, training)
-    return 0
+        return inspect_training(options, training)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from yeonma.config.settings import PushSettings
@@ -18,8 +19,23 @@ MOST_NAMED = 50
 """How many files that stay here are named."""
 
 
+@dataclass(frozen=True)
+class PushedFiles:
+    """What was to be sent, and the address of its commit; None if nothing was sent."""
+
+    folder: Path
+    repo: str
+    files: tuple[str, ...]
+    url: str | None
+
+
 def run(settings: PushSettings) -> int:
-    """Lists what will be sent, asks, sends it in one commit and compares what arrived. Returns 1 if the answer is no.
+    """Returns 1 if the answer to the question whether to send the files is no. Raises UserError as `push`."""
+    return 0 if push(settings).url is not None or settings.dry_run else 1
+
+
+def push(settings: PushSettings) -> PushedFiles:
+    """Lists what will be sent, asks, sends it in one commit and compares what arrived.
 
     Raises UserError as `collect`, before anything is sent, and as `upload`.
     """
@@ -28,15 +44,16 @@ def run(settings: PushSettings) -> int:
         folder, settings.base_model, settings.hide_paths, os.environ, _telling_names(settings.repo)
     )
     _print_uploads(folder, uploads, settings.repo, settings.public)
+    pushed = PushedFiles(folder, settings.repo, tuple(file.name for file in uploads), None)
     if settings.dry_run:
         say("nothing was sent (dry_run)")
-        return 0
+        return pushed
     if not settings.yes and not _confirmed():
         say("nothing was sent")
-        return 1
+        return pushed
     url = upload(settings.repo, uploads, settings.message, settings.public, say)
     say(f"{len(uploads)} files uploaded and verified: {url}")
-    return 0
+    return replace(pushed, url=url)
 
 
 def _telling_names(repo: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -69,10 +70,15 @@ def _start_processes(processes: int, command: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # in a notebook, whose variables ask for colours: lines rather than a live line, which cannot move there
+    display = {} if sys.stdout.isatty() else {"TTY_INTERACTIVE": "0"}
     message = "stopped; saved checkpoints are kept: run the same command to continue"
     try:
         with _inherited(
-            OMP_NUM_THREADS=_cores_per_process(processes), **ENVIRONMENT, **{START_TIME: str(time.time())}
+            OMP_NUM_THREADS=_cores_per_process(processes),
+            **ENVIRONMENT,
+            **display,
+            **{START_TIME: str(time.time())},
         ):
             options = [f"--nproc_per_node={processes}", f"--signals_to_handle={heeded_signals()}"]
             run(parse_args(["--standalone", *options, *command]))

@@ -235,6 +235,7 @@ def _korean_texts() -> Mapping[str, Mapping[str, str]]:
     return {**texts["groups"], "commands": texts["commands"]}
 
 
+@cache
 def setting_texts(group: type) -> dict[str, str]:
     """Field name -> the docstring below it, for a settings group."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
@@ -262,3 +263,14 @@ def _values_and_default(setting: Setting, language: Language, is_short: bool) ->
 def _metavar(setting: Setting) -> str:
     kinds = [get_origin(member) or member for member in setting.members if member is not NoneType]
     return "|".join(dict.fromkeys(METAVARS[kind] for kind in kinds))
+
+
+def setting_entries(
+    groups: Sequence[type], settings: Mapping[str, Setting], language: Language
+) -> list[tuple[str, str]]:
+    """Name and text of each of `settings`, with the values that it accepts and its default."""
+    texts = _texts(groups, language)
+    return [
+        (name, f"{texts[name]} {_values_and_default(setting, language, is_short=False)}".rstrip())
+        for name, setting in settings.items()
+    ]

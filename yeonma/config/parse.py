@@ -117,23 +117,31 @@ def config_from_keywords(
     keywords: Mapping[str, object],
     *,
     groups: Sequence[type] | None = None,
+    not_required: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> ParsedConfig[Config]:
     """Parse Python keywords and the YAML file that the keyword `config` names. The keywords win over the file.
 
-    `kind`, `groups` and `defaults` as in `read_config`. Raises UserError with every problem found.
+    `kind`, `groups`, `not_required` and `defaults` as in `read_config`. Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    settings = settings_of(groups or groups_in(kind), (), defaults)
+    settings = settings_of(groups or groups_in(kind), not_required, defaults)
     raw_values: dict[str, RawValue] = {}
     for name, value in keywords.items():
         if name in settings:
-            raw_values[name] = RawValue(os.fspath(value) if isinstance(value, os.PathLike) else value, name)
+            raw_values[name] = RawValue(_without_path_objects(value), name)
         elif name != "config":
             problems.append(Problem("unknown setting", name, unknown_cure(name, settings, "{}")))
     if keywords.get("config") is not None:
         raw_values = {**_from_yaml(str(keywords["config"]), settings, problems), **raw_values}
     return _parse(kind, settings, raw_values, problems, "{}=...")
+
+
+def _without_path_objects(value: object) -> object:
+    """Text in place of a path, or of the paths in a list."""
+    if isinstance(value, (list, tuple)):
+        return [_without_path_objects(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _from_command_line(

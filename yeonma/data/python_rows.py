@@ -149,6 +149,18 @@ def _line(values: Any, place: str) -> bytes:
 # Kinds of data
 
 
+def is_table(data: object) -> bool:
+    """Whether this is a DataFrame or a data set of the library `datasets`, by the name of its class."""
+    return _kind_of(data) is not None
+
+
+def rows_of_table(data: Any, place: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table as JSON has them. Raises UserError for a kind of table that has none, and for rows that are
+    no data."""
+    _, rows = _rows_of(data, place)
+    return (_row(values, f"{place} {number}") for number, values in enumerate(rows, 1))
+
+
 def _rows_of(data: Any, setting: str) -> tuple[str, Iterable[Any]]:
     """What the data is, for the label, and its rows. Raises UserError for anything else."""
     if (kind := _kind_of(data)) is not None:

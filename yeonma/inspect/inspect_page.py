@@ -141,7 +141,9 @@ def _escaped(text: str) -> str:
 def _audit_text(audit: Audit) -> str:
     out = StringIO()
     print_audit(
-        Console(file=out, width=100, color_system=None, highlight=False, markup=False), audit, bars=False
+        Console(file=out, width=100, color_system=None, highlight=False, markup=False, force_jupyter=False),
+        audit,
+        bars=False,
     )
     return out.getvalue()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,26 @@ RATE_SECONDS = 0.25
 """How long the products of the rate are measured that a forecast of time uses."""
 
 
-def run_inspect(options: InspectSettings, config: RunConfig) -> None:
-    """Print rows, audit and forecast on standard output, and progress on standard error.
+@dataclass(frozen=True)
+class Inspection:
+    """What is shown of a run. `views` may be read only once."""
+
+    title: str
+    views: Iterable[View]
+    audit: Audit
+    forecast: Forecast | None
+    forecast_lines: Sequence[tuple[str, str]]
+    adapter: Coverage | None
+    remarks: Sequence[str]
+    """Sentences about the base model."""
+
+    @property
+    def web_page(self) -> str:
+        return page(self.title, list(self.views), self.audit, self.forecast_lines, self.remarks)
+
+
+def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
+    """Compute rows, audit and forecast, and print progress on standard error. Writes the page that `html` names.
 
     Raises UserError for everything that a training run would refuse before it loads weights.
     """
@@ -66,26 +84,35 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, selection, in_full=not options.json or options.html is not None
     )
+    title = f"{dataset.train.rows.name} for {Path(source.name).name}"
     if options.html is not None:
         views = list(views)
-        title = f"{dataset.train.rows.name} for {Path(source.name).name}"
-        write_text_atomically(user_path(options.html), page(title, views, audit, lines, remarks))
+    inspection = Inspection(title, views, audit, forecast, lines, adapter, remarks)
+    if options.html is not None:
+        write_text_atomically(user_path(options.html), inspection.web_page)
+    return inspection
+
+
+def print_inspection(
+    inspection: Inspection, options: InspectSettings, console: Console | None = None
+) -> None:
+    """Print rows, audit and forecast on `console`, by default on standard output; with `options.json`, as JSON."""
     if options.json:
-        for view in views:
+        for view in inspection.views:
             give(view_json(view))
         about: dict[str, Any] = {
-            "forecast": forecast and forecast_dict(forecast),
-            "adapter": adapter and asdict(adapter),
-            **({"model_remarks": remarks} if remarks else {}),
+            "forecast": inspection.forecast and forecast_dict(inspection.forecast),
+            "adapter": inspection.adapter and asdict(inspection.adapter),
+            **({"model_remarks": inspection.remarks} if inspection.remarks else {}),
         }
-        give(audit_json(audit, about))
+        give(audit_json(inspection.audit, about))
         return
-    console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
-    print_views(console, views, tokens=options.tokens)
-    print_audit(console, audit)
-    for remark in remarks:
+    console = console or Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
+    print_views(console, inspection.views, tokens=options.tokens)
+    print_audit(console, inspection.audit)
+    for remark in inspection.remarks:
         print_remark(console, "model", remark)
-    print_forecast(console, lines)
+    print_forecast(console, inspection.forecast_lines)
 
 
 def _audit(config: RunConfig, prepared: Prepared) -> Audit:

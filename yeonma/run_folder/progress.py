@@ -13,6 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from yeonma.errors import Log
+from yeonma.run_folder.notebook_block import notebook_block
 from yeonma.shown import MOST_OF_A_LINE, one_line
 
 RECENT_STEPS = 20
@@ -68,8 +69,9 @@ def log_of(console: Console) -> Log:
 class Progress:
     """Displays the steps from `start_step` + 1 to `total_steps`. A context manager.
 
-    On a terminal, one line is updated at every step, and other messages appear above it. Elsewhere (a file, a pipe, a
-    notebook), every `logging_steps`-th step and the last one print a line with the same text:
+    On a terminal, one line is updated at every step, and other messages appear above it. In a notebook, one block is
+    (`NotebookBlock`). Elsewhere (a file, a pipe), every `logging_steps`-th step and the last one print a line with the
+    same text:
     `step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  12m03s left  2.1 GB`.
     Loss and learning rate are those of the step; tokens/s and time left are estimated from the last 20 steps.
     """
@@ -79,20 +81,25 @@ class Progress:
         self._logging_steps = logging_steps
         self._console = console
         self._recent: deque[StepRecord] = deque(maxlen=RECENT_STEPS)
+        self._block = None if console.quiet else notebook_block(total_steps)
         # not interactive: TERM is dumb, or the user set TTY_INTERACTIVE=0
-        live = console.is_terminal and console.is_interactive
+        live = console.is_terminal and console.is_interactive and self._block is None
         self._bar = _bar(console, total_steps, start_step) if live else None
 
     def step(self, record: StepRecord) -> None:
         """Displays a finished step."""
         self._recent.append(record)
-        if self._bar:
+        if self._block:
+            self._block.step(record.step, record.loss, self._line(record))
+        elif self._bar:
             self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._line(record))
         elif record.step % self._logging_steps == 0 or record.step == self._total_steps:
             self.print_line(self._line(record))
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Prints an evaluation on its own line."""
+        if self._block:
+            self._block.evaluation(record.step, record.loss)
         units = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
         metrics = _rewards(record.metrics)
         if record.perplexity is not None:
@@ -106,7 +113,10 @@ class Progress:
             self.print_line(f"  {name}  validation loss {loss:.4f}")
 
     def print_line(self, text: str) -> None:
-        """Prints a line, without markup or wrapping. A Log."""
+        """Prints a line, without markup or wrapping; in a notebook, within the block. A Log."""
+        if self._block:
+            self._block.say(text)
+            return
         log_of(self._console)(text)
 
     def _line(self, record: StepRecord) -> str:
@@ -127,6 +137,8 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._bar:
             self._bar.stop()
+        if self._block:
+            self._block.close()
 
 
 def peak_memory_bytes(device_type: str) -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from yeonma.errors import UserError
+from yeonma.shown import one_line
 
 TIME_OVER = 75
 """Exit status of a run that `time_limit` stopped: EX_TEMPFAIL of sysexits.h, "try again"."""
@@ -56,6 +57,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, status: int, printed: bool = False) -> None:
         super().__init__(message)
         self.status, self.printed = status, printed
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback, which IPython asks for: the message alone."""
+        return [f"yeonma: {one_line(str(self))}"]
 
 
 @dataclass

@@ -127,7 +127,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     device = load.pick_device(model_settings.device)
     with rendezvous() as processes, ExitStack() as contexts:
         stop.several_processes = processes.count > 1
-        console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True)
+        console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True, force_jupyter=False)
         log = log_of(console)
         cache_dir = cache_folder(config.tokens)
         base_content = contexts.enter_context(reading_content(source, cache_dir=cache_dir))

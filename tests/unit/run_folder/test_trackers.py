@@ -22,6 +22,7 @@ from tests.chromium import browser, contrast, in_chromium, luminance
 from yeonma.config import settings
 from yeonma.errors import UserError
 from yeonma.packages import install
+from yeonma.run_folder import loss_plot
 from yeonma.run_folder import trackers as tracking
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, peak_memory_bytes
 from yeonma.run_folder.run_log import open_metrics, read_metrics
@@ -426,7 +427,7 @@ def test_failed_plot_leaves_no_temporary_file(tmp_path: Path) -> None:
 
 
 def test_the_moving_mean_is_centred_and_shorter_at_the_ends() -> None:
-    mean = tracking._moving_mean(np.array([1.0, 2.0, 6.0, 7.0]), each_side=1)
+    mean = loss_plot._moving_mean(np.array([1.0, 2.0, 6.0, 7.0]), each_side=1)
     assert mean.tolist() == [1.5, 3.0, 5.0, 6.5]
 
 

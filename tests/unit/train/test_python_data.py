@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sft(output: Path, base: Path, data: Any, **settings: Any) -> Path:
-    return yeonma.sft(base_model=base, data_path=data, output_dir=output, **{**SETTINGS, **settings})
+    return Path(yeonma.sft(base_model=base, data_path=data, output_dir=output, **{**SETTINGS, **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_faulty_row_has_its_number_and_writes_nothing(base: Path, tmp_path: Pa
         sft(tmp_path / "out", base, rows)
     problem, way_out = map(str, caught.value.problems)
     assert problem == 'data_path row 17: field "title" is null; the template uses document, title'
-    assert way_out == "bad_rows: bad rows stop the run; --bad_rows skip leaves them out and counts them"
+    assert way_out == 'bad_rows: bad rows stop the run; bad_rows="skip" leaves them out and counts them'
     assert not (tmp_path / "out").exists()
     skipped = sft(tmp_path / "out", base, rows, bad_rows="skip", num_epochs=1, val_set_size=0)
     details = json.loads((skipped / "yeonma.json").read_text())["trained_on"]

@@ -15,6 +15,8 @@ from yeonma.tokenization.store import TokenStore
 
 _MOST_SEQUENCES = 4 * MOST_LABELS
 """Distinct sequences of tokens from which on answers are taken to be no labels: a text may have a few."""
+_MOST_TOKENS = 2 * LONGEST_LABEL
+"""Of an answer, with those that end it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,31 +93,31 @@ def _sequences(
 ) -> tuple[list[_Sequence], NDArray[np.int64]] | None:
     """The distinct answers, in order of their appearance, and which of them each example has. None if they are too many
     or too long, or if a row has not exactly one answer behind a prompt."""
-    lengths = store.lengths[positions] - store.prompt_lengths[positions]
-    if (
-        not len(positions)
-        or int(lengths.max()) > 2 * LONGEST_LABEL
-        or int(store.prompt_lengths[positions].min()) == 0
-    ):
+    prompts, totals = store.prompt_lengths[positions], store.lengths[positions]
+    if not len(positions) or int((totals - prompts).max()) > _MOST_TOKENS or int(prompts.min()) == 0:
         return None
     if (store.roles[positions] != AnswerRole.ANSWER).any():
         return None
     if len(np.unique(store.row_numbers[positions])) != len(positions):
         return None
-    kinds: dict[_Sequence, int] = {}
+    starts = store.starts[positions]
+    kinds: dict[tuple[bytes, bytes], int] = {}
+    firsts: list[int] = []
     kind_E = np.zeros(len(positions), dtype=np.int64)
-    for index, position in enumerate(positions.tolist()):
-        answer = _answer(store, position)
-        trained = sum(answer[1])
-        if not trained or int(store.trained_counts[position]) not in (
-            trained,
-            int(store.lengths[position]) - 1,
-        ):
-            return None  # a conversation with earlier answers
-        kind_E[index] = kinds.setdefault(answer, len(kinds))
-        if len(kinds) > _MOST_SEQUENCES:
-            return None
-    return list(kinds), kind_E
+    bounds = zip((starts + prompts).tolist(), (starts + totals).tolist(), strict=True)
+    for index, (start, end) in enumerate(bounds):
+        answer = store.token_ids[start:end].tobytes(), store.trained[start:end].tobytes()
+        kind_E[index] = kind = kinds.setdefault(answer, len(kinds))
+        if kind == len(firsts):
+            firsts.append(int(positions[index]))
+            if len(firsts) > _MOST_SEQUENCES:
+                return None
+    sequences = [_answer(store, position) for position in firsts]
+    trained_E = np.array([sum(trained) for _, trained in sequences])[kind_E]
+    counts = store.trained_counts[positions]
+    if (trained_E == 0).any() or ((counts != trained_E) & (counts != totals - 1)).any():
+        return None  # conversations with earlier answers
+    return sequences, kind_E
 
 
 def _text(ids: tuple[int, ...], tokenizer: Any) -> str:

@@ -226,6 +226,10 @@ FORMATS = (
 FIELDS = (
     Field("*metrics.jsonl", "seconds", "left out", "measured"),
     Field("*metrics.jsonl", "peak_memory_bytes", "left out", "measured"),
+    *(
+        Field("*metrics.jsonl", name, "left out", "earlier versions did not look for labels")
+        for name in ("accuracy", "macro_f1", "confusion")
+    ),
     Field("*yeonma.json", "versions.yeonma", "left out", "it is not what the results depend on"),
     Field("*yeonma.json", "base_content", "left out", "earlier versions did not record it"),
     Field("*run.json", "identity.content of the base model", "left out", "likewise"),

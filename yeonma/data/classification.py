@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,9 @@ def as_labels(counts: Mapping[str, int]) -> dict[str, int] | None:
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def confusion_matrix(own_R: Sequence[int], predicted_R: Sequence[int], labels: int) -> NDArray[np.int64]:
+def confusion_matrix(
+    own_R: Sequence[int] | NDArray[np.int64], predicted_R: Sequence[int] | NDArray[np.int64], labels: int
+) -> NDArray[np.int64]:
     """The matrix of R rows' own and predicted labels, as indices; `labels` stands for none of them."""
     size = labels + 1
     flat = np.asarray(own_R, dtype=np.int64) * size + np.asarray(predicted_R, dtype=np.int64)
@@ -64,9 +67,7 @@ def accuracy(matrix: NDArray[np.int64]) -> float:
     return float(right / matrix.sum())
 
 
-def f1_of_counts(
-    right: NDArray[np.float64], predicted: NDArray[np.float64], own: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def f1_of_counts(right: NDArray[Any], predicted: NDArray[Any], own: NDArray[Any]) -> NDArray[np.float64]:
     """Macro F1 from counts of shape (..., L): rows predicted rightly, rows with this prediction, rows with this label.
 
     The mean over the labels that occur, as a row's own label or as a prediction; NaN if none does.

@@ -259,8 +259,8 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
         variants = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
         _print(console, f"  template {', '.join(variants)}")
     _print(console, f"  answers in {_scripts(part)}")
-    for line in label_lines(part.answer_labels) if part.answer_labels is not None else ():
-        text, style = (line, "") if isinstance(line, str) else line
+    for entry in label_lines(part.answer_labels) if part.answer_labels is not None else ():
+        text, style = (entry, "") if isinstance(entry, str) else entry
         _print(console, (f"  {text}", style))
     if part.bias is not None:
         leans = _leans(part.bias, part.units)

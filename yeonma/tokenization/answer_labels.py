@@ -121,6 +121,9 @@ def _sequences(
 
 
 def _text(ids: tuple[int, ...], tokenizer: Any) -> str:
-    """The answer as text, without the tokens that end it."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text).strip()
+    """The answer as text, without the tokens that end it; with them if it has no others."""
+    text, whole = (
+        str(tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)).strip()
+        for skip in (True, False)
+    )
+    return text or whole

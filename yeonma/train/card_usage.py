@@ -154,7 +154,14 @@ def python_lines(output: Path, adapter: AdapterFolder, usage: Usage, most_tokens
         ")",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
-    return ["In Python:", "", *code_block("\n".join(lines), "python"), ""]
+    quantised = []
+    if not adapter.is_full and adapter.quantization != "none":
+        quantised = [
+            f"Training quantised the base to {adapter.quantization}; this code loads the base as it is published, so "
+            "that answers may differ.",
+            "",
+        ]
+    return ["In Python:", "", *code_block("\n".join(lines), "python"), "", *quantised]
 
 
 def vllm_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:

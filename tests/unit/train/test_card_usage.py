@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.adapters import tiny_base
 from tests.runs import Done, articles, model_folder, trained, write_jsonl
@@ -25,6 +26,7 @@ from yeonma.serve.vllm import VllmPlan, rank_of, vllm_command, why_not
 from yeonma.shown import many_lines
 from yeonma.tokenization.example import DEFAULT_RULES
 from yeonma.train.card_usage import ExamplePrompt, example_prompt
+from yeonma.train.model_card import _hub_sets
 
 TURNS = "[system]\nYou write titles.\n[user]\n{document}\n[assistant]\n{title}\n"
 TWO_FIELDS = "{document}\n\nby {author}\n\ntitle: {title}"
@@ -61,7 +63,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(root / "rows.jsonl", rows)
     model_folder(root / "characters")
     tiny_base(root / "chatml", byte_level(CHATML))
-    (root / "chatml" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    (root / "chatml" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [0, 2], "repetition_penalty": 1.7})
+    )
     return root
 
 
@@ -170,7 +174,23 @@ def test_code_is_left_out_where_it_would_ask_with_other_tokens(place: Path) -> N
     assert example_prompt(turns, DEFAULT_RULES, chatml, None) == ExamplePrompt()
 
 
-def test_dora_and_quantised_and_high_ranks_have_no_vllm_command(place: Path) -> None:
+def test_language_and_data_sets_are_named_where_they_are_sure(place: Path) -> None:
+    def about(name: str, titles: list[str]) -> dict[str, object]:
+        rows = [{"document": f"{number}.", "title": title} for number, title in enumerate(titles)]
+        data = write_jsonl(place / f"{name}.jsonl", rows)
+        text = card(
+            trained(place / name, place / "chatml", data, **{**SETTINGS, "max_steps": 1, "card_rows": 0})
+        )
+        return dict(yaml.safe_load(text.split("---\n")[1]))
+
+    korean = about("ko", ["서울의 아침", "부산행 KTX", "plain title"])
+    assert korean["language"] == "ko" and "datasets" not in korean
+    assert "language" not in about("en", ["a title", "서울의 아침", "eine Stadt"])
+    names = ["owner/news:ko", str(place / "rows.jsonl"), "rows.jsonl", "owner/b", "data/train.jsonl.gz/x"]
+    assert _hub_sets(names) == ["owner/news", "owner/b"]
+
+
+def test_dora_and_high_ranks_have_no_vllm_command(place: Path) -> None:
     for name, settings in (("dora", {"use_dora": True}), ("high", {"lora_r": 600})):
         done = trained(place / name, place / "characters", place / "rows.jsonl", **{**SETTINGS, **settings})
         assert "vllm serve" not in card(done)

@@ -264,6 +264,18 @@ def replace_file(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def give_usual_permissions(folder: Path) -> None:
+    """Gives every file below a folder that this process has made the permissions of an ordinary new file.
+
+    safetensors writes files that their owner alone may read. The folder itself was made under the process's umask, so
+    its permissions, without the right to execute, are those of a new file.
+    """
+    usual = folder.stat().st_mode & 0o666
+    for path in files_in(folder):
+        if stat.S_IMODE(path.stat().st_mode) != usual:
+            path.chmod(usual)
+
+
 def hidden_path(path: Path, state: str) -> Path:
     """A hidden name beside `path`, for content that is not yet, or no longer, valid under its own name."""
     return path.with_name(f".{path.name}.{state}")
@@ -322,6 +334,7 @@ def staging_folder(
 
 def move_into_place(folder: Path, output: Path) -> None:
     """Flushes and verifies a staging folder, and renames it to `output`, which may be an empty folder."""
+    give_usual_permissions(folder)
     sync_and_verify(folder, hashes_of(folder))
     if output.exists():
         output.rmdir()

@@ -138,20 +138,26 @@ def read_manifest(path: Path) -> Value:
 
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 FENCED = re.compile(r"^(`{3,})\w*\n(.*?)\n?\1$", re.DOTALL | re.MULTILINE)
+ANSWER = re.compile(
+    r"^(reference|base model|with the adapter|fine-tuned):\n\n(`{3,})text\n(.*?)\n?\2$",
+    re.DOTALL | re.MULTILINE,
+)
 NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+NEWER_METADATA = ("base_model", "datasets", "language")
+"""Keys of a card's front matter that earlier versions wrote otherwise, or not at all."""
 
 
 def read_card(path: Path) -> Value:
-    """The results in a model card: its metadata, the numbers of its tables, and its fenced texts, which are template,
-    prompts and answers. Fenced commands are words; the settings below them stand in settings.yaml."""
+    """The results in a model card: its metadata, the numbers of its tables, and the answers. Prompts and settings stand
+    in samples.json and settings.yaml; commands are words."""
     text = path.read_text(encoding="utf-8")
     front_matter = FRONT_MATTER.match(text)
-    fenced = [match[2] for match in FENCED.finditer(text)]
+    metadata = (yaml.safe_load(front_matter[1]) if front_matter else None) or {}
     tables = [line for line in FENCED.sub("", text).splitlines() if line.startswith("|")]
     return {
-        "metadata": yaml.safe_load(front_matter[1]) if front_matter else None,
+        "metadata": {key: value for key, value in metadata.items() if key not in NEWER_METADATA},
         "tables": [[float(number.replace(",", "")) for number in NUMBER.findall(line)] for line in tables],
-        "texts": [text for text in fenced if not text.startswith("yeonma ")],
+        "answers": [[match[1], match[3]] for match in ANSWER.finditer(text)],
     }
 
 
@@ -220,6 +226,10 @@ FORMATS = (
 FIELDS = (
     Field("*metrics.jsonl", "seconds", "left out", "measured"),
     Field("*metrics.jsonl", "peak_memory_bytes", "left out", "measured"),
+    *(
+        Field("*metrics.jsonl", name, "left out", "earlier versions did not look for labels")
+        for name in ("accuracy", "macro_f1", "confusion")
+    ),
     Field("*yeonma.json", "versions.yeonma", "left out", "it is not what the results depend on"),
     Field("*yeonma.json", "base_content", "left out", "earlier versions did not record it"),
     Field("*run.json", "identity.content of the base model", "left out", "likewise"),
@@ -243,6 +253,17 @@ FIELDS = (
     ),
     Field("console/inspect/*", "forecast.adapter.tokens", "left out", "likewise"),
     Field("console/inspect/*", "adapter.tokens", "left out", "likewise"),
+    *(
+        Field(
+            "console/inspect/*",
+            f"audit.{part}.answer_labels",
+            "left out",
+            "earlier versions did not look for labels",
+        )
+        for part in ("train", "validation", "sets.train", "sets.validation")
+    ),
+    Field("*report.json", "verdict", "left out", "earlier versions gave none"),
+    Field("*report.json", "labels", "left out", "earlier versions did not look for labels"),
     Field("*report.json", "yeonma", "left out", "it is not what the results depend on"),
     Field("*report.json", "made", "left out", "a date"),
     Field(

@@ -22,6 +22,7 @@ from scripts.same_results.runs import RUNS
 METRICS = {"step": 1, "loss": 0.5, "reward_margin": 0.4, "reward_accuracy": 1.0, "seconds": 0.1}
 CARD = """---
 base_model: models/llama
+library_name: peft
 ---
 
 # sft
@@ -31,6 +32,8 @@ base_model: models/llama
 | before | 7.2183 |
 
 ### Row 1
+
+with the adapter:
 
 ```text
 an answer
@@ -175,9 +178,13 @@ def test_reason_may_be_reworded_but_not_removed(compare: Compare) -> None:
 def test_model_card_is_compared_by_answers_numbers_and_metadata(compare: Compare) -> None:
     path = "work/sft/README.md"
     assert compare(path, CARD, CARD.replace("# sft", "# Adapter").replace("the settings", "settings")) == []
-    assert summary(compare(path, CARD, CARD.replace("an answer", "another"))) == [("differs", "texts[0]")]
+    assert summary(compare(path, CARD, CARD.replace("an answer", "another"))) == [
+        ("differs", "answers[0][1]")
+    ]
     assert summary(compare(path, CARD, CARD.replace("7.2183", "7.2184"))) == [("differs", "tables[2][0]")]
-    assert summary(compare(path, CARD, CARD.replace("llama", "qwen"))) == [("differs", "metadata.base_model")]
+    assert summary(compare(path, CARD, CARD.replace("peft", "qwen"))) == [
+        ("differs", "metadata.library_name")
+    ]
 
 
 def test_html_report_is_compared_by_its_data(compare: Compare) -> None:

@@ -71,6 +71,16 @@ class BaseIdentity:
     config_sha256: str
 
 
+def hub_name(base: str) -> str | None:
+    """The base's name on the hub; None for a local folder, whose name is its absolute path."""
+    return None if Path(base).is_absolute() else base
+
+
+def folder_stand_in(base: str) -> str:
+    """What cards have in place of a local folder's path."""
+    return f"path/to/{Path(base).name}"
+
+
 @dataclass(frozen=True)
 class AdapterFolder:
     """The contents of an adapter folder without weights: its base, template and token rules."""

@@ -124,8 +124,9 @@ def licence_note(base: str) -> list[str]:
         return []
     asks = f": {found.asks}" if found.asks else ""
     text = f"The base's licence is {markdown(found.name)} ({markdown(found.where)}){markdown(asks)}."
+    name = Path(base).name if Path(base).is_absolute() else base
     return [
-        f"{text} It applies to models derived from {code(base)} too; read it before you share or use this one.",
+        f"{text} It applies to models derived from {code(name)} too; read it before you share or use this one.",
         "",
     ]
 

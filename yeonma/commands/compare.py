@@ -13,7 +13,7 @@ from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.evaluate.answers import answer_all, candidate_inputs, read_rows, reference_answers
 from yeonma.evaluate.candidates import open_candidates
 from yeonma.evaluate.metrics import INSTALL_SACREBLEU, has_sacrebleu
-from yeonma.evaluate.report import Comparison, ComparisonReport, make_report, print_table, to_json
+from yeonma.evaluate.report import Comparison, ComparisonReport, make_report, print_report, to_json
 from yeonma.evaluate.report_page import page
 from yeonma.files import disk_errors_as_user_errors, replace_file
 from yeonma.streams import log_line, say
@@ -38,7 +38,7 @@ def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Pat
     output, report = compare_models(settings, options, log)
     from rich.console import Console
 
-    print_table(Console(highlight=False, markup=False, emoji=False), report)
+    print_report(Console(highlight=False, markup=False, emoji=False), report)
     return output
 
 

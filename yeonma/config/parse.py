@@ -21,6 +21,7 @@ from yeonma.config.loss_sum import InvalidLoss
 from yeonma.config.settings import (
     ADAPTER_SETTINGS,
     FULL_LEARNING_RATES,
+    PREFERENCE_DEFAULTS,
     InspectConfig,
     Range,
     RunConfig,
@@ -571,6 +572,16 @@ def settings_dict(config: object) -> dict[str, Any]:
     }
     unread = ADAPTER_SETTINGS if values.get("train") == "full" else ()
     return {name: value for name, value in values.items() if name not in unread}
+
+
+def changed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that differ from the defaults of its command, by name."""
+    verb_defaults = NO_DEFAULTS if config.preference is None else PREFERENCE_DEFAULTS
+    settings = settings_of(groups_in(RunConfig), (), verb_defaults)
+    defaults = {name: setting.default for name, setting in settings.items()}
+    if config.model.train == "full":
+        defaults["learning_rate"] = FULL_LEARNING_RATES[defaults["learning_rate"]]
+    return {name: value for name, value in settings_dict(config).items() if value != defaults[name]}
 
 
 def to_yaml(config: object) -> str:

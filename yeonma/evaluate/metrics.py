@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from yeonma.data.classification import f1_of_counts, label_counts
 from yeonma.packages import install
 
 UNSPACED = frozenset(
@@ -171,6 +172,20 @@ def bleu(sums: Array) -> Array:
     return np.where((correct > 0).any(axis=-1), 100 * brevity * np.exp(logs), 0.0)
 
 
+def macro_f1(sums: Array) -> Array:
+    """Macro F1. K = 3 L for L labels: rows answered rightly with the label, rows answered with it, rows whose label it
+    is."""
+    return np.asarray(f1_of_counts(sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]))
+
+
+ACCURACY = Metric(
+    "accuracy",
+    "accuracy",
+    "higher",
+    "fraction of rows whose answer is their label; blanks at its edges do not count",
+    mean,
+)
+MACRO_F1 = Metric("macro_f1", "macro F1", "higher", "mean over the labels of F1", macro_f1)
 LOSS = Metric("loss", "loss", "lower", "per token of the reference answer", mean)
 PERPLEXITY = Metric("perplexity", "perplexity", "lower", "exp of the loss", perplexity, tested=False)
 CHRF = Metric("chrf", "chrF", "higher", "by sacrebleu: chrF2, characters", chrf)
@@ -189,6 +204,10 @@ REPETITION = Metric(
 UNENDED = Metric("unended", "cut off", "lower", "% of answers that reached max_new_tokens", share)
 
 
+NOT_BY_ROW = (PERPLEXITY.key, MACRO_F1.key)
+"""Metrics that say nothing about a single row."""
+
+
 def has_sacrebleu() -> bool:
     return find_spec("sacrebleu") is not None
 
@@ -202,9 +221,21 @@ def compute_metrics(
     has zeros in their tables.
     """
     scored_rows = [row for row, text in enumerate(references) if text is not None]
+    labels = label_counts(text for text in references if text is not None)
     exact_references = [references[row] for row in scored_rows]
     scored_references = [unicodedata.normalize("NFC", text or "") for text in exact_references]
     metrics: list[tuple[Metric, list[Array]]] = []
+    if labels is not None:
+        predicted = [predicted_labels(model, labels) for model in answers]
+        own = [None if text is None else text.strip() for text in references]
+        rows = range(len(references))
+        right = [
+            [float(own[row] == model[row]) if own[row] is not None else 0.0 for row in rows]
+            for model in predicted
+        ]
+        counted = [float(text is not None) for text in own]
+        metrics.append((ACCURACY, [_table(list(zip(model, counted, strict=True))) for model in right]))
+        metrics.append((MACRO_F1, [_label_table(model, own, list(labels)) for model in predicted]))
     losses = [_table([_loss(answer) for answer in model]) for model in answers]
     if any(table[:, 1].any() for table in losses):
         metrics += [(LOSS, losses), (PERPLEXITY, losses)]
@@ -245,6 +276,26 @@ def compute_metrics(
         tables = [_with_ones(np.array([number(answer) for answer in model], float)) for model in answers]
         metrics.append((metric, tables))
     return metrics
+
+
+def predicted_labels(answers: Sequence[ScoredAnswer], labels: Collection[str]) -> list[str | None]:
+    """The label that each answer is, without blanks at its edges; None if it is none."""
+    texts = (answer.text.strip() for answer in answers)
+    return [text if text in labels else None for text in texts]
+
+
+def _label_table(predicted: Sequence[str | None], own: Sequence[str | None], labels: Sequence[str]) -> Array:
+    """The sums of `macro_f1` for each row; zeros for a row without a reference."""
+    table = np.zeros((len(own), 3 * len(labels)))
+    number = {label: index for index, label in enumerate(labels)}
+    for row, (text, answer) in enumerate(zip(own, predicted, strict=True)):
+        if text is None:
+            continue
+        table[row, 3 * number[text] + 2] = 1
+        if answer is not None:
+            table[row, 3 * number[answer] + 1] = 1
+            table[row, 3 * number[answer]] = answer == text
+    return table
 
 
 def _loss(answer: ScoredAnswer) -> tuple[float, int]:

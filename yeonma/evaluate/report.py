@@ -18,12 +18,14 @@ from rich.text import Text
 
 from yeonma import __version__
 from yeonma.config.settings import AnswerSettings, CompareSettings
+from yeonma.data.classification import as_confusion, confusion_matrix, label_counts
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.evaluate.answers import CandidateInputs
 from yeonma.evaluate.candidates import Candidate
 from yeonma.evaluate.metrics import (
     INSTALL_SACREBLEU,
+    NOT_BY_ROW,
     RESAMPLES,
     Metric,
     MetricTokenizer,
@@ -33,15 +35,16 @@ from yeonma.evaluate.metrics import (
     holm,
     interval,
     metric_tokenizer,
+    predicted_labels,
     resampled_sums,
     swap_test,
 )
+from yeonma.evaluate.verdict import format_number, format_p, verdict
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
 
 FORMAT = 1
 CURVE_POINTS = 400
-SIGNIFICANT_P = 0.05
 
 ComparisonReport = dict[str, Any]
 MetricTables = Sequence[tuple[Metric, list[np.ndarray]]]
@@ -65,6 +68,8 @@ def make_report(
     references = comparison.references
     tokenizer = metric_tokenizer(text for text in references if text is not None)
     metrics = compute_metrics(comparison.answers, references, tokenizer)
+    entries = _metric_entries(metrics, options.seed)
+    names = [inputs.candidate.name for inputs in comparison.inputs]
     return {
         "format": FORMAT,
         "yeonma": __version__,
@@ -74,14 +79,37 @@ def make_report(
             "sha256": comparison.source.identity,
             "rows": len(comparison.rows),
         },
+        "verdict": verdict(names, entries, len(comparison.rows)),
         "answers": asdict(options),
         "models": [_model_entry(inputs) for inputs in comparison.inputs],
         "units": {"rouge": tokenizer.name, "bleu": tokenizer.bleu},
         "notes": _notes(comparison, tokenizer),
         "resamples": RESAMPLES,
-        "metrics": _metric_entries(metrics, options.seed),
+        "metrics": entries,
+        "labels": _labels(comparison),
         "rows": _row_entries(comparison, metrics),
     }
+
+
+def _labels(comparison: Comparison) -> dict[str, Any] | None:
+    """The labels with their numbers of rows, and each model's confusion; None if the references are no labels."""
+    own = [text for text in comparison.references if text is not None]
+    counts = label_counts(own)
+    if counts is None:
+        return None
+    labels = list(counts)
+    number = {label: index for index, label in enumerate(labels)}
+    confusions = []
+    for answers in comparison.answers:
+        scored = [
+            answer for answer, text in zip(answers, comparison.references, strict=True) if text is not None
+        ]
+        predicted = [
+            len(labels) if text is None else number[text] for text in predicted_labels(scored, labels)
+        ]
+        matrix = confusion_matrix([number[text.strip()] for text in own], predicted, len(labels))
+        confusions.append(as_confusion(matrix, labels))
+    return {"counts": counts, "confusions": confusions}
 
 
 def _model_entry(inputs: CandidateInputs) -> dict[str, Any]:
@@ -203,7 +231,7 @@ def _row_entries(comparison: Comparison, metrics: MetricTables) -> list[dict[str
     values = {
         metric.key: [metric.value(table) for table in tables]
         for metric, tables in metrics
-        if metric.key != "perplexity"
+        if metric.key not in NOT_BY_ROW
     }
     entries = []
     for index, (row, reference) in enumerate(zip(comparison.rows, comparison.references, strict=True)):
@@ -241,23 +269,37 @@ def to_json(report: ComparisonReport) -> str:
     return json_text(report, indent=1, allow_nan=False) + "\n"
 
 
-def format_number(value: float | None) -> str:
-    """A number with at least three significant digits; `-` for None."""
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 10_000 else f"{value:.3g}"
-
-
-def format_p(p: float | None) -> str:
-    if p is None:
-        return ""
-    return "p<0.001" if p < 0.001 else f"p={p:.3f}"
-
-
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
 
-def print_table(console: Console, report: ComparisonReport) -> None:
+SHOWN_ROWS = 2
+"""Rows whose answers the terminal shows."""
+SHOWN_CHARACTERS = 200
+"""Of each of these texts."""
+
+
+def print_report(console: Console, report: ComparisonReport) -> None:
+    """Print what the comparison shows, a few answers, and the numbers."""
+    for sentence in report["verdict"]:
+        console.print(Text(one_line(sentence), "bold"), soft_wrap=True)
+    _print_rows(console, report)
+    _print_table(console, report)
+
+
+def _print_rows(console: Console, report: ComparisonReport) -> None:
+    """The first rows that the models answer differently, or the first ones if there are none."""
+    rows = report["rows"]
+    differ = [row for row in rows if len({answer["text"] for answer in row["answers"]}) > 1]
+    names = [model["name"] for model in report["models"]]
+    for row in (differ or rows)[:SHOWN_ROWS]:
+        console.print(Text(f"\nrow {row['row']}"))
+        texts = [] if row["wanted"] is None else [("reference", row["wanted"])]
+        texts += [(name, answer["text"]) for name, answer in zip(names, row["answers"], strict=True)]
+        for name, text in texts:
+            console.print(Text(f"  {one_line(name)}: {one_line(text, SHOWN_CHARACTERS)}"), soft_wrap=True)
+
+
+def _print_table(console: Console, report: ComparisonReport) -> None:
     """Print the metrics with 95% confidence intervals, and the models' differences from the first, with p-values."""
     names = [model["name"] for model in report["models"]]
     table = Table(box=SIMPLE, pad_edge=False)

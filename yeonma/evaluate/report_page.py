@@ -15,19 +15,31 @@ from typing import Any
 import numpy as np
 
 from yeonma import svg
+from yeonma.data.classification import confusion_table, f1_of
 from yeonma.evaluate.report import (
     ARROWS,
-    SIGNIFICANT_P,
     ComparisonReport,
     explain_numbers,
-    format_number,
-    format_p,
 )
+from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p
 from yeonma.inspect.inspect_page import COLOURS
 from yeonma.shown import html, json_text, many_lines
 
 PARTS = Path(__file__).parent / "page_parts"
-PLOTTED = ("loss", "chrf", "bleu", "rouge1", "rouge2", "rougel", "exact", "tokens", "repetition", "unended")
+PLOTTED = (
+    "accuracy",
+    "macro_f1",
+    "loss",
+    "chrf",
+    "bleu",
+    "rouge1",
+    "rouge2",
+    "rougel",
+    "exact",
+    "tokens",
+    "repetition",
+    "unended",
+)
 PLOT_WIDTH = 320
 MODEL_COLOURS = 6  # --m0 to --m5 in report.css
 BINS = 16
@@ -51,10 +63,14 @@ def page(report: ComparisonReport) -> str:
             f"<title>{html(title)}</title><style>{style}</style></head><body>",
             f'<header><h1>{html(title)}</h1><p class="dim">{html(subtitle)}</p></header>',
             "<main>",
+            *(f'<p class="verdict">{html(sentence)}</p>' for sentence in report["verdict"]),
             *_notes(report["notes"]),
-            *_table(report, names),
-            *_plots(report, names),
+            "<section>",
             *_rows_part(report, names),
+            "</section>",
+            *_table(report, names),
+            *_label_tables(report, names),
+            *_plots(report, names),
             *_about(report),
             "</main>",
             f'<script type="application/json" id="data">{embedded(_for_script(report))}</script>',
@@ -117,6 +133,28 @@ def _table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
         head = f"{html(metric['name'])} {ARROWS[metric['better']]}<small>{html(metric['about'])}</small>"
         yield f'<tr data-metric="{metric["key"]}"><th scope="row">{head}</th>{cells}</tr>'
     yield "</tbody></table></div>"
+
+
+def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
+    """A confusion table for each model, if the reference answers are labels."""
+    if report["labels"] is None:
+        return
+    yield '<h2 id="labels">Labels</h2>'
+    labels = list(report["labels"]["counts"])
+    for model, confusion in enumerate(report["labels"]["confusions"]):
+        columns, rows = confusion_table(confusion, labels)
+        yield '<div class="wide" tabindex="0" role="region" aria-labelledby="labels"><table class="confusion">'
+        key = f'<i class="key" style="background:{_model_colour(model)}"></i>'
+        yield f"<caption>{key}{html(names[model])}: rows of a label, by the label that was answered</caption>"
+        heads = "".join(f'<th scope="col">{html(column)}</th>' for column in columns)
+        yield f'<thead><tr><th scope="col">label</th>{heads}<th scope="col">F1</th></tr></thead><tbody>'
+        for own, counts in rows:
+            cells = "".join(
+                f'<td class="{"right" if column == own else ""}">{count:,}</td>'
+                for column, count in zip(columns, counts, strict=True)
+            )
+            yield f'<tr><th scope="row">{html(own)}</th>{cells}<td>{format_number(f1_of(confusion, own))}</td></tr>'
+        yield "</tbody></table></div>"
 
 
 def _interval(ends: Sequence[float] | None) -> str:
@@ -264,9 +302,9 @@ def _frame(axes: svg.Axes, x_label: str) -> Iterator[str]:
 def _rows_part(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     row_scores = report["rows"][0]["answers"][0]["scores"]
     metrics = {metric["key"]: metric["name"] for metric in report["metrics"] if metric["key"] in row_scores}
-    first_metric = next(key for key in ("chrf", "loss", "rougel", "tokens") if key in metrics)
+    first_metric = next(key for key in ("accuracy", "chrf", "loss", "rougel", "tokens") if key in metrics)
     several = len(names) > 1
-    yield '<h2 id="rows-heading">Rows</h2>'
+    yield '<h2 id="rows-heading">Answers</h2>'
     yield '<div class="controls" role="search" aria-label="Sort, filter and search rows">'
     yield _select(
         "metric", "metric", [(key, name) for key, name in metrics.items() if key != "unended"], first_metric

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from yeonma.adapter.adapter_folder import folder_stand_in
+from yeonma.config.yaml_text import write_item
 from yeonma.errors import Log, Problem, UserError
 from yeonma.export.publish_check import (
     HIDE,
@@ -23,8 +25,9 @@ from yeonma.export.publish_check import (
 )
 from yeonma.files import kind_of, open_regular, read_regular
 
+CARD = "README.md"
 EDITED = (
-    "README.md",
+    CARD,
     "adapter_config.json",
     "config.json",
     "generation_config.json",
@@ -221,15 +224,27 @@ def _prepared(
     text = before
     if base is not None and base_model is not None:
         text = with_other_base(name, text, base, base_model)
+        if name == CARD:
+            text = with_other_base(name, text, folder_stand_in(base), base_model)
     hidden_names = names if name in EDITED else ()
     if hide_paths:
         text = without_paths(name, text, hidden_names)
     cure = write_again if hide_paths else HIDE
     problems = find_problems(name, text, environment, Private(hidden_names, cure=cure))
+    if name == CARD and base_model is not None:  # after the problems, whose lines are those of the file here
+        text = _card_with_base(text, base_model)
     if text != before:
         content = text.encode()
         file = replace(file, content=content, size=len(content), edited=True)
     return file, problems
+
+
+def _card_with_base(text: str, base_model: str) -> str:
+    """The card of a model whose base was a local folder, with the base's name on the hub in its front matter."""
+    front, end, rest = text.partition("\n---\n")
+    if not end or not front.startswith("---\n") or "\nbase_model:" in front:
+        return text
+    return "---\n" + write_item("base_model", base_model) + front.removeprefix("---\n") + end + rest
 
 
 def _in_vocabulary(names: Collection[str]) -> Private:

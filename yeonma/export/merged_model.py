@@ -26,6 +26,7 @@ from yeonma.adapter.adapter_folder import (
     check_base,
     config_hash,
     describe,
+    hub_name,
     save_tokenizer,
 )
 from yeonma.adapter.base_check import check_content
@@ -301,8 +302,9 @@ def _dequantised_from(plan: MergePlan) -> str:
     """A sentence about a base whose files are quantised; empty for others."""
     if plan.published is None:
         return ""
-    name, dtype = plan.prompt_builder.source.name, str(plan.weights_dtype).removeprefix("torch.")
+    base, dtype = plan.prompt_builder.source.name, str(plan.weights_dtype).removeprefix("torch.")
     published = markdown(str(plan.published))
+    name = hub_name(base) or Path(base).name
     return f" {code(name)} is published as {published}; its weights were dequantised and are {dtype} here."
 
 
@@ -310,16 +312,18 @@ def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
     trained_on = adapter.details.get("trained_on", {})
     about = ""
     if trained_on.get("data"):
-        about = f", trained with Yeonma on {trained_on['examples']:,} examples of {code(trained_on['data'])}"
+        data = Path(trained_on["data"]).name if Path(trained_on["data"]).is_absolute() else trained_on["data"]
+        about = f", trained with Yeonma on {trained_on['examples']:,} examples of {code(data)}"
+    base = hub_name(adapter.base.name)
     head = {
-        "base_model": adapter.base.name,
+        **({} if base is None else {"base_model": base}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["yeonma"],
     }
     lines = [
         *front_matter(head),
-        f"{code(adapter.base.name)} with a LoRA adapter merged into it{about}.{dequantised_from}",
+        f"{code(base or Path(adapter.base.name).name)} with a LoRA adapter merged into it{about}.{dequantised_from}",
         "",
         *licence_note(adapter.base.name),
     ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from yeonma.batch.plan import Plan, micro_batches
 from yeonma.config.settings import PreferenceSettings
 from yeonma.data.template import Template
 from yeonma.data.text_checks import script_names
+from yeonma.inspect.label_counts import LabelCounts, label_counts_of
 from yeonma.tokenization.dataset import (
     LISTED_ROWS,
     Dataset,
@@ -108,6 +110,8 @@ class PartAudit:
     """Only for pairs."""
     labels: LabelBalance | None
     """Only for labelled answers."""
+    answer_labels: LabelCounts | None
+    """Only for answers that are the labels of a classification."""
     remarks: tuple[DataWarning, ...]
 
 
@@ -189,6 +193,7 @@ def audit_of(
     micro_batch_tokens: int | None,
     share_prefix: bool,
     unknown_id: int | None,
+    tokenizer: Any,
     preference: PreferenceSettings | None = None,
     warnings: Sequence[str] = (),
 ) -> Audit:
@@ -196,14 +201,14 @@ def audit_of(
     `warnings`: about the run as a whole."""
     sources = [_source(name, part, one.template.name) for one in dataset.sets for name, part in one.sources]
     overlaps = overlaps_of(dataset)
-    sets = _sets(dataset, plan, overlaps, unknown_id, preference)
+    sets = _sets(dataset, plan, overlaps, unknown_id, tokenizer, preference)
     if len(sets) == 1:
         (only,) = sets
         train, validation = only.train, only.validation
         overlap = next((warning for _, warning in overlaps), None)
         sets = ()
     else:
-        train, validation, overlap = _mixture(dataset, preference), None, None
+        train, validation, overlap = _mixture(dataset, tokenizer, preference), None, None
     tokens, trained_tokens = _tokens_per_epoch(dataset, plan)
     return Audit(
         sources=tuple(sources),
@@ -227,10 +232,11 @@ def _sets(
     plan: Plan,
     overlaps: Sequence[tuple[str, DataWarning]],
     unknown_id: int | None,
+    tokenizer: Any,
     preference: PreferenceSettings | None,
 ) -> tuple[SetAudit, ...]:
     def audit(one: PreparedSet, part: DatasetPart) -> PartAudit:
-        return _part_audit(part, dataset, one.template, unknown_id, preference)
+        return _part_audit(part, dataset, one.template, unknown_id, tokenizer, preference)
 
     return tuple(
         SetAudit(
@@ -244,9 +250,9 @@ def _sets(
     )
 
 
-def _mixture(dataset: Dataset, preference: PreferenceSettings | None) -> PartAudit:
+def _mixture(dataset: Dataset, tokenizer: Any, preference: PreferenceSettings | None) -> PartAudit:
     """All training rows together. Warnings and numbers of rows stand with each data set."""
-    audit = _part_audit(dataset.train, dataset, None, None, preference)
+    audit = _part_audit(dataset.train, dataset, None, None, tokenizer, preference)
     scripts = tuple(replace(entry, rows=()) for entry in audit.scripts)
     return replace(audit, shortened_rows=(), scripts=scripts, remarks=())
 
@@ -326,9 +332,10 @@ def _part_audit(
     dataset: Dataset,
     template: Template | None,
     unknown_id: int | None,
+    tokenizer: Any,
     preference: PreferenceSettings | None,
 ) -> PartAudit:
-    """Without a `template`, variants are not counted."""
+    """Without a `template`, variants and labels are not counted."""
     store, positions = part.store, part.store.examples_of(part.units)
     lengths, cut = store.lengths[positions], store.cut_characters[positions]
     answers = lengths - store.prompt_lengths[positions]
@@ -357,6 +364,7 @@ def _part_audit(
         else tuple(np.bincount(store.variants[positions], minlength=len(template.variants)).tolist()),
         bias=_bias(store, positions, answers),
         labels=label_balance(part, preference),
+        answer_labels=None if template is None else label_counts_of(part, tokenizer),
         scripts=_scripts(store.row_scripts[rows - 1], rows),
         remarks=(*data_warnings(store, positions), *([unknown_warning] if unknown_warning else [])),
     )

@@ -127,6 +127,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
         micro_batch_tokens=micro.most_tokens,
         share_prefix=micro.share_prefix,
         unknown_id=unknown,
+        tokenizer=tokenizer,
         preference=config.preference,
         warnings=run_warnings(config.step, prepared.dataset, prepared.plan),
     )

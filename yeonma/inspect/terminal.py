@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
+from yeonma.inspect.label_counts import label_lines
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.tokenization.dataset import format_rows
 from yeonma.tokenization.explain import SpanKind, TextSpan, View
@@ -258,6 +259,9 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
         variants = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
         _print(console, f"  template {', '.join(variants)}")
     _print(console, f"  answers in {_scripts(part)}")
+    for entry in label_lines(part.answer_labels) if part.answer_labels is not None else ():
+        text, style = (entry, "") if isinstance(entry, str) else entry
+        _print(console, (f"  {text}", style))
     if part.bias is not None:
         leans = _leans(part.bias, part.units)
         _print(console, (f"  {_bias(part.bias, part.units)}", "yellow" if leans else ""))

@@ -166,10 +166,10 @@ class CompareResult:
         return list(self.report["rows"])
 
     def __repr__(self) -> str:
-        from yeonma.evaluate.report import print_table
+        from yeonma.evaluate.report import print_report
 
         console, out = text_console()
-        print_table(console, self.report)
+        print_report(console, self.report)
         return (
             f"{out.getvalue().rstrip()}\n\n{many_lines(str(self.web_page))} shows all answers side by side."
         )

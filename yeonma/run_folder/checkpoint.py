@@ -32,6 +32,7 @@ from yeonma.files import (
     delete,
     disk_errors_as_user_errors,
     file_hash,
+    give_usual_permissions,
     hashes_of,
     hidden_path,
     kind_of,
@@ -162,6 +163,7 @@ def write_checkpoint(
             (partial / STATE).write_text(state.to_json() + "\n", encoding="utf-8")
             hashes = hashes_of(partial)
             (partial / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+            give_usual_permissions(partial)
             sync_and_verify(partial, {**hashes, MANIFEST: file_hash(partial / MANIFEST)})
             _rename(partial, checkpoint)
         except Exception:

@@ -23,6 +23,7 @@ from yeonma.files import (
     file_hash,
     files_in,
     free_bytes,
+    give_usual_permissions,
     hashes_of,
     kind_of,
     read_regular,
@@ -344,6 +345,7 @@ def install(output: Path, adapter: AdapterWriter) -> None:
         try:
             staging.mkdir()
             adapter.write(staging)
+            give_usual_permissions(staging)
             sync_and_verify(staging, hashes_of(staging))
             for path in sorted(files_in(staging), key=lambda path: (path.name == "yeonma.json", path)):
                 place = output / path.relative_to(staging)

@@ -59,6 +59,8 @@ class EvaluationRecord:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    """By data set: `yeonma/data/classification.py`'s Confusion of the validation rows. Not written if empty."""
 
 
 def log_of(console: Console) -> Log:
@@ -104,6 +106,7 @@ class Progress:
         metrics = _rewards(record.metrics)
         if record.perplexity is not None:
             metrics, units = f"  perplexity {_perplexity(record.perplexity)}", "examples"
+            metrics += _label_scores(record.metrics)
         self.print_line(
             f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}"
             f"  validation loss {record.loss:.4f}{metrics}"
@@ -189,6 +192,12 @@ def _rewards(metrics: Mapping[str, float]) -> str:
     """`  margin 0.12  accuracy 0.75` from a pair loss's metrics; empty for other losses."""
     names = {"reward_margin": "margin", "reward_accuracy": "accuracy"}
     return "".join(f"  {name} {metrics[key]:.2f}" for key, name in names.items() if key in metrics)
+
+
+def _label_scores(metrics: Mapping[str, float]) -> str:
+    """`  accuracy 0.92  macro F1 0.90` of answers that are labels; empty for others."""
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+    return "".join(f"  {name} {metrics[key]:.3f}" for key, name in names.items() if key in metrics)
 
 
 def _perplexity(value: float) -> str:

@@ -162,10 +162,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def numbers_of(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
-    """A record's numbers, then its metrics. A perplexity of None is left out, and so are the data sets' losses."""
+    """A record's numbers, then its metrics. A perplexity of None is left out, and so is what is said by data set."""
     values = asdict(record)
     metrics = values.pop("metrics")
     values.pop("losses", None)
+    values.pop("confusion", None)
     if values.get("perplexity", 0.0) is None:
         del values["perplexity"]
     return {**values, **metrics}
@@ -178,6 +179,7 @@ def _metrics_values(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
     if isinstance(record, EvaluationRecord):
         losses = {name: None if _is_not_finite(loss) else loss for name, loss in record.losses.items()}
         finite = {"evaluation": True, **finite, **({"losses": losses} if losses else {})}
+        finite |= {"confusion": record.confusion} if record.confusion else {}
     return finite
 
 
@@ -222,12 +224,23 @@ def _is_rows(values: Mapping[str, Any]) -> bool:
 
 
 def _is_metrics(values: Mapping[str, Any]) -> bool:
-    """Whether it has a loss, and numbers or nulls alone, beside the losses of data sets and the mark of evaluations."""
-    own = {name: value for name, value in values.items() if name not in ("evaluation", "losses")}
+    """Whether it has a loss, and numbers or nulls alone, beside the losses of data sets, the confusion of labels and
+    the mark of evaluations."""
+    by_set = ("evaluation", "losses", "confusion")
+    own = {name: value for name, value in values.items() if name not in by_set}
     losses = values.get("losses", {})
+    if not _is_confusion(values.get("confusion", {})):
+        return False
     if "loss" not in own or not isinstance(losses, dict) or type(values.get("evaluation", True)) is not bool:
         return False
     return all(value is None or _is_number(value) for value in (*own.values(), *losses.values()))
+
+
+def _is_confusion(value: Any, depth: int = 3) -> bool:
+    """Whether it is data set -> label -> predicted label -> number of rows."""
+    if depth == 0:
+        return type(value) is int and 0 <= value < 2**63
+    return isinstance(value, dict) and all(_is_confusion(inner, depth - 1) for inner in value.values())
 
 
 def _is_step(value: Any) -> bool:

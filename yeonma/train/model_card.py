@@ -1,7 +1,11 @@
-"""The model card, OUT/README.md: base and data, losses before and after, sample answers, and how to use the adapter."""
+"""The model card, OUT/README.md: base and data, losses before and after, sample answers, and how to use the adapter.
+
+It is read by others, so it has no path of this machine. It follows from the run alone: no time, no host.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,14 +15,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, PUBLISHED, AdapterFolder, read_adapter_folder
+from yeonma.adapter.adapter_folder import (
+    PUBLISHED,
+    AdapterFolder,
+    folder_stand_in,
+    hub_name,
+    read_adapter_folder,
+)
 from yeonma.adapter.base_licence import licence_note
-from yeonma.adapter.lora_ranks import VLLM_LACKS, highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.adapter.samples import prompts_of
-from yeonma.config.yaml_text import front_matter
+from yeonma.config.parse import changed_settings
+from yeonma.config.settings import RunConfig
+from yeonma.config.yaml_text import front_matter, write_item
+from yeonma.data.classification import Confusion, confusion_table, f1_of, labels_of
+from yeonma.data.python_rows import is_label
 from yeonma.data.rows import Row
-from yeonma.data.template import Rendered, answer_text
+from yeonma.data.template import Rendered, Template, answer_text
+from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.language_part import left_out
@@ -28,16 +42,27 @@ from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import code, code_block, markdown, shell_word
-from yeonma.tokenization.chat_template_export import MARK
-from yeonma.tokenization.dataset import Dataset, PreparedSet
+from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompt
+from yeonma.train.card_usage import (
+    Usage,
+    example_prompt,
+    folder_chat_template,
+    ollama_lines,
+    python_lines,
+    vllm_lines,
+)
 
 MAX_NEW_TOKENS = 128
 MAX_CHARACTERS = 600
 """Of a prompt or an answer on the card."""
-PLAIN_PEFT = "peft.AutoPeftModelForCausalLM.from_pretrained(folder)"
-"""How PEFT alone loads an adapter with its base."""
+LANGUAGE_OF_SCRIPT = {"Hangul": "ko", "Kana": "ja", "Thai": "th", "Greek": "el"}
+"""Scripts that one language alone is written with today."""
+PATH_SETTINGS = ("base_model", "adapter", "data_path", "val_data_path", "template", "resume_from_checkpoint")
+"""Settings that may name places on this machine. The card has the last part of these."""
+LEFT_TO_THE_MACHINE = ("output_dir", "cache_dir")
+"""Settings that say nothing about the result, and name places of this machine."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +72,12 @@ class Sample:
     row: int
     data_set: str
     """Its data set, if there are several; else empty."""
+    fields: dict[str, str]
+    """The template's fields before the answer, as the row has them. Empty for conversations."""
+    shortened: bool
+    """Whether a field is longer than what the models were asked."""
     prompt: str
+    """What the models were asked, as text."""
     reference: str
     base: str
     adapter: str
@@ -58,6 +88,7 @@ def write_card(
     policy: Policy,
     tokenizer: Any,
     dataset: Dataset,
+    config: RunConfig,
     command: str,
     adapter_step: int,
     rows: int,
@@ -70,25 +101,106 @@ def write_card(
     the base, from `answers_before`, if its weights are no longer in memory.
     """
     samples = sample_answers(policy, tokenizer, dataset, rows, base_answers) if rows else []
-    metrics = read_metrics(output / "metrics.jsonl")
+    adapter = read_adapter_folder(output)
     text = card_text(
-        output,
+        adapter,
         samples,
-        metrics,
-        command,
-        adapter_step,
-        dataset.task.units,
-        remarks,
-        plain_peft=_plain_peft(policy.transformers_model),
+        read_metrics(output / "metrics.jsonl"),
+        units=dataset.task.units,
+        language=_language(dataset),
+        settings=_settings_lines(config),
+        command=command,
+        adapter_step=adapter_step,
+        remarks=remarks,
+        usage=_usage(output, adapter, policy, tokenizer, dataset, samples),
     )
     write_text_atomically(output / "README.md", text)
 
 
-def _plain_peft(base: Any) -> str:
-    """How PEFT alone loads an adapter of this base: a checkpoint that also reads images by its own class."""
-    if not left_out(base):
-        return PLAIN_PEFT
-    return f"peft.PeftModel.from_pretrained(transformers.{type(base).__name__}.from_pretrained(base), folder)"
+def _usage(
+    output: Path,
+    adapter: AdapterFolder,
+    policy: Policy,
+    tokenizer: Any,
+    dataset: Dataset,
+    samples: Sequence[Sample],
+) -> list[str]:
+    """How other tools use the folder, with the fields of the first sample as the example."""
+    model, template = policy.transformers_model, dataset.template
+    generation = model.generation_config
+    is_turn = template.variants[0].answer_role is not None
+    stop_ids = answer_tokens(tokenizer, dataset.rules if is_turn else None, eos_tokens(generation)).stop_ids
+    values = samples[0].fields if samples and samples[0].fields and not template.takes_turns else None
+    usage = Usage(
+        base=hub_name(adapter.base.name) or folder_stand_in(adapter.base.name),
+        prompt=example_prompt(template, dataset.rules, tokenizer, folder_chat_template(output), values),
+        stop_ids=stop_ids,
+        ends_elsewhere={*stop_ids} <= {tokenizer.eos_token_id, *eos_tokens(generation)},
+        repeats_penalised=getattr(generation, "repetition_penalty", None) not in (None, 1.0),
+        model_class=type(model).__name__ if left_out(model) else "",
+    )
+    lines = [
+        *python_lines(output, adapter, usage, MAX_NEW_TOKENS),
+        *vllm_lines(output, adapter, usage),
+        *ollama_lines(output, adapter, usage),
+    ]
+    if hub_name(adapter.base.name) is None and not adapter.is_full and lines:
+        lines += [
+            f"The base was a local folder, for which {code(usage.base)} stands. adapter_config.json has the path that "
+            "it had in training.",
+            "",
+        ]
+    return lines
+
+
+def _last_part(name: str) -> str:
+    """The last part of a path of this machine; other names as they are."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def _language(dataset: Dataset) -> str | None:
+    """The language of the answers, where the script of most of them is that of one language alone."""
+    found = set()
+    for one in dataset.sets:
+        store = one.train.store
+        scripts = store.row_scripts[used_rows(*one.train.examples) - 1]
+        found |= {
+            language
+            for bit, script in enumerate(SCRIPTS)
+            if (language := LANGUAGE_OF_SCRIPT.get(script))
+            and 2 * int(np.count_nonzero(scripts >> bit & 1)) > len(scripts)
+        }
+    return found.pop() if len(found) == 1 else None
+
+
+def _hub_sets(names: Sequence[str]) -> list[str]:
+    """The data sets on the hub among the names of a run's data."""
+    return [
+        name.partition(":")[0]
+        for name in names
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name)
+        and not Path(name).exists()
+        and not is_label(name)
+    ]
+
+
+def _settings_lines(config: RunConfig) -> list[str]:
+    """The settings that differ from their defaults, as YAML, without places of this machine and without the text of the
+    template, which the card shows."""
+    changed = {
+        name: _without_folders(value) if name in PATH_SETTINGS else value
+        for name, value in changed_settings(config).items()
+        if name not in LEFT_TO_THE_MACHINE and not (name == "template" and "\n" in str(value))
+    }
+    return [write_item(name, value).rstrip("\n") for name, value in changed.items()]
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _without_folders(item) for name, item in value.items()}
+    return _last_part(value) if isinstance(value, str) and "\n" not in value else value
 
 
 def sample_answers(
@@ -108,12 +220,23 @@ def sample_answers(
         samples += [
             Sample(
                 row.number,
-                one.name if len(dataset.sets) > 1 else "",
-                tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+                _last_part(one.name) if len(dataset.sets) > 1 else "",
+                fields := _fields_of(text, one.template),
+                any(value not in prompt for value in fields.values()),
+                prompt,
                 tokens.shape.parts(_reference(text)).content,
                 *texts,
             )
-            for row, prompt, text, *texts in zip(rows, prompts, rendered, base, answers[0], strict=True)
+            for row, prompt, text, *texts in zip(
+                rows,
+                tokenizer.batch_decode(
+                    prompts, skip_special_tokens=False, clean_up_tokenization_spaces=False
+                ),
+                rendered,
+                base,
+                answers[0],
+                strict=True,
+            )
         ]
     return samples
 
@@ -213,37 +336,50 @@ def _reference(rendered: Rendered) -> str:
     return "".join(piece.text for piece in last.pieces) if last.role == "assistant" else ""
 
 
+def _fields_of(rendered: Rendered, template: Template) -> dict[str, str]:
+    """The fields of a row's prompt; none for conversations, whose turns are no fields."""
+    variant = template.variants[rendered.variant]
+    if variant.is_turn_list or variant.turn_fields:
+        return {}
+    return {piece.field: piece.text for piece in rendered.prompt_pieces if piece.field is not None}
+
+
 def card_text(
-    output: Path,
+    adapter: AdapterFolder,
     samples: Sequence[Sample],
     metrics: Sequence[Mapping[str, Any]],
+    *,
+    units: str,
+    language: str | None,
+    settings: Sequence[str],
     command: str,
     adapter_step: int,
-    units: str,
     remarks: Sequence[str] = (),
-    plain_peft: str = PLAIN_PEFT,
+    usage: Sequence[str] = (),
 ) -> str:
-    adapter = read_adapter_folder(output)
+    """The card. `settings`: lines of YAML. `usage`: how other tools use the folder."""
     trained_on = adapter.details["trained_on"]
     evaluations = [record for record in metrics if record.get("evaluation")]
     sets = trained_on.get("data_sets", ())
-    names = ", ".join(code(one["name"]) for one in sets) or code(trained_on["data"])
-    folder = shell_word(output.name)
+    names = [one["name"] for one in sets] or [trained_on["data"]]
+    folder = shell_word(adapter.path.resolve().name)
     about = {
-        "base_model": adapter.base.name,
+        "base_model": hub_name(adapter.base.name),
+        "datasets": _hub_sets(names),
+        "language": language,
         "library_name": "transformers" if adapter.is_full else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["yeonma"] if adapter.is_full else ["lora", "yeonma"],
     }
-    what = f"A LoRA adapter for {code(adapter.base.name)}"
-    if adapter.is_full:
-        what = f"{code(adapter.base.name)} with all of its weights fine-tuned"
+    base = code(_last_part(adapter.base.name))
+    what = f"{base} with all of its weights fine-tuned" if adapter.is_full else f"A LoRA adapter for {base}"
     lines = [
-        *front_matter(about),
-        f"# {markdown(output.resolve().name)}",
+        *front_matter({key: value for key, value in about.items() if value}),
+        f"# {markdown(adapter.path.resolve().name)}",
         "",
         f"{what}, trained with Yeonma on {trained_on['examples']:,} {units} "
-        f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of {names} in "
+        f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of "
+        f"{', '.join(code(_last_part(name)) for name in names)} in "
         f"{adapter_step:,} steps. {trained_on['shortened']:,} examples were shortened and "
         f"{trained_on['left_out']:,} left out.",
         "",
@@ -263,63 +399,55 @@ def card_text(
         if before is not None and after is not None:
             lines += _validation(before, after, units, "model" if adapter.is_full else "adapter")
             lines += _losses(before.get("losses", {}), after.get("losses", {}))
+            lines += _confusions(after.get("confusion", {}))
         else:  # the log was deleted while the run was stopped, and begins later
             lines += ["metrics.jsonl does not have the validation losses of before and after.", ""]
-    lines += ["![loss](loss.svg)", "", "## Template", "", *code_block(adapter.template.text), ""]
+    lines += ["![loss](loss.svg)", ""]
+    lines += _samples(samples, "fine-tuned" if adapter.is_full else "with the adapter")
+    lines += ["## Template", "", *code_block(adapter.template.text), ""]
     for one in sets:
         if one["template"]["text"] != adapter.template.text:
-            lines += [f"Template of {code(one['name'])}:", "", *code_block(one["template"]["text"]), ""]
-    if samples:
-        lines += ["## Before and after", ""]
-    for sample in samples:
-        of_set = f" of {markdown(sample.data_set)}" if sample.data_set else ""
-        lines += [f"### Row {sample.row}{of_set}", "", *code_block(_short(sample.prompt)), ""]
-        if sample.reference:
-            lines += ["reference:", "", *code_block(_short(sample.reference)), ""]
-        trained = "fine-tuned" if adapter.is_full else "with the adapter"
-        for name, text in (("base model", sample.base), (trained, sample.adapter)):
-            lines += [f"{name}:", "", *code_block(_short(text)), ""]
+            about_set = f"Template of {code(_last_part(one['name']))}:"
+            lines += [about_set, "", *code_block(one["template"]["text"]), ""]
     lines += [
         "## Use",
         "",
-        *code_block(f"yeonma generate {folder} --data_path rows.jsonl\nyeonma chat {folder}"),
+        *code_block(f"yeonma generate {folder} --data_path rows.jsonl\nyeonma chat {folder}", "sh"),
         "",
-        *_with_other_tools(output, adapter, plain_peft),
-        "## Command",
+        *usage,
+        "## Training",
         "",
-        *code_block(command),
+        *code_block(command, "sh"),
+        "",
+        "<details>",
+        "<summary>Settings that differ from the defaults</summary>",
+        "",
+        *code_block("\n".join(settings), "yaml"),
+        "",
+        "</details>",
         "",
     ]
     return "\n".join(lines)
 
 
-def _with_other_tools(output: Path, adapter: AdapterFolder, plain_peft: str) -> list[str]:
-    if adapter.is_full:
-        call = "transformers.AutoModelForCausalLM.from_pretrained(folder)"
-        return [f"The folder is a complete model of its own: `{call}`.", ""]
-    plain = f"The folder is also a plain PEFT adapter: {code(plain_peft)}."
-    return [plain, "", *vllm_lines(output, adapter.base.name)]
-
-
-def vllm_lines(output: Path, base: str) -> list[str]:
-    """The command that serves the adapter by vLLM with the prompts of training; nothing if vLLM cannot."""
-    rank = vllm_rank(highest_rank(output))
-    template = output / CHAT_TEMPLATE
-    config = lora_config(output)
-    if rank is None or any(config.get(key) for key in VLLM_LACKS) or not template.is_file():
+def _samples(samples: Sequence[Sample], trained: str) -> list[str]:
+    """The rows with both answers. Of a row that fills a template, the fields are shown without the frame."""
+    if not samples:
         return []
-    name = output.resolve().name
-    command = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"
-    command += f" \\\n  --lora-modules {shell_word(f'{name}={name}')} --tokenizer {shell_word(name)}"
-    lines = ["With vLLM:", ""]
-    if not template.read_text("utf-8").startswith(MARK):  # the base's own chat template
-        return [*lines, *code_block(command), ""]
-    command += f" \\\n  --chat-template {shell_word(f'{name}/{CHAT_TEMPLATE}')}"
-    remark = (
-        "The template of training is in that file. One vLLM server has one chat template, for the base and for all its "
-        "adapters: an adapter with another template needs a server of its own."
-    )
-    return [*lines, *code_block(command), "", remark, ""]
+    lines = ["## Before and after", ""]
+    if any(sample.fields for sample in samples):
+        lines += ["The rows' fields fill the template below.", ""]
+    for sample in samples:
+        of_set = f" of {markdown(sample.data_set)}" if sample.data_set else ""
+        lines += [f"### Row {sample.row}{of_set}", ""]
+        if sample.shortened:
+            lines += ["The models were asked with a shortened text.", ""]
+        texts = [(code(name), text) for name, text in sample.fields.items()] or [("prompt", sample.prompt)]
+        texts += [("reference", sample.reference)] if sample.reference else []
+        texts += [("base model", sample.base), (trained, sample.adapter)]
+        for name, text in texts:
+            lines += [f"{name}:", "", *code_block(_short(text)), ""]
+    return lines
 
 
 ACCURACY = {
@@ -328,6 +456,7 @@ ACCURACY = {
 }
 """What reward accuracy counts, by the units of the data."""
 PERPLEXITY = {"perplexity": "perplexity"}
+LABEL_SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 REWARDS = {
     "reward_accuracy": "reward accuracy",
     "reward_margin": "margin",
@@ -342,7 +471,13 @@ REWARDS = {
 def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str, noun: str) -> list[str]:
     """A table of the validation metrics before training and of the adapter or model in the folder."""
     about = f"Both are per trained token; `after` is the {noun} in this folder."
-    names = PERPLEXITY
+    names = {**PERPLEXITY, **LABEL_SCORES} if "accuracy" in before and "accuracy" in after else PERPLEXITY
+    if names is not PERPLEXITY:
+        about = (
+            f"Loss and perplexity are per trained token; `after` is the {noun} in this folder. Accuracy and macro F1 "
+            "are by likelihood of the labels: the prediction for a row is the label that the model finds most likely "
+            f"as its answer. {_scored_rows(after):,} of the {after['examples']:,} validation rows were scored."
+        )
     if "reward_accuracy" in before:
         names = {key: name for key, name in REWARDS.items() if key in before}
         about = (
@@ -361,6 +496,37 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str,
         about,
         "",
     ]
+
+
+def _scored_rows(record: Mapping[str, Any]) -> int:
+    return sum(sum(row.values()) for confusion in record["confusion"].values() for row in confusion.values())
+
+
+def _confusions(confusions: Mapping[str, Confusion]) -> list[str]:
+    """A table of each data set whose answers are labels: the rows' own labels against the predicted ones."""
+    lines = []
+    for name, confusion in confusions.items():
+        labels = labels_of(confusion)
+        columns, rows = confusion_table(confusion, labels)
+        of_set = f" of {code(_last_part(name))}" if len(confusions) > 1 else ""
+        lines += [
+            f"Predicted labels{of_set} after training. A row of the table has one label's validation rows:",
+            "",
+            f"| label | {' | '.join(code(column, in_table=True) for column in columns)} | F1 |",
+            "| --- |" + " --- |" * (len(columns) + 1),
+            *(
+                f"| {code(own, in_table=True)} | {' | '.join(f'{count:,}' for count in counts)} | "
+                f"{_f1(confusion, own)} |"
+                for own, counts in rows
+            ),
+            "",
+        ]
+    return lines
+
+
+def _f1(confusion: Confusion, label: str) -> str:
+    score = f1_of(confusion, label)
+    return "" if score is None else f"{score:.4f}"
 
 
 def _published(adapter: AdapterFolder) -> list[str]:

@@ -55,6 +55,7 @@ from yeonma.train.build import (
 )
 from yeonma.train.distributed import Processes, check_same_content, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
+from yeonma.train.label_accuracy import label_trials
 from yeonma.train.label_balance import label_balance
 from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, run_steps
 from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
@@ -185,6 +186,12 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             continued=prepared.adapter is not None,
             name_rows=name_rows,
         )
+        if prepared.dataset.validation:
+            support, share_prefix = loaded.policy.support, resolved.step.share_prefix
+            trials = label_trials(
+                prepared.dataset, prepared.tokenizer, shares_prompts=support.forest and share_prefix
+            )
+            state = replace(state, label_trials=trials)
         if by_tokens and earlier_tokens is None:  # before the reference, which may take hours
             try_heaviest(state, plan, prepared.dataset.train.store)
         extras = reference_extras(resolved, loaded, prepared, units_to_reference(prepared), group, log)
@@ -328,14 +335,13 @@ def _train(
         broadcast_trained(state.model)
     loss_unit = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
     plot_loss(output / METRICS, output / "loss.svg", loss_unit)
-    repeat_command = _repeat_command(config, state.objective.name)
-    repeat_command += to_yaml(config)
     write_card(
         output,
         policy,
         prepared.tokenizer,
         dataset,
-        repeat_command,
+        config,
+        _repeat_command(config, state.objective.name),
         best_step,
         evaluation.card_rows,
         model_remarks(prepared.config, dataset),
@@ -351,14 +357,14 @@ def _train(
 
 
 def _repeat_command(config: RunConfig, verb: str) -> str:
-    """How to repeat a run from its settings.yaml, which stand below."""
+    """How to repeat a run from its settings.yaml."""
     sets = data_sets(config.data)
     data = {"data_path": [one.path for one in sets], "val_data_path": [one.val_path or "" for one in sets]}
     given = [f"{setting}=..." for setting, paths in data.items() if any(map(is_label, paths))]
     if given:
         call = f'yeonma.{verb}(config="settings.yaml", {", ".join(given)})'
-        return f"{call}   # in Python, with the same data; the settings are below\n\n"
-    return f"yeonma {verb} --config settings.yaml   # the settings below\n\n"
+        return f"{call}   # in Python, with the same data"
+    return f"yeonma {verb} --config settings.yaml"
 
 
 def _size_in_checkpoint(progress: RunProgress, state: TrainState) -> int | None:

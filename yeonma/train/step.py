@@ -22,6 +22,7 @@ import torch
 
 from yeonma.batch.batch import Batch, Extras
 from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
+from yeonma.data.classification import as_confusion
 from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport, batch_logprobs, example_logprobs
@@ -31,6 +32,7 @@ from yeonma.tokenization.dataset import numbered_rows
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.full_weights import round_weights
 from yeonma.train.interrupt import REASONS, Stop
+from yeonma.train.label_accuracy import LabelTrial, label_scores
 from yeonma.train.losses import (
     LOG_SQUARE,
     REFERENCE_LOGPROB,
@@ -78,6 +80,8 @@ class TrainState:
     """The numbers that the objective carries from step to step."""
     rounded: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
     """The model's weights, if `parameters` are float32 copies of them (`full_weights.py`); else empty."""
+    label_trials: Mapping[str, LabelTrial] = field(default_factory=dict)
+    """What evaluations measure of the data sets whose answers are the labels of a classification."""
 
     @property
     def weights(self) -> Mapping[str, torch.nn.Parameter]:
@@ -158,14 +162,17 @@ def evaluate(
     state: TrainState, validation: Mapping[str, Batch], step: int, epoch: float
 ) -> EvaluationRecord | None:
     """The mean loss per trained token or per unit, without dropout, of each data set's validation rows and of all of
-    them. Every rank evaluates its share.
+    them; where answers are labels, which of them are the most likely. Every rank evaluates its share.
 
     None if a rank abandoned the evaluation because the run is about to stop.
     """
     started = time.perf_counter()
     objective = state.objective
     sums_by_set: dict[str, list[float]] = {}
+    confusions: dict[str, np.ndarray] = {}
     for name, batch in validation.items():
+        if (trial := state.label_trials.get(name)) is not None:  # an abandoned one abandons the losses, too
+            confusions[name] = trial.confusion(_measured_logprobs(state, trial.batch, _abandons(state)))
         sums = _sums_of_set(state, batch)
         if sums is None:
             return None
@@ -185,18 +192,20 @@ def evaluate(
         examples=sum(batch.unit_count for batch in validation.values()),
         trained_tokens=sum(batch.trained_tokens for batch in validation.values()),
         seconds=time.perf_counter() - started,
-        metrics=objective.report(dict(zip(objective.metrics, means, strict=True))),
+        metrics={
+            **objective.report(dict(zip(objective.metrics, means, strict=True))),
+            **label_scores(confusions),
+        },
         losses=losses if len(losses) > 1 else {},
+        confusion={
+            name: as_confusion(matrix, state.label_trials[name].labels) for name, matrix in confusions.items()
+        },
     )
 
 
 def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
     """The sums of loss and metrics over a batch and all ranks; None if a rank abandoned the evaluation."""
-    objective = state.objective
-
-    def abandon() -> bool:
-        return not state.sharded and state.stop.is_urgent()  # with sharded weights, no rank can leave alone
-
+    objective, abandon = state.objective, _abandons(state)
     batch = _with_step_extras(state, batch, abandon)
     sums_of = objective.evaluation or objective.sums
 
@@ -215,6 +224,11 @@ def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
     sums: list[float] = sum_over(state.group, totals.to(state.model.device)).tolist()
     state.stop.agree(sums[-len(REASONS) :])
     return None if sums[-1 - len(REASONS)] else sums[: -1 - len(REASONS)]
+
+
+def _abandons(state: TrainState) -> Callable[[], bool]:
+    """Whether this rank should abandon an evaluation now. With sharded weights, no rank can leave alone."""
+    return lambda: not state.sharded and state.stop.is_urgent()
 
 
 def _with_step_extras(state: TrainState, batch: Batch, abandon: Callable[[], bool] = lambda: False) -> Batch:

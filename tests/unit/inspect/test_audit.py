@@ -43,6 +43,7 @@ def audited(dataset: Dataset, *, share_prefix: bool = True, unknown_id: int | No
         micro_batch_tokens=None,
         share_prefix=share_prefix,
         unknown_id=unknown_id,
+        tokenizer=characters(),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from yeonma.errors import UserError
-from yeonma.run_folder.progress import StepRecord
+from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 from yeonma.run_folder.run_log import (
     METRICS,
     TRAINED_ROWS,
@@ -17,7 +17,9 @@ from yeonma.run_folder.run_log import (
     check_logs,
     open_metrics,
     open_trained_rows,
+    read_metrics,
 )
+from yeonma.run_folder.trackers import tracked
 
 STEP = StepRecord(1, 0.1, 2.5, 1e-3, 1.0, 4, 100, 50, 0.123, 1000, {"reward_margin": 0.1})
 
@@ -118,3 +120,29 @@ def test_a_wrong_line_is_found_before_anything_is_cut_in_checkpoints_of_earlier_
     check_logs(tmp_path, {}, 1, print)
     with pytest.raises(UserError, match=f"{name}:3: .*delete this line"):
         check_logs(tmp_path, {}, 3, print)
+
+
+EVALUATION = EvaluationRecord(
+    4, 0.5, 1.25, 3.49, 12, 60, 0.1, {"accuracy": 0.75, "macro_f1": 0.7}, {}, {"a": {"x": {"x": 9, "y": 3}}}
+)
+
+
+def test_confusion_of_labels_is_written_read_and_no_number_for_trackers(tmp_path: Path) -> None:
+    with open_metrics(tmp_path / METRICS, None) as metrics:
+        metrics.write(EVALUATION)
+    (line,) = read_metrics(tmp_path / METRICS)
+    assert (line["accuracy"], line["macro_f1"]) == (0.75, 0.7)
+    assert line["confusion"] == {"a": {"x": {"x": 9, "y": 3}}}
+    numbers = tracked(EVALUATION)
+    assert numbers["validation/accuracy"] == 0.75 and numbers["validation/macro_f1"] == 0.7
+    assert all(isinstance(value, int | float) for value in numbers.values())
+
+
+@pytest.mark.parametrize(
+    "confusion", [1, {"a": 1}, {"a": {"x": 1}}, {"a": {"x": {"y": "1"}}}, {"a": {"x": {"y": -1}}}, []]
+)
+def test_confusion_that_no_run_writes_is_damage(confusion: object, tmp_path: Path) -> None:
+    record = {"evaluation": True, "step": 1, "loss": 1.0, "confusion": confusion}
+    (tmp_path / METRICS).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="not a record"):
+        read_metrics(tmp_path / METRICS)

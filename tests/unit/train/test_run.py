@@ -174,8 +174,10 @@ def test_card_shortens_only_prompts_that_leave_no_room_for_an_answer(tmp_path: P
     done = trained(tmp_path / "out", base, data, card_rows=2)
     assert (done.steps[0]["tokens"], done.err) == (128 + 128 - document_length + 1 - len("a title") + 1, "")
     card = (done.folder / "README.md").read_text()
-    shown = [len(match) for match in re.findall(r"\n(a+|b)\n\n(?=title: \n```\n\nreference:)", card.lower())]
-    assert 0 < shown[0] < document_length and shown[1:] == [1]
+    shown = [len(match) for match in re.findall(r"\n(a+|b)\n(?=```\n\nreference:)", card.lower())]
+    assert shown == [document_length, 1]
+    first, second = card.partition("### Row 1")[2].split("### Row 2")
+    assert "asked with a shortened text" in first and "shortened text" not in second
 
 
 def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 "use strict";
 // All texts are set through textContent, so that nothing in the data is parsed as HTML.
 const report = JSON.parse(document.getElementById("data").textContent);
-const PAGE = 50, MAX_COMPARED = 250000;
+const FIRST = 10, PAGE = 50, MAX_COMPARED = 250000;
 const byId = id => document.getElementById(id);
 const models = report.models.map(model => model.name);
 const metrics = report.metrics.filter(metric => metric.key in (report.rows[0].answers[0].scores));
@@ -150,8 +150,9 @@ function redraw() {
 
 function more() {
   const choice = chosen();
-  for (const row of matching.slice(drawn, drawn + PAGE)) list.append(item(row, choice));
-  drawn = Math.min(matching.length, drawn + PAGE);
+  const next = drawn + (drawn ? PAGE : FIRST);
+  for (const row of matching.slice(drawn, next)) list.append(item(row, choice));
+  drawn = Math.min(matching.length, next);
   byId("more").hidden = drawn >= matching.length;
   byId("more").textContent = `Show more (${matching.length - drawn} left)`;
 }

@@ -73,6 +73,7 @@ VERBS = {
     "DemoSettings": ("demo",),
     "ConvertSettings": ("convert",),
     "DoctorSettings": ("doctor",),
+    "CacheSettings": ("cache",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
 

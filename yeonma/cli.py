@@ -16,6 +16,7 @@ from yeonma import __version__
 from yeonma.config.settings import (
     PREFERENCE_DEFAULTS,
     TRAINING,
+    CacheSettings,
     ChatConfig,
     CompareConfig,
     ConvertSettings,
@@ -170,6 +171,12 @@ VERBS = {
         "yeonma.commands.doctor:run",
         DoctorSettings,
     ),
+    "cache": Verb(
+        "Show what Yeonma keeps on disk, and delete what is no longer needed.",
+        "yeonma.commands.cache_command:run",
+        CacheSettings,
+        "action",
+    ),
     "demo": Verb("Fine-tune a small model on a bundled sample.", "yeonma.commands.demo:run", DemoSettings),
     "demo-dpo": Verb(
         "Fine-tune a small model on bundled preference pairs.",
@@ -221,7 +228,7 @@ def _dispatch(arguments: list[str]) -> int:
         say_lines(_overview())
         return 0
     if arguments[0] in ("--version", "-V"):
-        say(f"yeonma {__version__}")
+        _say_versions()
         return 0
     name, *rest = arguments
     if name not in VERBS:
@@ -272,6 +279,18 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0
+
+
+def _say_versions() -> None:
+    """The first line is Yeonma's alone."""
+    import platform
+
+    from yeonma.packages import MAIN, version_of
+
+    say(f"yeonma {__version__}")
+    say(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in MAIN:
+        say(f"{name} {version_of(name) or 'is not installed'}")
 
 
 def _overview() -> str:

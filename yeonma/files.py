@@ -55,6 +55,11 @@ def user_path(written: str | Path, place: str = "") -> Path:
     return path
 
 
+def default_cache_dir() -> Path:
+    """$YEONMA_CACHE, or ~/.cache/yeonma."""
+    return user_path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma")
+
+
 def output_file(written: str, setting: str, data_path: str | None) -> Path:
     """The file for results. `setting` is the option that names it, such as `--output`.
 

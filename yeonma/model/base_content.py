@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Log, UserError, brief
-from yeonma.files import file_hash
+from yeonma.files import default_cache_dir, file_hash
 from yeonma.model.load import generation_eos, load_config
 from yeonma.model.source import BaseSource
 from yeonma.model.weight_files import file_of, weight_files
 from yeonma.model.weight_sums import MODULO, SHA256, WeightSums
-from yeonma.tokenization.cache import default_cache_dir
 
 SLOW_SECONDS = 3.0
 """After which a line says what takes so long."""

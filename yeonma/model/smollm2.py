@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Log, UserError
+from yeonma.files import default_cache_dir
 from yeonma.model.config_keys import add_older_keys
 from yeonma.packages import install
-from yeonma.tokenization.cache import default_cache_dir
 from yeonma.tokenization.tokenizer_files import save_tokenizer_files
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

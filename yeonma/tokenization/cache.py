@@ -31,7 +31,7 @@ from yeonma.data.task import ANSWERS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
-from yeonma.files import NO_LOCKS, kind_of, sync, user_path
+from yeonma.files import NO_LOCKS, kind_of, sync
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import (
@@ -57,11 +57,6 @@ MOST_FAULTS = 5
 
 Chunk = tuple[list[Notes], Outcomes]
 """The notes of some rows, and the outcomes of encoding them."""
-
-
-def default_cache_dir() -> Path:
-    """$YEONMA_CACHE, or ~/.cache/yeonma."""
-    return user_path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma")
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:

@@ -38,8 +38,8 @@ from yeonma.data.text_checks import (
     ZERO_WIDTH,
 )
 from yeonma.errors import Log, UserError
-from yeonma.files import user_path
-from yeonma.tokenization.cache import build_store, default_cache_dir, join_stores
+from yeonma.files import default_cache_dir, user_path
+from yeonma.tokenization.cache import build_store, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.store import TokenStore
 

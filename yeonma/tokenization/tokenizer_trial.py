@@ -8,8 +8,7 @@ from pathlib import Path
 
 from yeonma.bounded.child import MIB, Bounds, OverBounds, Refused, ask, end
 from yeonma.errors import UserError
-from yeonma.files import file_hash, replace_file
-from yeonma.tokenization.cache import default_cache_dir
+from yeonma.files import default_cache_dir, file_hash, replace_file
 
 TRIAL = 1
 """Increased whenever a tokenizer is tried otherwise."""

@@ -18,7 +18,8 @@ from tests.tokenizers import byte_level, sentencepiece_bpe
 from yeonma.data.rows import Row, Rows
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Problem, UserError
-from yeonma.tokenization.cache import build_store, default_cache_dir, store_key, tokenizer_identity
+from yeonma.files import default_cache_dir
+from yeonma.tokenization.cache import build_store, store_key, tokenizer_identity
 from yeonma.tokenization.example import Example, TokenRules
 from yeonma.tokenization.example_encoder import ExampleEncoder, encode
 from yeonma.tokenization.store import TokenStore, open_store

@@ -51,6 +51,7 @@ from yeonma.serve.openai_responses import (
 from yeonma.serve.request_bounds import check_length, texts_in
 from yeonma.serve.request_framing import MAX_BODY_BYTES
 from yeonma.serve.token_names import TokenNames
+from yeonma.serve.try_page import page_model, try_page
 from yeonma.serve.worker import Busy, Event, GrammarFailed, Job, PromptTooLarge, ScoredTokens, Worker
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.tool_calls import FindCalls
@@ -108,8 +109,10 @@ Events = asyncio.Queue[tuple[int, Event]]
 
 
 def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -> Starlette:
-    """`/v1/chat/completions`, `/v1/completions` and `/v1/models`, which need the key, and `/health`, which does not."""
+    """`/v1/chat/completions`, `/v1/completions`, `/v1/models` and `/page.json`, which need the key, and `/health` and
+    the page at `/`, which do not."""
     created = int(time.time())
+    page_response = try_page()
 
     def guarded(
         handler: Callable[[Request], Awaitable[Response]],
@@ -134,6 +137,19 @@ def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -
         name = _known_model(request.path_params["name"], models.prompt_builders)
         return JSONResponse(model_list([name], created)["data"][0])
 
+    async def page(request: Request) -> Response:
+        _check_host(request, limits.local_only)
+        return page_response
+
+    async def page_models(request: Request) -> Response:
+        content = {
+            "models": [page_model(name, builder) for name, builder in models.prompt_builders.items()],
+            "max_new_tokens": limits.defaults.max_new_tokens,
+            "max_new_tokens_limit": limits.max_new_tokens_limit,
+            "temperature": limits.defaults.temperature,
+        }
+        return JSONResponse(content)
+
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -143,6 +159,8 @@ def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -
             Route("/v1/completions", guarded(completions), methods=["POST"]),
             Route("/v1/models", guarded(list_models), methods=["GET"]),
             Route("/v1/models/{name:path}", guarded(one_model), methods=["GET"]),
+            Route("/", page, methods=["GET"]),
+            Route("/page.json", guarded(page_models), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
         ],
         exception_handlers={

@@ -539,8 +539,7 @@ def row_of_messages(
     if request is not None and request.tools:
         raise RequestError(400, NO_TOOLS, param="tools", code=UNSUPPORTED)
     if len(messages) != 1 or messages[0].role != "user":
-        problem = "this model was trained with its own prompt template and takes exactly one message, with role user"
-        raise RequestError(400, problem, param="messages")
+        raise RequestError(400, _why_not_one_message(messages), param="messages")
     content = messages[0].text
     fields = sorted({name for variant in template.variants for name in variant.prompt_fields})
     if len(fields) == 1:
@@ -561,6 +560,19 @@ def row_of_messages(
     if unknown:
         raise RequestError(400, f"there is no field {unknown[0]!r:.100}; {problem}", param="messages")
     return Row(1, values, "messages")
+
+
+def _why_not_one_message(messages: Sequence[Message]) -> str:
+    """What is wrong with a conversation for a template with a frame of its own, and how to send it."""
+    takes = (
+        "this model was trained with its own prompt template and takes exactly one message, with role user"
+    )
+    if messages[-1].role != "user":
+        return f"{takes}: the last message must be the user's"
+    before = {message.role for message in messages[:-1]}
+    if before <= {"system", "developer"}:
+        return f"{takes}: leave out the one with role {messages[0].role}, for which the template has no place"
+    return f"{takes}: send only the last one, because the template has no place for those before it"
 
 
 def _row_of_turns(template: Template, messages: Sequence[Message], request: ChatRequest | None) -> Row:

@@ -74,6 +74,7 @@ VERBS = {
     "ConvertSettings": ("convert",),
     "DoctorSettings": ("doctor",),
     "CacheSettings": ("cache",),
+    "CompletionSettings": ("completion",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
 

@@ -40,7 +40,7 @@ def chromium() -> str | None:
 
 @dataclass(eq=False)
 class Browser:
-    """One tab. `problems`: uncaught errors, messages to the console, requests to places other than files and `server`."""
+    """One tab. `problems`: uncaught errors, messages to the console, requests beyond files and `server`."""
 
     write_end: int
     read_end: int

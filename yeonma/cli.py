@@ -19,6 +19,7 @@ from yeonma.config.settings import (
     CacheSettings,
     ChatConfig,
     CompareConfig,
+    CompletionSettings,
     ConvertSettings,
     DemoSettings,
     DoctorSettings,
@@ -177,6 +178,12 @@ VERBS = {
         CacheSettings,
         "action",
     ),
+    "completion": Verb(
+        "Print a script with which a shell completes commands and settings.",
+        "yeonma.cli:complete",
+        CompletionSettings,
+        "shell",
+    ),
     "demo": Verb("Fine-tune a small model on a bundled sample.", "yeonma.commands.demo:run", DemoSettings),
     "demo-dpo": Verb(
         "Fine-tune a small model on bundled preference pairs.",
@@ -279,6 +286,24 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0
+
+
+def complete(settings: CompletionSettings) -> int:
+    """`yeonma completion`. It is here because it needs all commands."""
+    from yeonma.commands.shell_completion import CompletedCommand, write_script
+    from yeonma.config.help import about_command
+    from yeonma.config.parse import settings_of
+    from yeonma.language import language
+
+    commands = {
+        name: CompletedCommand(
+            about_command(name, verb.about, language()),
+            settings_of(verb.groups, verb.not_required, verb.defaults),
+            verb.positional,
+        )
+        for name, verb in VERBS.items()
+    }
+    return write_script(settings, commands)
 
 
 def _say_versions() -> None:

@@ -21,6 +21,7 @@ TESTED = {
     "pydantic": "2.14.4",
     "sacrebleu": "2.6.0",
     "sentencepiece": "0.2.3",
+    "shtab": "1.13.0",
     "starlette": "1.10.0",
     "tensorboard": "2.21.0",
     "tiktoken": "0.14.0",

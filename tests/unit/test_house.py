@@ -431,6 +431,7 @@ def test_requirements_pin_torch_first_and_all_packages_in_declared_ranges() -> N
         *extras["quantization"],
         *extras["compressed-tensors"],
         *extras["sentencepiece"],
+        *extras["completion"],
         *extras["dev"],
     ]
     expected_names = {Requirement(text).name for text in installed}

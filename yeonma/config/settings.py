@@ -604,6 +604,14 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompletionSettings:
+    """For which shell."""
+
+    shell: Literal["bash", "zsh"]
+    """Shell to write the script for: put `eval "$(yeonma completion bash)"` into ~/.bashrc, or the same with zsh into ~/.zshrc."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushSettings:
     """What to upload to the hub, and who can see it there."""
 

@@ -60,6 +60,7 @@ from yeonma.model.quantized import pack_on_meta, packed_layers, quantise_on_meta
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.model.train_mode import train_adapter
+from yeonma.shown import counted
 from yeonma.tokenization.reasoning import AnswerParts
 
 
@@ -334,8 +335,8 @@ def check_outline(source: BaseSource, adapters: Sequence[str], *, adapter_weight
     return most
 
 
-def _unknown_to_base(count: int, folder: str) -> UserError:
-    what = f"it has {count} tokens of its own, which the base alone does not know"
+def _unknown_to_base(tokens: int, folder: str) -> UserError:
+    what = f"it has {counted(tokens, 'token')} of its own, which the base alone does not know"
     return UserError(what, place=folder, cure="leave adapter_weights as it is, or ask the base itself")
 
 

@@ -158,7 +158,7 @@ def test_complete_feeds_the_text_as_the_whole_prompt(loaded: Policy) -> None:
     assert ids == [byte_level()("<|im_start|>서울\n")["input_ids"]]
     with pytest.raises(UserError, match="prompt: it is empty"):
         loaded.complete("")
-    with pytest.raises(UserError, match="tokens and 4096 new ones exceed the model's 4096 positions"):
+    with pytest.raises(UserError, match="1 token and 4096 new ones exceed the model's 4096 positions"):
         loaded.complete("서울", max_new_tokens=4096)
 
 

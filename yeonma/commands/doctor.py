@@ -14,6 +14,7 @@ from yeonma import __version__
 from yeonma.config.settings import DoctorSettings
 from yeonma.packages import MAIN, TESTED, install, version_of
 from yeonma.platforms import usable_cores
+from yeonma.shown import counted
 from yeonma.streams import say
 
 FAST = ("flash-linear-attention", "causal-conv1d", "flash-attn")
@@ -101,7 +102,10 @@ def _device(report: Report) -> None:
     from yeonma.model.load import pick_device, pick_dtype
 
     memory = _memory(torch.device("cpu"))
-    report.add("processor", f"{usable_cores()} cores, {torch.get_num_threads()} threads, {memory}")
+    report.add(
+        "processor",
+        f"{counted(usable_cores(), 'core')}, {counted(torch.get_num_threads(), 'thread')}, {memory}",
+    )
     device = pick_device("auto")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -12,7 +12,7 @@ from yeonma.errors import UserError
 from yeonma.export.hub_push import Upload, collect, upload
 from yeonma.export.private_paths import names_of_this_machine
 from yeonma.files import user_path
-from yeonma.shown import size_text
+from yeonma.shown import counted, size_text
 from yeonma.streams import say
 
 MOST_NAMED = 50
@@ -36,7 +36,7 @@ def run(settings: PushSettings) -> int:
         say("nothing was sent")
         return 1
     url = upload(settings.repo, uploads, settings.message, settings.public, say)
-    say(f"{len(uploads)} files uploaded and verified: {url}")
+    say(f"{counted(len(uploads), 'file')} uploaded and verified: {url}")
     return 0
 
 
@@ -48,7 +48,8 @@ def _telling_names(repo: str) -> list[str]:
 
 def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: bool) -> None:
     total = sum(file.size for file in uploads)
-    say(f"{folder} -> {repo} ({'public' if public else 'private'}): {len(uploads)} files, {size_text(total)}")
+    seen_by, files = "public" if public else "private", counted(len(uploads), "file")
+    say(f"{folder} -> {repo} ({seen_by}): {files}, {size_text(total)}")
     width = max(len(file.name) for file in uploads)
     for file in uploads:
         edited = "  edited for upload" if file.edited else ""

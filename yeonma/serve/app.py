@@ -53,6 +53,7 @@ from yeonma.serve.request_framing import MAX_BODY_BYTES
 from yeonma.serve.token_names import TokenNames
 from yeonma.serve.try_page import page_model, try_page
 from yeonma.serve.worker import Busy, Event, GrammarFailed, Job, PromptTooLarge, ScoredTokens, Worker
+from yeonma.shown import counted
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.tool_calls import FindCalls
 
@@ -410,8 +411,8 @@ def _prompts(
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if positions is not None and longest + max_new_tokens > positions:
         message = (
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions: "
-            "shorten the prompt or lower max_tokens"
+            f"a prompt of {counted(longest, 'token')} and {max_new_tokens} new ones exceed the model's {positions} "
+            "positions: shorten the prompt or lower max_tokens"
         )
         raise RequestError(400, message, param="max_tokens", code="context_length_exceeded")
     return prompts

@@ -73,6 +73,8 @@ VERBS = {
     "DemoSettings": ("demo",),
     "ConvertSettings": ("convert",),
     "DoctorSettings": ("doctor",),
+    "CacheSettings": ("cache",),
+    "CompletionSettings": ("completion",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
 

@@ -40,11 +40,13 @@ def chromium() -> str | None:
 
 @dataclass(eq=False)
 class Browser:
-    """One tab. `problems`: uncaught errors, messages to the console, requests that left the machine."""
+    """One tab. `problems`: uncaught errors, messages to the console, requests beyond files and `server`."""
 
     write_end: int
     read_end: int
     session: str = ""
+    server: str = ""
+    """The beginning of the addresses that a page may ask."""
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
     waiting: bytes = b""
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -79,10 +81,10 @@ class Browser:
         while not any(each.get("method") == event for each in self.events):
             self.events.append(self._next())
 
-    def open(self, page: Path) -> None:
-        """Load a file, and wait until it has loaded."""
+    def open(self, page: Path | str) -> None:
+        """Load a file or an address, and wait until it has loaded."""
         self.events.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self.wait_for("Page.loadEventFired")
 
     def run(self, script: str) -> Any:
@@ -135,7 +137,8 @@ class Browser:
             elif method == "Log.entryAdded" and of["entry"]["level"] == "error":
                 found.append(of["entry"]["text"])
             elif method == "Network.requestWillBeSent":
-                if not of["request"]["url"].startswith(("file:", "data:", "blob:")):
+                own = ("file:", "data:", "blob:", *([self.server] if self.server else []))
+                if not of["request"]["url"].startswith(own):
                     found.append(f"asked for {of['request']['url']}")
         return found
 

@@ -16,8 +16,10 @@ from yeonma import __version__
 from yeonma.config.settings import (
     PREFERENCE_DEFAULTS,
     TRAINING,
+    CacheSettings,
     ChatConfig,
     CompareConfig,
+    CompletionSettings,
     ConvertSettings,
     DemoSettings,
     DoctorSettings,
@@ -178,6 +180,18 @@ VERBS = {
         "yeonma.commands.doctor:run",
         DoctorSettings,
     ),
+    "cache": Verb(
+        "Show what Yeonma keeps on disk, and delete what is no longer needed.",
+        "yeonma.commands.cache_command:run",
+        CacheSettings,
+        "action",
+    ),
+    "completion": Verb(
+        "Print a script with which a shell completes commands and settings.",
+        "yeonma.cli:complete",
+        CompletionSettings,
+        "shell",
+    ),
     "demo": Verb("Fine-tune a small model on a bundled sample.", "yeonma.commands.demo:run", DemoSettings),
     "demo-dpo": Verb(
         "Fine-tune a small model on bundled preference pairs.",
@@ -229,7 +243,7 @@ def _dispatch(arguments: list[str]) -> int:
         say_lines(_overview())
         return 0
     if arguments[0] in ("--version", "-V"):
-        say(f"yeonma {__version__}")
+        _say_versions()
         return 0
     name, *rest = arguments
     if name not in VERBS:
@@ -282,6 +296,36 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
         getattr(import_module("yeonma.commands.first_checks"), verb.check)(parsed.config)
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0
+
+
+def complete(settings: CompletionSettings) -> int:
+    """`yeonma completion`. It is here because it needs all commands."""
+    from yeonma.commands.shell_completion import CompletedCommand, write_script
+    from yeonma.config.help import about_command
+    from yeonma.config.parse import settings_of
+    from yeonma.language import language
+
+    commands = {
+        name: CompletedCommand(
+            about_command(name, verb.about, language()),
+            settings_of(verb.groups, verb.not_required, verb.defaults),
+            verb.positional,
+        )
+        for name, verb in VERBS.items()
+    }
+    return write_script(settings, commands)
+
+
+def _say_versions() -> None:
+    """The first line is Yeonma's alone."""
+    import platform
+
+    from yeonma.packages import MAIN, version_of
+
+    say(f"yeonma {__version__}")
+    say(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in MAIN:
+        say(f"{name} {version_of(name) or 'is not installed'}")
 
 
 def _overview() -> str:

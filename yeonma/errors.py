@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from yeonma.shown import one_line, traceback_text
+from yeonma.shown import counted, one_line, traceback_text
 
 Log = Callable[[str], None]
 """Takes a line of progress or a warning for the user, without its line end."""
@@ -71,7 +71,7 @@ def _within_bounds(problems: Sequence[Problem]) -> list[str]:
         line = str(problem)
         room -= len(line) + _BEFORE_A_LINE
         if room < 0:
-            return [*lines, f"... and {len(problems) - number:,} more problems"]
+            return [*lines, f"... and {counted(len(problems) - number, 'more problem')}"]
         lines.append(line)
     return lines
 

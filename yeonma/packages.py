@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+MAIN = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
+"""Packages whose versions decide most about a run."""
 TESTED = {
     "bitsandbytes": "0.50.2",
     "compressed-tensors": "0.20.1",
@@ -19,6 +21,7 @@ TESTED = {
     "pydantic": "2.14.4",
     "sacrebleu": "2.6.0",
     "sentencepiece": "0.2.3",
+    "shtab": "1.13.0",
     "starlette": "1.10.0",
     "tensorboard": "2.21.0",
     "tiktoken": "0.14.0",

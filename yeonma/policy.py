@@ -62,6 +62,7 @@ from yeonma.model.quantized import pack_on_meta, packed_layers, quantise_on_meta
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.model.train_mode import train_adapter
+from yeonma.shown import counted
 from yeonma.tokenization.reasoning import AnswerParts
 
 
@@ -105,12 +106,8 @@ class Policy:
         Raises UserError if `adapter_weights` is False and the adapter is merged into the base.
         """
         if self.model is self.transformers_model:
-            builder = self.prompt_builder
-            if not self.adapter_weights and builder is not None and builder.adapter.is_whole:
-                what, cure = "the adapter is merged into this model", "use the adapter's folder instead"
-                if builder.adapter.is_full:
-                    what, cure = "all weights of this model were trained", "use the base model itself"
-                raise UserError(what, place=str(builder.adapter.path), cure=cure)
+            if not self.adapter_weights:
+                self._check_base_is_apart()
             yield
         elif not self.adapter_weights:
             with self.model.disable_adapter():
@@ -119,6 +116,28 @@ class Policy:
             if self.model.active_adapter != self.adapter_name:
                 self.model.set_adapter(self.adapter_name, inference_mode=True)
             yield
+
+    def without_adapter(self) -> Policy:
+        """The base alone, in the same memory.
+
+        Raises UserError if the adapter is merged into the base, or has tokens that the base does not know.
+        """
+        self._check_base_is_apart()
+        if self.prompt_builder is not None and self.model is not self.transformers_model:
+            adapter = self.prompt_builder.adapter
+            if adapter.new_tokens:
+                raise _unknown_to_base(len(adapter.new_tokens), str(adapter.path))
+            check_outline(self.source, [str(adapter.path)], adapter_weights=False)
+        return replace(self, adapter_weights=False)
+
+    def _check_base_is_apart(self) -> None:
+        """Raises UserError if the base's own weights are not there any more."""
+        builder = self.prompt_builder
+        if self.model is self.transformers_model and builder is not None and builder.adapter.is_whole:
+            what, cure = "the adapter is merged into this model", "use the adapter's folder instead"
+            if builder.adapter.is_full:
+                what, cure = "all weights of this model were trained", "use the base model itself"
+            raise UserError(what, place=str(builder.adapter.path), cure=cure)
 
     def logprobs(self, batch: Batch, *, share_prefix: bool = True) -> torch.Tensor:
         """logprob_N of the batch's trained tokens, example by example, in float32 and with its gradient.
@@ -319,8 +338,8 @@ def check_outline(source: BaseSource, adapters: Sequence[str], *, adapter_weight
     return most
 
 
-def _unknown_to_base(count: int, folder: str) -> UserError:
-    what = f"it has {count} tokens of its own, which the base alone does not know"
+def _unknown_to_base(tokens: int, folder: str) -> UserError:
+    what = f"it has {counted(tokens, 'token')} of its own, which the base alone does not know"
     return UserError(what, place=folder, cure="leave adapter_weights as it is, or ask the base itself")
 
 

@@ -210,5 +210,5 @@ def test_fault_24_a_nul_character(write: Write, refused: Refused) -> None:
         ]
     table_with_nul = write_as(write, "parquet", [*rows, {"document": "e\0", "title": "f"}])
     assert refused(table_with_nul) == [
-        'a.parquet row 3: field "document" contains a NUL character (U+0000) after 1 characters; remove it'
+        'a.parquet row 3: field "document" contains a NUL character (U+0000) after 1 character; remove it'
     ]

@@ -22,6 +22,7 @@ from tests.fuzz.harness import Target
 from tests.fuzz.mutate import damaged_bytes, damaged_json, damaged_text, damaged_value
 from tests.fuzz.sandbox import Sandbox
 from yeonma.errors import UserError
+from yeonma.serve.try_page import try_page
 
 LIMIT_SECONDS = 0.25
 PATIENCE_SECONDS = 15
@@ -251,7 +252,9 @@ def answers(content: bytes) -> list[tuple[int, bytes]]:
                 (b"", content) if _is_of_head(content, length) else (content[:length], content[length:])
             )
             assert len(body) in (0, length), "a cut answer"
-            if body:
+            if body and fields["content-type"].startswith("text/html"):
+                assert body == bytes(try_page().body)
+            elif body:
                 json.loads(body)
         found.append((status, body))
     return found

@@ -81,7 +81,7 @@ def test_code_comes_back_byte_for_byte(
     assert [line["answer"] for line in lines] == trained
     assert [line["reference"] for line in lines] == trained
 
-    asked = "".join(f"{row['task']}\n\n" for row in rows)  # an empty line ends a field
+    asked = "".join(f"{row['task']}\n" for row in rows)
     command = [sys.executable, "-m", "yeonma", "chat", str(out), "--max_new_tokens", str(MAX_TOKENS)]
     said = subprocess.run(command, cwd=ROOT, input=asked.encode(), capture_output=True, check=True).stdout
     assert said.decode() == "".join(f"{code}\n" for code in trained)

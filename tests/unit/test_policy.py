@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ def test_complete_feeds_the_text_as_the_whole_prompt(loaded: Policy) -> None:
     assert ids == [byte_level()("<|im_start|>서울\n")["input_ids"]]
     with pytest.raises(UserError, match="prompt: it is empty"):
         loaded.complete("")
-    with pytest.raises(UserError, match="tokens and 4096 new ones exceed the model's 4096 positions"):
+    with pytest.raises(UserError, match="1 token and 4096 new ones exceed the model's 4096 positions"):
         loaded.complete("서울", max_new_tokens=4096)
 
 
@@ -577,77 +576,6 @@ def test_generate_lists_the_rows_that_are_shortened(
     data.write_text("".join(json.dumps({"document": "가 " * count}) + "\n" for count in (300, 1, 300)))
     assert main(["generate", str(folder), "--data_path", str(data), "--max_new_tokens", "2"]) == 0
     assert "2 of 3 rows are shortened to fit cutoff_len 150: 1, 3\n" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- yeonma chat
-
-
-def chat(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs `yeonma chat` with `text` piped in; returns its standard output."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    assert main(["chat", str(folder), "--max_new_tokens", "6"]) == 0
-    return capsys.readouterr().out
-
-
-def test_chat_with_a_plain_template_answers_each_input_independently(
-    titles: Folders, loaded: Policy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    texts = ["서울의 아침\n기온이", "부산"]
-    expected = [loaded.generate({"document": text}, max_new_tokens=6) for text in texts]
-    out = chat(titles.adapter, f"\n{texts[0]}\n\n{texts[1]}", monkeypatch, capsys)
-    assert out == "".join(f"{answer}\n" for answer in expected)
-    assert len(set(expected)) == 2
-    quitting = f"/new\n{texts[1]}\n\n/quit\n{texts[0]}\n\n"
-    assert chat(titles.adapter, quitting, monkeypatch, capsys) == f"{expected[1]}\n"
-
-
-def test_chat_fills_fields_by_name_regardless_of_the_trained_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In training, the answer's column had the name of the prompt's field."""
-    columns = {"document": "body", "title": "document"}
-    folder = tiny_adapter(tmp_path, byte_level(), columns=columns).adapter
-    expected = load_policy(folder).generate({"body": "서울"}, max_new_tokens=6)
-    assert chat(folder, "서울\n\n", monkeypatch, capsys) == f"{expected}\n"
-
-
-def test_chat_reads_field_by_field_and_empty_fields_select_the_variant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tiny_adapter(tmp_path, byte_level(), template="alpaca").adapter
-    loaded = load_policy(folder)
-    rows: list[Mapping[str, object]] = [{"instruction": "Add", "input": "1\n2"}, {"instruction": "Sing"}]
-    expected = "".join(f"{answer}\n" for answer in loaded.generate(rows, max_new_tokens=6))
-    assert chat(folder, "Add\n\n1\n2\n\nSing\n\n\n", monkeypatch, capsys) == expected
-    assert chat(folder, "Dance\n\n/new\nAdd\n\n1\n2\n\nSing", monkeypatch, capsys) == expected
-
-
-def test_chat_with_turns_keeps_the_conversation_until_slash_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tiny_adapter(tmp_path, byte_level(), template="chat").adapter
-    loaded = load_policy(folder)
-
-    def answer(*contents: str) -> str:
-        roles = ("user", "assistant")
-        turns = [{"role": roles[number % 2], "content": text} for number, text in enumerate(contents)]
-        return loaded.generate({"messages": turns}, max_new_tokens=6)
-
-    first = answer("서울은?")
-    second = answer("서울은?", first, "부산은?")
-    assert first and second and second != answer("부산은?")
-    out = chat(folder, "서울은?\n\n부산은?\n/new\n부산은?\n", monkeypatch, capsys)
-    assert out == f"{first}\n{second}\n{answer('부산은?')}\n"
-
-
-def test_chat_without_a_terminal_ends_at_the_first_error(
-    titles: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("x\0y\n\n서울\n"))
-    assert main(["chat", str(titles.adapter), "--max_new_tokens", "2"]) == 2
-    captured = capsys.readouterr()
-    assert 'this question: field "document" contains a NUL' in captured.err
-    assert captured.out == ""
 
 
 # ---------------------------------------------------------------- Python

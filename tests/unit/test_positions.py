@@ -96,7 +96,7 @@ def test_generate_answers_long_rows_and_says_so(
     options = ["--data_path", data, "--max_new_tokens", str(NEW_TOKENS), "--batch_size", "2"]
     assert main(["generate", str(adapter), *options]) == 0
     captured = capsys.readouterr()
-    assert f"1 of 2 rows are shortened to fit the model's {POSITIONS} positions: 1\n" in captured.err
+    assert f"1 of 2 rows is shortened to fit the model's {POSITIONS} positions: 1\n" in captured.err
     assert len(captured.out.splitlines()) == 2
 
 

@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 
 import yeonma
 from yeonma.config.yaml_text import front_matter, read_items, write_item
+from yeonma.data.task import TASKS, Task
 from yeonma.errors import MOST_OF_A_MESSAGE, Problem, UserError
 from yeonma.shown import (
     MOST_OF_A_LINE,
     GrowingText,
     code,
     code_block,
+    counted,
     has_hidden,
     html,
     indented,
@@ -36,6 +38,7 @@ from yeonma.shown import (
     markdown,
     one_line,
     shell_word,
+    size_text,
     traceback_text,
 )
 from yeonma.streams import escape_other_libraries, give, log_line
@@ -294,3 +297,32 @@ def test_warnings_logs_and_tracebacks_of_libraries_are_escaped() -> None:
 def test_indented_lines_of_others() -> None:
     assert indented("a") == "a"
     assert indented("a\nb\n  c\n") == "a\n  b\n  c\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "expected"),
+    [
+        (0, ("row",), "0 rows"),
+        (1, ("row",), "1 row"),
+        (1200, ("row",), "1,200 rows"),
+        (1, ("process", "processes"), "1 process"),
+        (2, ("process", "processes"), "2 processes"),
+    ],
+)
+def test_numbers_stand_with_the_right_form_of_what_they_count(
+    number: int, words: tuple[str, ...], expected: str
+) -> None:
+    assert counted(number, *words) == expected
+
+
+@pytest.mark.parametrize("task", [TASKS[name] for name in sorted(TASKS)], ids=lambda task: task.name)
+def test_units_of_every_task_have_a_singular(task: Task) -> None:
+    assert task.units.endswith("s") and not task.units.endswith("ss")
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, "0 B"), (999, "999 B"), (1200, "1.2 kB"), (541_600_000, "541.6 MB"), (3e12, "3.0 TB")],
+)
+def test_sizes_have_a_unit(count: int, expected: str) -> None:
+    assert size_text(count) == expected

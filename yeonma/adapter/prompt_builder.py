@@ -30,6 +30,7 @@ from yeonma.errors import UserError
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.source import BaseSource
+from yeonma.shown import counted
 from yeonma.tokenization.answer_shape import frame_of
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.chat_template_export import base_chat_template
@@ -110,7 +111,8 @@ class PromptBuilder:
     ) -> None:
         """Raises UserError if `max_new_tokens` leave no room for a prompt."""
         if max_new_tokens >= self.rules.cutoff_len:
-            problem = f"{max_new_tokens} new tokens leave no room for a prompt in {self.limit}"
+            leaves = counted(max_new_tokens, "new token leaves", "new tokens leave")
+            problem = f"{leaves} no room for a prompt in {self.limit}"
             raise UserError(problem, place=place, cure=cure)
 
     @property

@@ -1,38 +1,31 @@
-"""`yeonma chat`: talk to an adapter, on a terminal or through a pipe."""
+"""`yeonma chat`: talk to a fine-tuned model, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
+from yeonma.commands.chat_input import Command, help_lines, read_entry
 from yeonma.config.settings import AnswerSettings, ChatConfig
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
 from yeonma.policy import Policy, load_policy
 from yeonma.serve.stream_buffer import StreamBuffer
-from yeonma.shown import GrowingText, one_line
+from yeonma.shown import GrowingText
 from yeonma.streams import log_line, say
 
 ChatTurn = dict[str, str]
 
 
-class _Quit(Exception):
-    pass
-
-
-class _New(Exception):
-    pass
-
-
 def run(config: ChatConfig) -> int:
     """Read messages and write answers until the end of the input or /quit.
 
-    A template with turn lists makes a conversation, with one message per line. With any other template the user fills
-    the fields one by one, as in training: every question stands alone, and an empty line ends a field. Without a
-    terminal, only answers go to standard output, and the first error ends the program.
+    A template with turn lists makes a conversation, in which a line is a message. With any other template each question
+    stands alone, as in training: a line is the text of the template's field, or of its next field if it has several.
+    Without a terminal, only answers go to standard output, and the first error ends the program.
     """
     adapter, answer = config.adapter, config.answer
     builder = open_prompt_builder(
@@ -44,6 +37,10 @@ def run(config: ChatConfig) -> int:
     )
     builder = builder.by_field_names()
     builder.prompts([], max_new_tokens=answer.max_new_tokens)
+    if builder.adapter.template.is_text:
+        what = "the template trains whole texts, so there is no prompt to ask"
+        cure = "give a text to continue: yeonma generate FOLDER --prompt TEXT"
+        raise UserError(what, place=str(builder.adapter.path), cure=cure)
     if builder.remark:
         log_line(builder.remark)
     policy = load_policy(
@@ -59,18 +56,22 @@ def run(config: ChatConfig) -> int:
         with suppress(ImportError):
             import readline  # noqa: F401 (gives `input` editing and history)
     chat = _ChatSession(policy, builder, answer, on_terminal)
-    chat.print_on_terminal(_welcome(builder))
+    if on_terminal:
+        say(_welcome(builder))
     try:
         chat.converse() if builder.adapter.template.takes_turns else chat.ask_fields()
-    except (_Quit, EOFError):
-        chat.print_on_terminal("")
+    except EOFError:
+        if on_terminal:
+            say()
     except UnicodeDecodeError as error:
         raise UserError(f"the input is not {error.encoding}", cure="set the terminal to UTF-8") from error
     return 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _ChatSession:
+    """`policy`: the model that answers next; `/base` changes it."""
+
     policy: Policy
     builder: PromptBuilder
     settings: AnswerSettings
@@ -78,12 +79,10 @@ class _ChatSession:
 
     def ask_fields(self) -> None:
         """Independent questions: reads a text for every field of the prompt, and answers."""
-        variants = [variant.prompt_fields for variant in self.builder.adapter.template.variants]
         while True:
-            try:
-                row = _read_row(variants, self.on_terminal)
-            except _New:
-                continue
+            row = self._read_row(
+                [variant.prompt_fields for variant in self.builder.adapter.template.variants]
+            )
             if any(row.values()):
                 self.answer(row)
 
@@ -92,17 +91,71 @@ class _ChatSession:
         template = self.builder.adapter.template
         turns: list[ChatTurn] = []
         while True:
+            entry = self._read(">")
+            if isinstance(entry, Command):
+                if entry.name == "/undo" and not turns:
+                    self.tell("There is nothing to undo.")
+                elif entry.name == "/undo":
+                    self.tell("The last message and its answer are taken back.")
+                else:
+                    self.tell("The conversation starts anew.")
+                turns = turns[:-2] if entry.name == "/undo" else []
+            elif entry.strip():
+                with_question = [*turns, {"role": "user", "content": entry}]
+                answer = self.answer(template.row_of_turns(with_question))
+                if answer:
+                    turns = [*with_question, {"role": "assistant", "content": answer}]
+
+    def _read_row(self, variants: Sequence[Sequence[str]]) -> dict[str, str]:
+        """Read the fields of the first variant, then of further variants until one has all of its fields.
+
+        An empty line leaves a field empty. Fields that are missing at the end of the input stay empty.
+        """
+        row: dict[str, str] = {}
+        while (name := _next_field(variants, row)) is not None:
             try:
-                text = _read_line("> " if self.on_terminal else "", command=True)
-            except _New:
-                turns = []
-                continue
-            if not text.strip():
-                continue
-            with_question = [*turns, {"role": "user", "content": text}]
-            answer = self.answer(template.row_of_turns(with_question))
-            if answer:
-                turns = [*with_question, {"role": "assistant", "content": answer}]
+                entry = self._read(f"{name}:")
+            except EOFError:
+                if any(row.values()):
+                    return row
+                raise
+            if not isinstance(entry, Command):
+                row[name] = entry if entry.strip() else ""
+            elif entry.name == "/reset":
+                row.clear()
+            elif row:
+                row.popitem()
+            else:
+                self.tell("Every question stands alone, so there is nothing to undo.")
+        return row
+
+    def _read(self, label: str) -> str | Command:
+        """The next text, or /reset or /undo. Obeys the other commands. Raises EOFError at the end and for /quit."""
+        while True:
+            by_base = "" if self.policy.adapter_weights else "[base] "
+            try:
+                entry = read_entry(f"{by_base}{label} " if self.on_terminal else "")
+                match entry:
+                    case Command("/quit"):
+                        raise EOFError
+                    case Command("/help"):
+                        for line in help_lines():
+                            self.tell(line)
+                    case Command("/base"):
+                        self._switch_model()
+                    case _:
+                        return entry
+            except UserError as error:
+                self._show_error(error)
+
+    def _switch_model(self) -> None:
+        """Raises UserError if the base cannot answer without the adapter."""
+        if self.policy.adapter_weights:
+            self.policy = self.policy.without_adapter()
+            self.tell(f"The base model {self.policy.source.name} answers without the adapter now.")
+        else:
+            self.policy = replace(self.policy, adapter_weights=True)
+            self.tell(f"The fine-tuned model {self.builder.adapter.path} answers again.")
 
     def answer(self, row: Mapping[str, object]) -> str | None:
         """Write the answer as it is generated, and return it. On a terminal an error or Ctrl-C only ends the answer,
@@ -118,65 +171,33 @@ class _ChatSession:
             shown.finish()
             return answer.content
         except UserError as error:
-            if not self.on_terminal:
-                raise
-            for line in str(error).split("\n"):
-                log_line(line)
+            self._show_error(error)
         except KeyboardInterrupt:
             if not self.on_terminal:
                 raise
             _write("\n")
         return None
 
-    def print_on_terminal(self, text: str) -> None:
-        if self.on_terminal:
-            say(text)
+    def tell(self, line: str) -> None:
+        """Says something that is no answer."""
+        (say if self.on_terminal else log_line)(line)
+
+    def _show_error(self, error: UserError) -> None:
+        """Raises it if there is no terminal."""
+        if not self.on_terminal:
+            raise error
+        for line in str(error).split("\n"):
+            log_line(line)
 
 
-def _read_row(variants: Sequence[Sequence[str]], on_terminal: bool) -> dict[str, str]:
-    """Read the fields of the first variant, then of further variants until one has all of its fields.
-
-    Fields that are missing at the end of the input stay empty.
-    """
-    row: dict[str, str] = {}
-    for fields in variants:
-        for name in fields:
-            if name in row:
-                continue
-            try:
-                row[name] = _read_field(f"{name}: " if on_terminal else "", len(fields) > 1)
-            except EOFError:
-                if any(row.values()):
-                    return row
-                raise
-        if any(all(row.get(name) for name in variant) for variant in variants):
-            break
-    return row
-
-
-def _read_field(label: str, may_be_empty: bool) -> str:
-    """Read lines up to an empty one or the end of the input."""
-    lines: list[str] = []
-    while True:
-        try:
-            line = _read_line(label if not lines else "", command=not lines)
-        except EOFError:
-            if not lines:
-                raise
-            return "\n".join(lines)
-        if line.strip():
-            lines.append(line)
-        elif lines or may_be_empty:
-            return "\n".join(lines)
-
-
-def _read_line(label: str, *, command: bool) -> str:
-    line = input(one_line(label))
-    if command and line.strip() == "/quit":
-        raise _Quit
-    if command and line.strip() == "/new":
-        raise _New
-    return line
+def _next_field(variants: Sequence[Sequence[str]], row: Mapping[str, str]) -> str | None:
+    """The first field that has not been read. None if all of a variant's have text, or if all have been read."""
+    for number, fields in enumerate(variants):
+        if (name := next((name for name in fields if name not in row), None)) is not None:
+            return name
+        if any(all(row.get(name) for name in variant) for variant in variants[: number + 1]):
+            return None
+    return None
 
 
 @dataclass
@@ -222,5 +243,14 @@ def _write(text: str) -> None:
 
 def _welcome(builder: PromptBuilder) -> str:
     adapter = builder.adapter
-    entering = "" if adapter.template.takes_turns else " An empty line ends a field."
-    return f"{adapter.path} on {adapter.base.name}.{entering} /new starts over, /quit or Ctrl-D ends."
+    names = list(
+        dict.fromkeys(name for variant in adapter.template.variants for name in variant.prompt_fields)
+    )
+    where = f"{adapter.path} on {adapter.base.name}"
+    if adapter.template.takes_turns:
+        return f"{where}. Each line is a message. /help lists the commands, Ctrl-D ends."
+    if len(names) == 1:
+        return f"{where}. Each line is a {names[0]}. /help lists the commands, Ctrl-D ends."
+    return (
+        f"{where}. Each line is one field, an empty one leaves it out. /help lists the commands, Ctrl-D ends."
+    )

@@ -11,6 +11,7 @@ from yeonma.config.settings import ConvertSettings
 from yeonma.config.yaml_text import read_items
 from yeonma.errors import UserError
 from yeonma.files import output_file, replace_file
+from yeonma.shown import counted
 from yeonma.streams import log_line, say_lines
 
 
@@ -27,10 +28,10 @@ def run(settings: ConvertSettings) -> int:
         replace_file(output, conversion.text().encode())
     for remark in conversion.different:
         log_line(f"{settings.file}: {remark.key}: {remark.why}")
-    count, different = len(conversion.settings), len(conversion.different)
+    settings_text = counted(len(conversion.settings), "setting")
+    remarks = counted(len(conversion.different), "remark")
     log_line(
-        f"{conversion.tool}: {count} settings for yeonma {conversion.verb}, "
-        f"{different} {'remark' if different == 1 else 'remarks'} on what may change the result"
+        f"{conversion.tool}: {settings_text} for yeonma {conversion.verb}, {remarks} on what may change the result"
     )
     return 0
 

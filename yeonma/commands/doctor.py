@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -11,13 +12,21 @@ from typing import Any
 
 from yeonma import __version__
 from yeonma.config.settings import DoctorSettings
-from yeonma.packages import TESTED, install, version_of
+from yeonma.packages import MAIN, TESTED, install, version_of
 from yeonma.platforms import usable_cores
+from yeonma.shown import counted
 from yeonma.streams import say
 
 FAST = ("flash-linear-attention", "causal-conv1d", "flash-attn")
 """Packages of kernels that people ask about. Forests do not need them."""
 LITTLE_SPACE = 5e9
+ATTENTION = {
+    "varlen": "varlen_attn, all segments in one call",
+    "flex": "FlexAttention, all segments in one call",
+    "cpu_cascade": "all segments below a common beginning in one call",
+    "sdpa": "scaled_dot_product_attention, segment by segment",
+}
+"""Backend of an ordinary layer -> what it is."""
 AGAIN = "install Yeonma again, with its packages"
 
 
@@ -35,12 +44,14 @@ class Report:
 def run(settings: DoctorSettings) -> int:
     """Prints the report. Returns 1 if a run could fail for what it says."""
     report = Report()
-    _installation(report)
-    _packages(report)
-    _device(report)
-    _cache(report, settings.cache_dir)
-    if settings.hub:
-        _hub(report)
+    with ThreadPoolExecutor(1) as thread:
+        failure = thread.submit(_hub_failure) if settings.hub else None
+        _installation(report)
+        _packages(report)
+        _device(report)
+        _disks(report, settings.cache_dir)
+        if failure is not None:
+            _hub(report, failure.result())
     width = max(len(subject) for subject, _ in report.lines) + 2
     for subject, text in report.lines:
         say(f"{subject:{width}}{text}")
@@ -69,8 +80,7 @@ def _packages(report: Report) -> None:
             report.problems.append(f"{one.name} is not installed, and {needs}; {AGAIN}")
         elif not one.specifier.contains(found, prereleases=True):
             report.problems.append(f"{one.name} {found} is installed, and {needs}; {AGAIN}")
-    shown = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
-    report.add("packages", ", ".join(f"{name} {version_of(name)}" for name in shown))
+    report.add("packages", ", ".join(f"{name} {version_of(name)}" for name in MAIN))
     optional = {name: version_of(name) for name in (*sorted(TESTED), *FAST)}
     present = [f"{name} {found}" for name, found in optional.items() if found is not None]
     missing = [name for name, found in optional.items() if found is None]
@@ -89,11 +99,13 @@ def _requirements() -> list[str]:
 def _device(report: Report) -> None:
     import torch
 
-    from yeonma.model.attention.dispatch import capability_of
     from yeonma.model.load import pick_device, pick_dtype
 
     memory = _memory(torch.device("cpu"))
-    report.add("processor", f"{usable_cores()} cores, {torch.get_num_threads()} threads, {memory}")
+    report.add(
+        "processor",
+        f"{counted(usable_cores(), 'core')}, {counted(torch.get_num_threads(), 'thread')}, {memory}",
+    )
     device = pick_device("auto")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -107,17 +119,26 @@ def _device(report: Report) -> None:
         built = "" if torch.version.cuda else ": this PyTorch is built for the CPU alone"
         report.add("device", f"cpu (no GPU that PyTorch can use{built})")
     dtype = pick_dtype("auto", device)
-    whole_forest = capability_of(device, dtype) is not None
     report.add("dtype", f"{str(dtype).removeprefix('torch.')} with --dtype auto")
-    report.add(
-        "attention", "all segments in one kernel call" if whole_forest else "segments of one length at a time"
-    )
+    report.add("attention", ATTENTION[_attention_backend(device, dtype)])
     compiles = "compiled by torch.compile" if device.type == "cuda" else "PyTorch's own operators"
     report.add("kernels", f"{compiles} with --torch_compile auto")
     if version_of("bitsandbytes") is None:
         report.add("quantization", f"fp8; int8 and nf4 need bitsandbytes: {install('bitsandbytes')}")
     else:
         report.add("quantization", "int8, nf4, fp8")
+
+
+def _attention_backend(device: Any, dtype: Any) -> str:
+    """The backend that computes an ordinary layer, without soft-capping, sinks or dropout."""
+    import torch
+
+    from yeonma.model.attention.backend import ForestShape, LayerCall
+    from yeonma.model.attention.dispatch import capability_of, choose, lay_out_for_backends
+
+    shape = ForestShape((4, 2, 2), ((0,), (0, 1), (0, 2)), device, device.type, capability_of(device, dtype))
+    states = torch.zeros(1, 2, sum(shape.lengths), 64, device=device, dtype=dtype)
+    return choose(LayerCall(states, states, states), lay_out_for_backends(shape)).name
 
 
 def _memory(device: Any) -> str:
@@ -131,7 +152,9 @@ def _memory(device: Any) -> str:
     return f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of memory free"
 
 
-def _cache(report: Report, given: str | None) -> None:
+def _disks(report: Report, given: str | None) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from yeonma.files import default_cache_dir, free_bytes, user_path
 
     folder = user_path(given) if given is not None else default_cache_dir()
@@ -147,10 +170,12 @@ def _cache(report: Report, given: str | None) -> None:
     report.add(
         "cache", f"{folder}: {used / 1e9:.2f} GB used, {free_bytes(folder) / 1e9:.1f} GB free on its disk"
     )
+    hub_cache = Path(HF_HUB_CACHE)
+    report.add("hub's cache", f"{hub_cache}: {free_bytes(hub_cache) / 1e9:.1f} GB free")
     report.add("here", f"{Path.cwd()}: {free_bytes(Path.cwd()) / 1e9:.1f} GB free")
     if not os.access(folder, os.W_OK):
         report.problems.append(f"{folder}: cannot be written; name another with $YEONMA_CACHE")
-    for place in dict.fromkeys((folder, Path.cwd())):
+    for place in dict.fromkeys((folder, hub_cache, Path.cwd())):
         if free_bytes(place) < LITTLE_SPACE:
             report.problems.append(f"{place}: less than {LITTLE_SPACE / 1e9:.0f} GB free")
 
@@ -162,15 +187,20 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _hub(report: Report) -> None:
+def _hub_failure() -> str | None:
+    """Why the hub does not answer; empty if it does, None if it must not be asked."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     from yeonma.hub import hub_failure
 
-    if HF_HUB_OFFLINE:
-        report.add(
-            "hub", "not asked, because of $HF_HUB_OFFLINE; models and data of the hub come from its cache"
-        )
-        return
-    failure = hub_failure()
-    report.add("hub", f"does not answer ({failure}); folders on this machine work" if failure else "answers")
+    return None if HF_HUB_OFFLINE else hub_failure()
+
+
+def _hub(report: Report, failure: str | None) -> None:
+    if failure is None:
+        text = "not asked, because of $HF_HUB_OFFLINE; models and data of the hub come from its cache"
+    elif failure:
+        text = f"does not answer ({failure}); folders on this machine work"
+    else:
+        text = "answers"
+    report.add("hub", text)

@@ -16,7 +16,7 @@ from yeonma.data.rows import Row, Rows, open_rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import user_path
 from yeonma.policy import Policy, load_policy
-from yeonma.shown import json_text
+from yeonma.shown import counted, json_text
 from yeonma.streams import give, log_line
 from yeonma.tokenization.reasoning import AnswerParts
 
@@ -106,7 +106,8 @@ def _check_rows(
         raise UserError([*problems[:MAX_PROBLEMS], *more])
     if shortened:
         listed = ", ".join(numbers) + (", ..." if shortened > len(numbers) else "")
-        log(f"{shortened} of {count} rows are shortened to fit {builder.limit}: {listed}")
+        are = "is" if shortened == 1 else "are"
+        log(f"{shortened} of {counted(count, 'row')} {are} shortened to fit {builder.limit}: {listed}")
     return count
 
 
@@ -184,7 +185,7 @@ def _progress(count: int, output: str | None) -> Iterator[Callable[[], None]]:
     def answered() -> None:
         done.rows += 1
         if not sys.stderr.isatty() and done.rows * 10 // count > (done.rows - 1) * 10 // count:
-            log_line(f"answered {done.rows} of {count} rows")
+            log_line(f"answered {done.rows} of {counted(count, 'row')}")
 
     yield answered
 

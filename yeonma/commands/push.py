@@ -13,6 +13,7 @@ from yeonma.errors import UserError
 from yeonma.export.hub_push import Upload, collect, upload
 from yeonma.export.private_paths import names_of_this_machine
 from yeonma.files import user_path
+from yeonma.shown import counted, size_text
 from yeonma.streams import say
 
 MOST_NAMED = 50
@@ -52,7 +53,7 @@ def push(settings: PushSettings) -> PushedFiles:
         say("nothing was sent")
         return pushed
     url = upload(settings.repo, uploads, settings.message, settings.public, say)
-    say(f"{len(uploads)} files uploaded and verified: {url}")
+    say(f"{counted(len(uploads), 'file')} uploaded and verified: {url}")
     return replace(pushed, url=url)
 
 
@@ -64,13 +65,12 @@ def _telling_names(repo: str) -> list[str]:
 
 def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: bool) -> None:
     total = sum(file.size for file in uploads)
-    say(
-        f"{folder} -> {repo} ({'public' if public else 'private'}): {len(uploads)} files, {_size_text(total)}"
-    )
+    seen_by, files = "public" if public else "private", counted(len(uploads), "file")
+    say(f"{folder} -> {repo} ({seen_by}): {files}, {size_text(total)}")
     width = max(len(file.name) for file in uploads)
     for file in uploads:
         edited = "  edited for upload" if file.edited else ""
-        say(f"  {file.name:{width}}  {_size_text(file.size):>10}{edited}")
+        say(f"  {file.name:{width}}  {size_text(file.size):>10}{edited}")
     names = {file.name for file in uploads}
     remaining = sorted(
         path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name not in names
@@ -78,15 +78,6 @@ def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: b
     if remaining:
         more = f" and {len(remaining) - MOST_NAMED} more" if len(remaining) > MOST_NAMED else ""
         say(f"not sent: {', '.join(remaining[:MOST_NAMED])}{more}")
-
-
-def _size_text(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _confirmed() -> bool:

@@ -49,6 +49,7 @@ def run(settings: ServeSettings) -> int:
 def _print_ready(names: list[str], listener: socket.socket, key: str | None) -> None:
     needed = "; requests need the API key" if key else ""
     say(f"Serving {', '.join(names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.")
+    say(f"Try it in a browser: {url_of(listener)}/")
 
 
 def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
@@ -97,6 +98,7 @@ def _exec_vllm(
         max_new_tokens_limit=settings.max_new_tokens_limit,
     )
     command = vllm_command(plan)
+    log_line("vLLM has no page to try the models on; `--engine yeonma` has one")
     listener.close()
     log_line(f"starting vLLM: {' '.join(map(shell_word, command[1:]))}")
     environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}

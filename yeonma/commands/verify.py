@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
-from yeonma.shown import json_text
+from yeonma.shown import counted, json_text
 from yeonma.streams import give, log_line, say
 from yeonma.verify.verify_folder import VerifyReport, verify
 
@@ -29,9 +29,9 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
     """The report for people: what was checked, a line for each check with its problems, and a summary."""
     yield f"{report.folder}: {report.what}"
     trained_on = report.trained_on
-    data, count = trained_on.get("data"), trained_on.get("examples")
-    if isinstance(data, str) and type(count) is int:
-        yield f"  trained on {count:,} examples of {data}"
+    data, examples = trained_on.get("data"), trained_on.get("examples")
+    if isinstance(data, str) and type(examples) is int:
+        yield f"  trained on {counted(examples, 'example')} of {data}"
         yield f"  SHA-256 of the data: {trained_on.get('data_sha256')}"
     yield ""
     width = max(len(finding.check) for finding in report.findings)
@@ -51,5 +51,4 @@ def _summary(report: VerifyReport) -> str:
     outcomes = [finding.outcome for finding in report.findings]
     differing, skipped = outcomes.count("differs"), outcomes.count("not checked")
     text = f"{differing} of {len(outcomes)} checks found differences" if differing else "nothing differs"
-    checks = "1 check" if skipped == 1 else f"{skipped} checks"
-    return f"{text}; {checks} could not run" if skipped else text
+    return f"{text}; {counted(skipped, 'check')} could not run" if skipped else text

@@ -24,7 +24,7 @@ from yeonma.config.settings import (
 )
 from yeonma.config.yaml_text import write_item
 from yeonma.errors import Problem, UserError, brief
-from yeonma.shown import one_line
+from yeonma.shown import counted, one_line
 
 SHOWN = 60  # characters of a value in a remark
 TRAININGS = "they are answers, whole texts and preferences"
@@ -225,7 +225,7 @@ def take_dtype(run: Conversion) -> None:
 
 def with_packing(run: Conversion, keys: Sequence[str], tokens: int) -> None:
     """What a batch is where several examples make up one."""
-    packs = f"{run.settings['batch_size']} packs of up to {tokens} tokens"
+    packs = f"{counted(run.settings['batch_size'], 'pack')} of up to {tokens} tokens"
     for key in keys:
         if run.take(key) is True:
             run.remark(key, f"a step there has {packs}; batch_size counts examples: raise it to match")

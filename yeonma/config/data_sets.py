@@ -13,6 +13,7 @@ from typing import Any
 
 from yeonma.config.settings import DataSettings
 from yeonma.errors import Problem, UserError, brief, did_you_mean
+from yeonma.shown import counted
 
 MOST_DATA_SETS = 100
 MOST_REPEATS = 10_000
@@ -106,7 +107,7 @@ def _validation_paths(data: DataSettings, count: int, problems: list[Problem]) -
     problem = (
         f"not a path: {brief(str(wrong[0]))}"
         if wrong
-        else (f"{len(paths)} path{'s' * (len(paths) > 1)} for {count} data set{'s' * (count > 1)}")
+        else (f"{counted(len(paths), 'path')} for {counted(count, 'data set')}")
     )
     cure = "give one for each data set in a list, or `val_path` in the entries of data_path"
     problems.append(Problem(problem, "val_data_path", cure if count > 1 else "give one path"))

@@ -578,6 +578,40 @@ class DoctorSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """What to show or delete of the cache."""
+
+    action: Literal["list", "clean"] = "list"
+    """`list` shows what the cache holds. `clean` shows what it would delete, and deletes it with `--yes true`."""
+    kind: Literal[
+        "all",
+        "tokens",
+        "references",
+        "forecasts",
+        "weight_sums",
+        "tokenizers",
+        "converter",
+        "models",
+        "unfinished",
+    ] = "all"
+    """Only entries of this kind. all: every kind, but `clean` leaves the models, which adapters that were trained from them need."""
+    older_than: str | None = None
+    """Only entries that were last used this long ago: `12h`, `30d` or `8w`. By default, all."""
+    yes: bool = False
+    """Delete. When off, nothing is deleted. What a running command uses is never deleted."""
+    cache_dir: str | None = None
+    """Folder of the cache. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSettings:
+    """For which shell."""
+
+    shell: Literal["bash", "zsh"]
+    """Shell to write the script for: put `eval "$(yeonma completion bash)"` into ~/.bashrc, or the same with zsh into ~/.zshrc."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushSettings:
     """What to upload to the hub, and who can see it there."""
 

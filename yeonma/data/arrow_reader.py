@@ -14,6 +14,7 @@ from yeonma.data.class_labels import Naming, named, namings_of, notes_of_classes
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN
 from yeonma.errors import Problem, UserError, brief
+from yeonma.shown import counted
 
 ROWS_A_BATCH = 256
 _ARROW_FILE = b"ARROW1"
@@ -62,15 +63,15 @@ def _parquet_rows(path: Path, name: str, skip_bad: bool) -> Iterator[Record]:
             if expected == 0:
                 raise no_rows(name)
 
-            def counted() -> Iterator[Any]:
+            def counting() -> Iterator[Any]:
                 nonlocal read
                 for batch in file.iter_batches(ROWS_A_BATCH):
                     read += batch.num_rows
                     yield batch
 
-            yield from _batch_rows(counted(), name, skip_bad)
+            yield from _batch_rows(counting(), name, skip_bad)
             if read != expected:
-                problem = f"only {read} of the {expected} rows in its metadata can be read"
+                problem = f"only {read} of the {counted(expected, 'row')} in its metadata can be read"
                 raise UserError(problem, place=name, cure=WRITE_AGAIN)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable("Parquet", error, name) from None

@@ -16,6 +16,7 @@ from itertools import islice
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN, TextFile, place_after
 from yeonma.errors import Problem, UserError, brief
+from yeonma.shown import counted
 
 MAX_PROBLEMS = 10
 MAX_HEADER_LINES = 20
@@ -162,7 +163,7 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
         if len(cells) != columns:
             fitted = header.fitted(cells)
             if fitted is None:
-                problem = f"{len(cells)} cells; the header has {columns}"
+                problem = f"{counted(len(cells), 'cell')}; the header has {columns}"
                 cure = "put cells with commas or line breaks in quotes"
                 wrong = Problem(problem, f"{name}:{line}", cure)
                 if skip_bad:

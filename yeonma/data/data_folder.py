@@ -17,6 +17,7 @@ from yeonma.config.yaml_text import read_items
 from yeonma.data.library_sets import needs_code, unknown_split
 from yeonma.data.readers import KNOWN_FILES, ending_of
 from yeonma.errors import UserError, brief, did_you_mean
+from yeonma.shown import counted
 
 # Files about the data, often next to it.
 _SIDE_FILES = ("dataset_info.json", "dataset_infos.json", "config.json")
@@ -146,7 +147,7 @@ def _not_read(name: str, split: str, by_split: Mapping[str, Sequence[DataFile]])
     others += [PurePosixPath(file.name).name for file in by_split.get("", ())]
     count = len(by_split[split])
     shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
-    return (f'{name}: the split "{split}" is read ({count} file{"s" * (count > 1)}); not {shown}',)
+    return (f'{name}: the split "{split}" is read ({counted(count, "file")}); not {shown}',)
 
 
 # Splits by the README
@@ -251,9 +252,7 @@ def _files_of_config(name: str, path: Path, split: str, config: _Config) -> Foun
         raise UserError(f'no data files for the split "{brief(wanted)}" ({patterns})', place=place, cure=cure)
     others = [brief(other) for other in config.files if other != wanted]
     count = len(files)
-    notes = [
-        f'{name}: the split "{wanted}" is read ({count} file{"s" * (count > 1)}); not {", ".join(others[:10])}'
-    ]
+    notes = [f'{name}: the split "{wanted}" is read ({counted(count, "file")}); not {", ".join(others[:10])}']
     return FoundFiles(tuple(files.values()), tuple(notes if others else ()))
 
 

@@ -28,6 +28,7 @@ from yeonma.data.records import DataSet, FileOptions, Source
 from yeonma.data.splits import SplitSlice, parse_split, sliced
 from yeonma.errors import Problem, UserError, brief, did_you_mean
 from yeonma.files import file_hash, user_path
+from yeonma.shown import counted
 
 ROWS_FOR_COLUMNS = 1000
 MOST_NOTES = 5
@@ -177,7 +178,11 @@ def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndar
     if val_set_size > 0:
         held_out = max(held_out, 1)
     if held_out >= count:
-        problem = f"{held_out} validation rows of {count} leave nothing to train"
+        problem = counted(
+            held_out,
+            f"validation row of {count} leaves nothing to train",
+            f"validation rows of {count} leave nothing to train",
+        )
         raise UserError(problem, place="--val_set_size", cure="hold out fewer rows")
     keys = np.random.PCG64(seed % 2**64).random_raw(count)
     order = np.argsort(keys, kind="stable").astype(np.int64)
@@ -268,7 +273,10 @@ def _rows(data: DataSet, max_rows: int | None) -> Rows:
         raise UserError("no rows", place=data.name, cure="give data, or a slice of it, that has rows")
     notes = [*data.notes, *(note for source in sources for note in source.notes)]
     if len(notes) > MOST_NOTES:
-        notes = [*notes[:MOST_NOTES], f"{data.name}: and {len(notes) - MOST_NOTES} more such lines"]
+        notes = [
+            *notes[:MOST_NOTES],
+            f"{data.name}: and {counted(len(notes) - MOST_NOTES, 'more such line')}",
+        ]
     identity = data.identity
     if identity and max_rows is not None:
         identity = _hash("first rows", str(max_rows), identity)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from unicodedata import category
 
 from yeonma.errors import Problem, UserError
+from yeonma.shown import counted
 
 _ROLES = ("system", "user", "assistant")
 TURN_LIST, _ANSWER = "turns", "answer"
@@ -137,7 +138,7 @@ def _scan(text: str, name: str) -> list[_Line]:
         problems += [part for part in parts if isinstance(part, Problem)]
         lines.append(_Line(line, place, tuple([part for part in parts if not isinstance(part, Problem)])))
     if len(problems) > _PROBLEMS_SHOWN:
-        more = Problem(f"{len(problems) - _PROBLEMS_SHOWN} more such problems", name)
+        more = Problem(counted(len(problems) - _PROBLEMS_SHOWN, "more such problem"), name)
         problems = [*problems[:_PROBLEMS_SHOWN], more]
     if problems:
         raise UserError(problems)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from yeonma.data.rows import Row
 from yeonma.data.strict_json import described
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.shown import counted
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -222,15 +223,16 @@ def object_of(value: object, column: str, place: str) -> dict[str, Any]:
 def check_characters(text: str, where: str, place: str) -> None:
     """Raises UserError for a NUL character and for a lone surrogate, which no tokenizer encodes."""
     if "\0" in text:
-        problem = f"{where} contains a NUL character (U+0000) after {text.index(chr(0))} characters"
+        problem = (
+            f"{where} contains a NUL character (U+0000) after {counted(text.index(chr(0)), 'character')}"
+        )
         raise UserError(problem, place=place, cure="remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        problem = (
-            f"{where} contains half a character, the lone surrogate {code}, after {error.start} characters"
-        )
+        after = counted(error.start, "character")
+        problem = f"{where} contains half a character, the lone surrogate {code}, after {after}"
         raise UserError(problem, place=place, cure="remove it") from None
 
 

@@ -24,6 +24,7 @@ from yeonma.export.publish_check import (
     without_paths,
 )
 from yeonma.files import kind_of, open_regular, read_regular
+from yeonma.shown import counted
 
 CARD = "README.md"
 EDITED = (
@@ -121,7 +122,7 @@ def collect(
             problem for problem in own_problems if base is None or base_model or base not in problem.what
         ]
     if len(problems) > MAX_PROBLEMS:
-        more = Problem(f"and {len(problems) - MAX_PROBLEMS} more such places")
+        more = Problem(f"and {counted(len(problems) - MAX_PROBLEMS, 'more such place')}")
         problems = [*problems[:MAX_PROBLEMS], more]
     if problems:
         raise UserError(problems)

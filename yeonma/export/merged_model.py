@@ -64,7 +64,7 @@ from yeonma.model.published import Published, quantization_of
 from yeonma.model.saved_config import copy_code, keep_config_keys, write_generation_config
 from yeonma.model.source import BaseSource, find_base
 from yeonma.model.weight_files import stored_tensors, weight_files
-from yeonma.shown import code, code_block, json_text, markdown
+from yeonma.shown import code, code_block, counted, json_text, markdown
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.tokenizer_files import save_tokenizer_files
@@ -313,7 +313,7 @@ def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
     about = ""
     if trained_on.get("data"):
         data = Path(trained_on["data"]).name if Path(trained_on["data"]).is_absolute() else trained_on["data"]
-        about = f", trained with Yeonma on {trained_on['examples']:,} examples of {code(data)}"
+        about = f", trained with Yeonma on {counted(trained_on['examples'], 'example')} of {code(data)}"
     base = hub_name(adapter.base.name)
     head = {
         **({} if base is None else {"base_model": base}),

@@ -27,6 +27,7 @@ from yeonma.generation.unfinished import REPLACEMENT, unfinished_bytes
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.sharding import is_sharded
+from yeonma.shown import counted
 
 CONTEXT = 32  # tokens before an answer that may affect how its first token is decoded
 
@@ -136,7 +137,7 @@ def _decode_all(
 
 
 def _out_of_memory(tokens: int) -> UserError:
-    problem = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
+    problem = f"a prompt of {counted(tokens, 'token')} and its answer do not fit into the device's memory"
     return UserError(problem, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu")
 
 

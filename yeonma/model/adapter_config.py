@@ -16,6 +16,7 @@ from typing import Any
 from yeonma.data.strict_json import SPACE, Fault, described, parse
 from yeonma.errors import Problem, UserError, brief
 from yeonma.files import user_path
+from yeonma.shown import counted
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,7 +73,11 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         problems = _together(keys, path)
     if problems:
         more = len(problems) - MAX_SHOWN
-        rest = [Problem(f"{more} more keys are wrong or not supported", str(path))] if more > 0 else []
+        rest = (
+            [Problem(f"{counted(more, 'more key is', 'more keys are')} wrong or not supported", str(path))]
+            if more > 0
+            else []
+        )
         raise UserError([*problems[:MAX_SHOWN], *rest])
     base, revision = keys.pop("base_model_name_or_path", None), keys.pop("revision", None)
     biases = keys.pop("bias", "none") != "none"

@@ -29,6 +29,7 @@ from yeonma.model.language_part import left_out
 from yeonma.model.peft_targets import exact_names, exact_targets, read_config
 from yeonma.model.token_rows import embedding_paths, missing_rows, resize_embeddings
 from yeonma.model.whole_modules import keep_float32
+from yeonma.shown import counted
 
 PREFIX = "base_model.model."
 """Of the names in the file."""
@@ -291,7 +292,8 @@ def misfits(stored: Shapes, expected: Shapes, place: str, cure: str) -> list[Pro
     problems = []
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
-        what = f"{len(missing)} of {len(expected)} tensors are missing: {some(missing)}"
+        are = "is" if len(missing) == 1 else "are"
+        what = f"{len(missing)} of {counted(len(expected), 'tensor')} {are} missing: {some(missing)}"
         problems.append(Problem(what, place, cure))
     if extra:
         what = f"the base has no layer for {len(extra)} of its tensors: {some(extra)}"
@@ -299,7 +301,9 @@ def misfits(stored: Shapes, expected: Shapes, place: str, cure: str) -> list[Pro
     both = expected.keys() & stored.keys()
     if wrong := sorted(key for key in both if tuple(expected[key]) != tuple(stored[key])):
         first = f"shape {tuple(stored[wrong[0]])}, but the base needs {tuple(expected[wrong[0]])}"
-        what = f"{len(wrong)} of {len(expected)} tensors have another shape: {some(wrong)}; the first has {first}"
+        have = "has" if len(wrong) == 1 else "have"
+        of_all = f"{len(wrong)} of {counted(len(expected), 'tensor')}"
+        what = f"{of_all} {have} another shape: {some(wrong)}; the first has {first}"
         problems.append(Problem(what, place, cure))
     return problems
 

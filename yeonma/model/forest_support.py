@@ -34,6 +34,7 @@ from yeonma.model.recurrence.pieces import MAX_PIECE
 from yeonma.model.recurrence.replace import let_recurrences_take_forests
 from yeonma.model.rotary_lengths import near_borders, split_by_length
 from yeonma.model.sharding import recover
+from yeonma.shown import counted
 
 ATTENDING = {"full_attention", "sliding_attention", "hybrid"}
 RECURRENT = {"linear_attention", "conv", "hybrid"}
@@ -279,7 +280,10 @@ def _unsupported_layers(config: Any, windows: dict[int, int | None], recurrences
             f"its {' and '.join(sorted(RECURRENT & set(kinds)))} layers have recurrences that take no forests"
         )
     if len(windows) < attending:
-        return f"{attending - len(windows)} of its {layers} layers bypass the registered attention"
+        bypass = "bypasses" if attending - len(windows) == 1 else "bypass"
+        return (
+            f"{attending - len(windows)} of its {counted(layers, 'layer')} {bypass} the registered attention"
+        )
     if any(kind == "sliding_attention" and windows.get(i) is None for i, kind in enumerate(kinds)):
         return "its sliding-window layers use their own mask"
     return ""

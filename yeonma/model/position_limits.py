@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from yeonma.errors import UserError
+from yeonma.shown import counted
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def model_positions(config: Any) -> int | None:
 def check_fits(tokens: int, max_new_tokens: int, positions: int | None, place: str) -> None:
     """Raises UserError if a prompt of so many tokens and its answer exceed the model's positions."""
     if positions is not None and tokens + max_new_tokens > positions:
-        what = f"{tokens} tokens and {max_new_tokens} new ones exceed the model's {positions} positions"
+        what = f"{counted(tokens, 'token')} and {max_new_tokens} new ones exceed the model's {positions} positions"
         raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
 
 

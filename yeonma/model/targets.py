@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.model.language_part import left_out, left_out_paths
 from yeonma.model.token_rows import trained_rows
+from yeonma.shown import counted
 
 ALL_LINEAR = "all-linear"
 PLACE = "lora_target_modules"
@@ -448,7 +449,7 @@ class Coverage:
     def __str__(self) -> str:
         text = ", ".join(map(str, self.parts))
         text += f"; trained whole: {', '.join(self.whole)}" if self.whole else ""
-        return text + (f"; rows of {self.tokens:,} token{'s' * (self.tokens > 1)}" if self.tokens else "")
+        return text + (f"; rows of {counted(self.tokens, 'token')}" if self.tokens else "")
 
 
 def adapted(model: Any) -> set[str]:

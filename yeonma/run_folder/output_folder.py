@@ -56,7 +56,7 @@ from yeonma.run_folder.entries import (
     passed_over,
 )
 from yeonma.run_folder.run_log import THEN_CONTINUE, check_logs
-from yeonma.shown import json_text
+from yeonma.shown import counted, json_text
 
 EARLIER_DEFAULTS = {
     "quantization": "none",
@@ -429,8 +429,8 @@ def check_disk_space(
     needed, free = count * checkpoint + adapter, free_bytes(output) + obsolete_bytes(output, start)
     if needed > free:
         what = (
-            f"the run needs {needed:,} bytes here ({count:,} checkpoints of {checkpoint:,} at once, and the {noun}), "
-            f"and {free:,} are free"
+            f"the run needs {needed:,} bytes here ({counted(count, 'checkpoint')} of {checkpoint:,} at once, and the "
+            f"{noun}), and {free:,} are free"
         )
         cure = "make room, give another output_dir, or keep fewer checkpoints with --save_total_limit"
         raise UserError(what, place=f"output_dir {output}", cure=cure)

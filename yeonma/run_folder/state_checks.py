@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from yeonma.errors import brief
+from yeonma.shown import counted
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGEST = 2**63 - 1
@@ -27,7 +28,7 @@ def check_state(state: Mapping[str, Any]) -> None:
     if (best is None) != (state["best_loss"] is None):
         raise ValueError("it has only one of best_step and best_loss")
     if type(total) is int and step > total:
-        raise ValueError(f"it is the state of step {step} of a run of {total} steps")
+        raise ValueError(f"it is the state of step {step} of a run of {counted(total, 'step')}")
 
 
 def _is_count(value: Any) -> bool:

@@ -51,7 +51,9 @@ from yeonma.serve.openai_responses import (
 from yeonma.serve.request_bounds import check_length, texts_in
 from yeonma.serve.request_framing import MAX_BODY_BYTES
 from yeonma.serve.token_names import TokenNames
+from yeonma.serve.try_page import page_model, try_page
 from yeonma.serve.worker import Busy, Event, GrammarFailed, Job, PromptTooLarge, ScoredTokens, Worker
+from yeonma.shown import counted
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.tool_calls import FindCalls
 
@@ -108,8 +110,10 @@ Events = asyncio.Queue[tuple[int, Event]]
 
 
 def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -> Starlette:
-    """`/v1/chat/completions`, `/v1/completions` and `/v1/models`, which need the key, and `/health`, which does not."""
+    """`/v1/chat/completions`, `/v1/completions`, `/v1/models` and `/page.json`, which need the key, and `/health` and
+    the page at `/`, which do not."""
     created = int(time.time())
+    page_response = try_page()
 
     def guarded(
         handler: Callable[[Request], Awaitable[Response]],
@@ -134,6 +138,19 @@ def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -
         name = _known_model(request.path_params["name"], models.prompt_builders)
         return JSONResponse(model_list([name], created)["data"][0])
 
+    async def page(request: Request) -> Response:
+        _check_host(request, limits.local_only)
+        return page_response
+
+    async def page_models(request: Request) -> Response:
+        content = {
+            "models": [page_model(name, builder) for name, builder in models.prompt_builders.items()],
+            "max_new_tokens": limits.defaults.max_new_tokens,
+            "max_new_tokens_limit": limits.max_new_tokens_limit,
+            "temperature": limits.defaults.temperature,
+        }
+        return JSONResponse(content)
+
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -143,6 +160,8 @@ def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -
             Route("/v1/completions", guarded(completions), methods=["POST"]),
             Route("/v1/models", guarded(list_models), methods=["GET"]),
             Route("/v1/models/{name:path}", guarded(one_model), methods=["GET"]),
+            Route("/", page, methods=["GET"]),
+            Route("/page.json", guarded(page_models), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
         ],
         exception_handlers={
@@ -392,8 +411,8 @@ def _prompts(
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if positions is not None and longest + max_new_tokens > positions:
         message = (
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions: "
-            "shorten the prompt or lower max_tokens"
+            f"a prompt of {counted(longest, 'token')} and {max_new_tokens} new ones exceed the model's {positions} "
+            "positions: shorten the prompt or lower max_tokens"
         )
         raise RequestError(400, message, param="max_tokens", code="context_length_exceeded")
     return prompts

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterable
 from time import monotonic
 
+from yeonma.shown import counted
+
 RECORDS = 10
 """The most records in a minute, with their tracebacks."""
 SECONDS = 60
@@ -24,7 +26,10 @@ class RecordLimit:
         now = monotonic()
         if now - self._since >= self._seconds:
             if self._left_out:
-                record.msg = f"({self._left_out:,} records before this one were left out) {record.msg}"
+                left_out = counted(
+                    self._left_out, "record before this one was", "records before this one were"
+                )
+                record.msg = f"({left_out} left out) {record.msg}"
             self._since, self._let_through, self._left_out = now, 0, 0
         if self._let_through < self._records:
             self._let_through += 1

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from itertools import count
 from time import monotonic
 
+from yeonma.shown import counted
+
 BYTES_PER_SECOND = 100_000
 """A request is let in as if it had come 1 second later for each of these, so that no size waits for ever."""
 
@@ -44,7 +46,9 @@ class OneAtATime:
         if len(self._waiting) > self._most_waiting:
             last = max(self._waiting)
             self._remove(last)
-            last[2].set_exception(Full(f"{self._most_waiting} requests are waiting"))
+            last[2].set_exception(
+                Full(counted(self._most_waiting, "request is waiting", "requests are waiting"))
+            )
         try:
             await turn
         except asyncio.CancelledError:

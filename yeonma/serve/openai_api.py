@@ -22,7 +22,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
 from yeonma.generation.sampling import LogitChanges
-from yeonma.shown import MOST_OF_A_LINE, many_lines, one_line
+from yeonma.shown import MOST_OF_A_LINE, counted, many_lines, one_line
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 """Answer settings that a request may set. top_k and repetition_penalty are vLLM's extensions of OpenAI's API."""
@@ -442,7 +442,10 @@ def _check_text(request: TextRequest) -> None:
         message = f"max_tokens must be {TOKEN_COUNT}, or 0 with echo"
         raise RequestError(400, message, param="max_tokens")
     if request.n * len(request.prompt) > MAX_PROMPTS:
-        message = f"{len(request.prompt)} prompts with n {request.n} ask for more than {MAX_PROMPTS} answers"
+        asked = counted(
+            len(request.prompt), f"prompt with n {request.n} asks", f"prompts with n {request.n} ask"
+        )
+        message = f"{asked} for more than {MAX_PROMPTS} answers"
         raise RequestError(400, message, param="n")
 
 
@@ -539,8 +542,7 @@ def row_of_messages(
     if request is not None and request.tools:
         raise RequestError(400, NO_TOOLS, param="tools", code=UNSUPPORTED)
     if len(messages) != 1 or messages[0].role != "user":
-        problem = "this model was trained with its own prompt template and takes exactly one message, with role user"
-        raise RequestError(400, problem, param="messages")
+        raise RequestError(400, _why_not_one_message(messages), param="messages")
     content = messages[0].text
     fields = sorted({name for variant in template.variants for name in variant.prompt_fields})
     if len(fields) == 1:
@@ -561,6 +563,19 @@ def row_of_messages(
     if unknown:
         raise RequestError(400, f"there is no field {unknown[0]!r:.100}; {problem}", param="messages")
     return Row(1, values, "messages")
+
+
+def _why_not_one_message(messages: Sequence[Message]) -> str:
+    """What is wrong with a conversation for a template with a frame of its own, and how to send it."""
+    takes = (
+        "this model was trained with its own prompt template and takes exactly one message, with role user"
+    )
+    if messages[-1].role != "user":
+        return f"{takes}: the last message must be the user's"
+    before = {message.role for message in messages[:-1]}
+    if before <= {"system", "developer"}:
+        return f"{takes}: leave out the one with role {messages[0].role}, for which the template has no place"
+    return f"{takes}: send only the last one, because the template has no place for those before it"
 
 
 def _row_of_turns(template: Template, messages: Sequence[Message], request: ChatRequest | None) -> Row:

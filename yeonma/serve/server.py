@@ -31,6 +31,7 @@ from yeonma.serve.bounded_log import limit_log
 from yeonma.serve.connections import AsgiApp, ConnectionLimits, Connections, connection_limit, watched
 from yeonma.serve.listen import is_local
 from yeonma.serve.worker import ServedModel, Worker
+from yeonma.shown import counted
 
 MAX_WAITING = 256
 """Maximum number of prompts in the queue."""
@@ -159,9 +160,8 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
     folders = [str(builder.adapter.path) for builder in builders.values() if not builder.adapter.is_whole]
     added = {folder: check_outline(source, [folder]) for folder in folders}
     if len(folders) > 1 and (larger := [folder for folder, rows in added.items() if rows]):
-        what = (
-            f"it has {added[larger[0]]} tokens of its own, so its base has more rows than that of the others"
-        )
+        tokens = counted(added[larger[0]], "token")
+        what = f"it has {tokens} of its own, so its base has more rows than that of the others"
         raise UserError(what, place=larger[0], cure="serve it with a command of its own on another --port")
     log(f"loading {source.name}")
     policy = build_policy(

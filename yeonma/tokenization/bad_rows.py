@@ -15,6 +15,7 @@ from yeonma.data.template import Template
 from yeonma.data.template_syntax import visible
 from yeonma.data.text_checks import NO_NOTES, Notes
 from yeonma.errors import Problem, UserError, brief
+from yeonma.shown import counted
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import over_limit_problems
@@ -76,7 +77,7 @@ def bad_row(row: Row, error: UserError) -> LeftOut:
     if row.fault is None and any(problem.place != row.place for problem in error.problems):
         raise error
     first, *more = error.problems
-    reason = f"{first.what}, and {len(more)} more problems" if more else first.what
+    reason = f"{first.what}, and {counted(len(more), 'more problem')}" if more else first.what
     return LeftOut(row.number, row.place, visible(brief(reason, MOST_CHARACTERS)), fault_of(first))
 
 

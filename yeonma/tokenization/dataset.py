@@ -39,6 +39,7 @@ from yeonma.data.text_checks import (
 )
 from yeonma.errors import Log, UserError
 from yeonma.files import default_cache_dir, user_path
+from yeonma.shown import counted
 from yeonma.tokenization.cache import build_store, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.store import TokenStore
@@ -347,12 +348,17 @@ def _also_in(earlier: PreparedSet, one: PreparedSet) -> DataWarning | None:
 
 def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     counts = store.counts
-    line = f"{name}: {counts.rows:,} rows, {counts.units:,} {task.units}, {counts.tokens:,} tokens"
+    units = counted(counts.units, task.units.removesuffix("s"), task.units)
+    line = f"{name}: {counted(counts.rows, 'row')}, {units}, {counted(counts.tokens, 'token')}"
     log(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
-        cuts = [f"by {counts.cut_characters:,} characters"] if counts.cut_characters else []
-        cuts += [f"by {counts.dropped_turns:,} old turns of conversations"] if counts.dropped_turns else []
-        log(f"{name}: {counts.shortened:,} examples shortened {' and '.join(cuts)} to fit")
+        cuts = [f"by {counted(counts.cut_characters, 'character')}"] if counts.cut_characters else []
+        cuts += (
+            [f"by {counted(counts.dropped_turns, 'old turn')} of conversations"]
+            if counts.dropped_turns
+            else []
+        )
+        log(f"{name}: {counted(counts.shortened, 'example')} shortened {' and '.join(cuts)} to fit")
     if counts.dropped_turns:
         numbers = np.unique(store.row_numbers[store.dropped_turns > 0]).tolist()
         log(f"{name}: conversations without their oldest turns: {format_rows(numbers)}")
@@ -514,7 +520,7 @@ def repeated_rows(store: TokenStore, rows: np.ndarray) -> Repeats:
 
 def numbered_rows(numbers: Sequence[int]) -> str:
     """All of these row numbers: `rows 3, 17`."""
-    return f"rows {', '.join(map(str, numbers))}"
+    return f"{'row' if len(numbers) == 1 else 'rows'} {', '.join(map(str, numbers))}"
 
 
 def format_rows(numbers: Sequence[int], count: int | None = None, most: int = LISTED_ROWS) -> str:

@@ -20,6 +20,7 @@ from yeonma.data.template import Rendered, field_lengths, shorten
 from yeonma.data.template_syntax import Piece, joined
 from yeonma.data.text_checks import NOT_GIVEN_BACK, TRIMMED
 from yeonma.errors import Problem, UserError
+from yeonma.shown import counted
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.example import (
     NOT_TRAINED,
@@ -74,7 +75,8 @@ def encode_prompts(
     with one character left of its field.
     """
     if max_new_tokens >= rules.cutoff_len:
-        problem = f"{max_new_tokens} new tokens leave no room for a prompt in cutoff_len {rules.cutoff_len}"
+        leaves = counted(max_new_tokens, "new token leaves", "new tokens leave")
+        problem = f"{leaves} no room for a prompt in cutoff_len {rules.cutoff_len}"
         raise UserError(problem, place="--max_new_tokens", cure="lower it")
     with encoder_for(tokenizer, rules, rendered) as encoder:
         return encoder.prompts(rendered, rows, rules.cutoff_len - max_new_tokens)
@@ -434,8 +436,8 @@ class ExampleEncoder:
         if text.data is None:
             parts = [next(encoded) for _ in ends]
         else:
-            counted = [self.encoder.with_data(text.text[:end], text.data) for end in ends]
-            parts, special_text = [ids for ids, _ in counted], counted[-1][1]
+            encoded = [self.encoder.with_data(text.text[:end], text.data) for end in ends]
+            parts, special_text = [ids for ids, _ in encoded], encoded[-1][1]
         full_ids = parts[-1]
         if any(full_ids[: len(part)] != part for part in parts):
             return None if len(text.answers) > 1 else self._continued(text, parts[0], special_text)

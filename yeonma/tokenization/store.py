@@ -19,6 +19,7 @@ from yeonma.data.text_checks import Notes
 from yeonma.files import sync
 from yeonma.tokenization.chat_remarks import ChatRemarks
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, Unit
+from yeonma.tokenization.store_lock import META, BeingDeleted, StoreInUse, use_store
 
 # One value per trained token of the examples that have weights.
 _WEIGHT_ARRAYS: dict[str, str] = {"weights": "<f4"}
@@ -48,7 +49,7 @@ _ROW_ARRAYS: dict[str, str] = {
     "prompt_digests": "<u8",
 }
 _ARRAYS = {**_WEIGHT_ARRAYS, **_TOKEN_ARRAYS, **_EXAMPLE_ARRAYS, **_ROW_ARRAYS}
-_LEFT_OUT, _META = "left_out.jsonl", "meta.json"
+_LEFT_OUT = "left_out.jsonl"
 _BYTES_PER_READ = 1 << 20
 _VALUES_PER_PIECE = 1 << 18
 
@@ -89,6 +90,8 @@ class TokenStore:
     """What the chat template adds and ignores."""
     unused: tuple[UnusedColumn, ...]
     """The columns of prompts that the template does not use, and that some rows fill."""
+    in_use: StoreInUse = field(repr=False, compare=False)
+    """Keeps other processes from deleting the folder."""
     token_ids: NDArray[np.int32]
     """Shape (tokens of all examples,); example i begins at `starts[i]`."""
     trained: NDArray[np.bool_]
@@ -269,7 +272,7 @@ class StoreWriter:
         unused = [asdict(column) for _, column in sorted(self.unused.items()) if column.count]
         facts = {"number_columns": numbers, "remarks": asdict(self.remarks), "unused": unused}
         meta = {**description, "counts": asdict(self.counts), **facts, "files": files}
-        with open(self.folder / _META, "w", encoding="utf-8") as file:
+        with open(self.folder / META, "w", encoding="utf-8") as file:
             file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
             _flush(file)
         for data in self.files.values():
@@ -293,7 +296,8 @@ class StoreWriter:
 def open_store(folder: Path, key: str) -> TokenStore | None:
     """The store in `folder`; None if there is none with this key, or if a file is damaged."""
     try:
-        content = json.loads((folder / _META).read_text(encoding="utf-8"))
+        in_use = use_store(folder)
+        content = json.loads((folder / META).read_text(encoding="utf-8"))
         meta, files = content["meta"], content["meta"]["files"]
         valid = zlib.crc32(_canonical(meta).encode()) == content["crc32"] and meta["key"] == key
         if not valid or any(
@@ -305,10 +309,10 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
         ignored = tuple((int(bit), str(what)) for bit, what in meta["remarks"]["ignored"])
         remarks = ChatRemarks(**{**meta["remarks"], "ignored": ignored})
         unused = tuple(UnusedColumn(**column) for column in meta["unused"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, BeingDeleted, ValueError, KeyError, TypeError, AttributeError):
         return None
     arrays: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
-    return TokenStore(folder, key, counts, number_columns, remarks, unused, **arrays)
+    return TokenStore(folder, key, counts, number_columns, remarks, unused, in_use, **arrays)
 
 
 def _pieces(path: Path, dtype: str) -> Iterator[NDArray[Any]]:

@@ -21,6 +21,7 @@ from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.model.targets import Coverage, coverage
 from yeonma.policy import Policy, build_policy
+from yeonma.shown import counted
 from yeonma.tokenization.dataset import (
     Dataset,
     DatasetPart,
@@ -122,7 +123,8 @@ def load_model(
         )
     if shard:
         log(
-            f"weights sharded over {group.count} processes: {local_weight_bytes(base) / 1e6:,.1f} MB in this process"
+            f"weights sharded over {counted(group.count, 'process', 'processes')}: "
+            f"{local_weight_bytes(base) / 1e6:,.1f} MB in this process"
         )
     dataset = prepared.dataset
     details = adapters.describe(

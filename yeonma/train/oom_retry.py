@@ -16,6 +16,7 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.errors import Log, UserError
+from yeonma.shown import counted
 from yeonma.streams import log_line
 
 Result = TypeVar("Result")
@@ -95,7 +96,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _out_of_memory(batch: Batch, device: torch.device, sharded: bool) -> UserError:
     longest = np.argsort(-batch.unit_lengths_U, kind="stable")[:NAMED_ROWS]
-    rows = ", ".join(f"{batch.unit_rows_U[unit]} ({batch.unit_lengths_U[unit]:,} tokens)" for unit in longest)
+    rows = ", ".join(
+        f"{batch.unit_rows_U[unit]} ({counted(batch.unit_lengths_U[unit], 'token')})" for unit in longest
+    )
     cure = "--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16"
     if sharded:
         what = f"out of memory on {device}; with --shard a process cannot halve its micro-batches by itself"

@@ -41,6 +41,7 @@ from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
 from yeonma.model.whole_modules import check_not_quantised, whole_modules
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE
+from yeonma.shown import counted
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.tokenization.new_tokens import add_new_tokens
@@ -125,7 +126,7 @@ def prepare(
             )
 
     def log_rows(rows: int) -> None:
-        log(f"tokenised {rows:,} rows")
+        log(f"tokenised {counted(rows, 'row')}")
 
     data, tokens = config.data, config.tokens
     with naming_skip(data.bad_rows):
@@ -204,7 +205,7 @@ def mixture_parts(dataset: Dataset, plan: Plan) -> list[str]:
     repeats = [one.settings.repeats for one in dataset.sets]
     counts = [len(one.train.units) * times for one, times in zip(dataset.sets, repeats, strict=True)]
     return [
-        f"{count / sum(counts):.1%} of the {units}, {times} time{'s' * (times > 1)} an epoch"
+        f"{count / sum(counts):.1%} of the {units}, {counted(times, 'time')} an epoch"
         for count, times in zip(counts, repeats, strict=True)
     ]
 
@@ -320,9 +321,9 @@ def check_adapter(
     asked = None
     if choice != own:  # other words, which may still mean the same
         asked = {layer.adapted for layer in chosen_layers(model, choice)}
-    count = added_rows(model, continued)
-    if count > 0 and not new_token_ids:
-        what = f"it has {count} tokens of its own, which a run cannot continue"
+    added = added_rows(model, continued)
+    if added > 0 and not new_token_ids:
+        what = f"it has {counted(added, 'token')} of its own, which a run cannot continue"
         raise UserError(what, place=continued, cure="merge it with `yeonma merge`, and train on the result")
     check_fits(model, continued, config.lora.lora_dropout)
     reached = coverage(model)

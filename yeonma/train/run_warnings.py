@@ -12,6 +12,7 @@ import torch
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import StepSettings
 from yeonma.data.task import ANSWERS
+from yeonma.shown import counted
 from yeonma.tokenization.dataset import Dataset, DatasetPart
 from yeonma.train.prepare import METRIC_SCHEDULES, make_schedule, warmup_steps
 
@@ -36,11 +37,11 @@ def _learning_rate(step: StepSettings, total_steps: int) -> str:
     peak = highest_rate(step, total_steps)
     if peak >= LOW_PEAK * step.learning_rate and warmup < total_steps:
         return ""
-    steps = f"{total_steps:,} step{'s' * (total_steps > 1)}"
+    steps = counted(total_steps, "step")
     reason = f"no step of the {step.lr_scheduler} schedule has more"
     cure = "see lr_scheduler_kwargs"
     if warmup >= total_steps:
-        reason = f"the warm-up takes {warmup:,} step{'s' * (warmup > 1)}, and the run has {steps}"
+        reason = f"the warm-up takes {counted(warmup, 'step')}, and the run has {steps}"
         cure = "lower warmup_steps or warmup_ratio"
     if peak <= 0:
         return f"the learning rate is 0 in every step, so nothing is trained: {reason}; {cure}"

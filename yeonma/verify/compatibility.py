@@ -28,6 +28,7 @@ from yeonma.model.adapter_weights import add_lora_of, add_rows, expected_shapes,
 from yeonma.model.base_content import changes, is_here, read_content
 from yeonma.model.load import load_config, outline
 from yeonma.model.source import BaseSource, find_base
+from yeonma.shown import counted
 from yeonma.tokenization.chat_template_export import (
     MARK,
     base_chat_template,
@@ -68,7 +69,9 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Sha
             what = f"{_some(wrong)} does not have rank {rank}, as adapter_config.json says"
             problems.append(Problem(what, place, REPLACE))
     size = sum(int(np.prod(shape)) for shape in shapes.values())
-    return checked(check, problems, f"{len(shapes)} tensors with {size:,} parameters, all finite"), shapes
+    return checked(
+        check, problems, f"{counted(len(shapes), 'tensor')} with {size:,} parameters, all finite"
+    ), shapes
 
 
 def _rank(name: str, shape: tuple[int, ...]) -> int | None:
@@ -181,7 +184,7 @@ def check_full_model(adapter: AdapterFolder) -> Finding:
         if size != expected:
             what = f"its weights have {size:,} numbers, and a model of its config.json has {expected:,}"
             problems.append(Problem(what, str(adapter.path), REPLACE))
-    return checked(check, problems, f"{len(shapes)} tensors with {size:,} parameters, all finite")
+    return checked(check, problems, f"{counted(len(shapes), 'tensor')} with {size:,} parameters, all finite")
 
 
 def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log: Log) -> Finding:
@@ -203,8 +206,8 @@ def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log
         return checked(check, error.problems, "")
     cure = another_base(adapter, source.name, []).problems[0].cure
     problems = [Problem(what, source.name, cure) for what in changes(content, now)]
-    count = f"{len(now.weights)} weight file{'s' * (len(now.weights) > 1)}"
-    return checked(check, problems, f"{count}, config and end tokens are those of training, read again")
+    files = counted(len(now.weights), "weight file")
+    return checked(check, problems, f"{files}, config and end tokens are those of training, read again")
 
 
 def check_tokenizer(adapter: AdapterFolder, tokenizer: Any, check: str, place: str) -> Finding:
@@ -241,7 +244,9 @@ def check_samples(
         for row, ids in zip(samples.rows, now, strict=True)
         if (difference := _difference(row.prompt_ids, ids))
     ]
-    return checked(check, problems, f"the prompts of {len(samples.rows)} rows have the token ids of training")
+    return checked(
+        check, problems, f"the prompts of {counted(len(samples.rows), 'row')} have the token ids of training"
+    )
 
 
 def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokenizer: Any, own: Any) -> Finding:
@@ -277,7 +282,7 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
             problems.append(Problem(what, place, REPLACE))
     if not same and not problems:
         return not_checked(check, "every sample row contains special-token text")
-    return checked(check, problems, f"the messages of {same} rows have the token ids of training")
+    return checked(check, problems, f"the messages of {counted(same, 'row')} have the token ids of training")
 
 
 def _difference(before: list[int], now: list[int] | None) -> str:
@@ -289,7 +294,7 @@ def _difference(before: list[int], now: list[int] | None) -> str:
         (at for at, (old, new) in enumerate(zip(before, now, strict=False)) if old != new),
         min(len(before), len(now)),
     )
-    return f"from token {at + 1} on ({len(before)} tokens in training, {len(now)} now)"
+    return f"from token {at + 1} on ({counted(len(before), 'token')} in training, {len(now)} now)"
 
 
 def _some(names: Iterable[str]) -> str:

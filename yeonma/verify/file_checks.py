@@ -24,6 +24,7 @@ from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE, differences
 from yeonma.run_folder.run_log import read_metrics
+from yeonma.shown import counted
 
 RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.svg", FORMER_PLOT, "README.md")
 """Files that a copy of the adapter alone may lack."""
@@ -55,8 +56,7 @@ def checked(check: str, problems: Iterable[Problem], about: str) -> Finding:
     problems = tuple(problems)
     if not problems:
         return Finding(check, "well", about)
-    count = "one difference" if len(problems) == 1 else f"{len(problems)} differences"
-    return Finding(check, "differs", count, problems)
+    return Finding(check, "differs", counted(len(problems), "difference"), problems)
 
 
 def not_checked(check: str, reason: str) -> Finding:
@@ -96,7 +96,7 @@ def check_files(folder: Path, *, is_run: bool) -> Finding:
     if problems:
         return checked(check, problems, "")
     size = sum((folder / name).stat().st_size for name in hashes if name not in absent)
-    about = f"{len(hashes) - len(absent)} files unchanged since the run, {size / 1e6:,.1f} MB"
+    about = f"{counted(len(hashes) - len(absent), 'file')} unchanged since the run, {size / 1e6:,.1f} MB"
     if absent:
         about += f"; not in this copy: {', '.join(sorted(absent))}"
     return checked(check, problems, about)
@@ -150,7 +150,9 @@ def check_checkpoint(
         problems = list(error.problems)
     if problems and not checkpoint.exists():  # the run that is under way has removed it meanwhile
         return not_checked(name, "removed during the check")
-    return checked(name, problems, f"{len(hashes) if not problems else 0} files unchanged since the run")
+    return checked(
+        name, problems, f"{counted(len(hashes) if not problems else 0, 'file')} unchanged since the run"
+    )
 
 
 def _run_problems(
@@ -233,7 +235,7 @@ def check_run(
         problems += _details_problems(folder, identity, details, adapter_config)
     steps, metrics_problems = _metrics_problems(folder / "metrics.jsonl", identity, finished=finished)
     noun = "model" if is_full(details or {}) else "adapter"
-    about = f"settings, metrics of {steps:,} steps and {noun} are of one run"
+    about = f"settings, metrics of {counted(steps, 'step')} and {noun} are of one run"
     return checked("run", [*problems, *metrics_problems], about)
 
 
@@ -334,6 +336,6 @@ def _metrics_problems(
             problems.append(Problem("the last line is incomplete", str(path), RESTORE))
         total, early = identity.get("steps"), identity.get("early_stopping_patience") is not None
         if isinstance(total, int) and (len(steps) > total or (len(steps) < total and not early)):
-            what = f"it has {len(steps):,} steps, but the run had {total:,}"
+            what = f"it has {counted(len(steps), 'step')}, but the run had {total:,}"
             problems.append(Problem(what, str(path), RESTORE))
     return len(steps), problems

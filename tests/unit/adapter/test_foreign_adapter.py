@@ -280,7 +280,7 @@ def test_every_verb_refuses_an_adapter_that_lacks_a_tensor_and_leaves_nothing(
     assert main([*VERBS[verb]]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert any(
-        "A/adapter_model.safetensors: 1 of 8 tensors are missing: base_model.model" in line for line in lines
+        "A/adapter_model.safetensors: 1 of 8 tensors is missing: base_model.model" in line for line in lines
     )
     assert sorted(Path().rglob("*")) == before
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +23,7 @@ from yeonma.config.parse import read_config, settings_of
 from yeonma.config.settings import StepSettings, TokenSettings
 from yeonma.errors import Problem, UserError
 from yeonma.language import VARIABLES, language
+from yeonma.packages import MAIN
 
 ROOT = Path(inspect.getfile(yeonma)).parents[1]
 
@@ -84,7 +87,20 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"yeonma {yeonma.__version__}\n"
+    first, python, *packages = capsys.readouterr().out.splitlines()
+    assert first == f"yeonma {yeonma.__version__}"
+    assert python.startswith(f"python {platform.python_version()} on ")
+    assert packages == [f"{name} {version(name)}" for name in MAIN]
+    assert MAIN[:3] == ("torch", "transformers", "peft")
+
+
+def test_version_answers_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert in_new_process("--version").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
 
 
 def test_an_unknown_verb_gets_a_suggestion() -> None:

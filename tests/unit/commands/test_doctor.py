@@ -33,6 +33,9 @@ def test_the_report_names_what_is_installed_and_used(
     assert subjects["device"].startswith("cpu (no GPU") is not on_gpu
     if not on_gpu:
         assert subjects["dtype"].startswith("float32")
+    if not on_gpu:
+        assert subjects["attention"] == "all segments below a common beginning in one call"
+    assert subjects["hub's cache"].endswith(" GB free")
     assert {"yeonma", "python", "processor", "attention", "kernels", "quantization", "here"} <= set(subjects)
     if status == 0:
         assert problems == ["nothing is wrong"]

@@ -61,7 +61,7 @@ def test_excels_sep_line_is_followed_and_is_no_row(write: Write, line: str, deli
     assert values(rows) == TABLE
     assert [row.place for row in rows] == [f"{path}:3", f"{path}:5", f"{path}:6"]
     assert error_of(write("a.csv", f"{line}\na{delimiter}b\n1\n")).startswith(
-        "a.csv:3: 1 cells; the header has 2"
+        "a.csv:3: 1 cell; the header has 2"
     )
 
 
@@ -95,7 +95,7 @@ def test_empty_columns_at_the_end_and_empty_rows_are_skipped(write: Write) -> No
         {"a": "3", "b": ""},
     ]
     assert error_of(write("a.csv", "a,b\n1,2,,x\n")).startswith("a.csv:2: 4 cells; the header has 2")
-    assert error_of(write("a.csv", "a,b,\n1\n")).startswith("a.csv:2: 1 cells; the header has 3")
+    assert error_of(write("a.csv", "a,b,\n1\n")).startswith("a.csv:2: 1 cell; the header has 3")
     assert error_of(write("a.csv", "a,b\n,\n , \n")).startswith("a.csv: a header but no rows")
 
 

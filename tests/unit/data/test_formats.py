@@ -205,7 +205,7 @@ def test_turn_list_in_a_text_field_suggests_the_chat_template() -> None:
 
 def test_a_lone_surrogate_and_a_nul_are_errors() -> None:
     assert "the lone surrogate U+D83D, after 2 characters" in field_error("가나\ud83d")
-    assert "a NUL character (U+0000) after 1 characters" in field_error("가\0")
+    assert "a NUL character (U+0000) after 1 character" in field_error("가\0")
 
 
 # Turn lists

@@ -198,7 +198,7 @@ def test_json_list_rows_across_chunk_borders_are_read(write: Write) -> None:
         ('a,b\n1,2\n"x\ny",z"\n"1\n2",\'3\n4,"five\nsix\n', "a.csv:7:3: a quote that is never closed"),
         ('a,b\n1,"two\n3,"four"\n', "a.csv:2:3: a quoted cell with text after its closing quote, at 3:4"),
         ('a,b\n"on""e" x,2\n', "a.csv:2:1: a quoted cell with text after its closing quote, at 2:8"),
-        ('a,b\n"1\n2",3\n4\n5,6,7\n', "a.csv:4: 1 cells; the header has 2"),
+        ('a,b\n"1\n2",3\n4\n5,6,7\n', "a.csv:4: 1 cell; the header has 2"),
     ],
 )
 def test_invalid_csv_is_reported_with_its_position(write: Write, text: str, message: str) -> None:
@@ -208,12 +208,12 @@ def test_invalid_csv_is_reported_with_its_position(write: Write, text: str, mess
 
 def test_all_lines_with_a_wrong_number_of_cells_are_reported(write: Write) -> None:
     message = error_of(write("a.csv", "a,b\n1\n1,2\n1,2,3\n"))
-    assert [line.split(";")[0] for line in message.splitlines()] == ["a.csv:2: 1 cells", "a.csv:4: 3 cells"]
+    assert [line.split(";")[0] for line in message.splitlines()] == ["a.csv:2: 1 cell", "a.csv:4: 3 cells"]
 
 
 def test_error_messages_for_wide_csv_and_long_names_are_short(write: Write) -> None:
     wide = ",".join(f"column {number}" for number in range(100_000))
-    assert error_of(write("a.csv", f"{wide}\n1\n")).startswith("a.csv:2: 1 cells; the header has 100000")
+    assert error_of(write("a.csv", f"{wide}\n1\n")).startswith("a.csv:2: 1 cell; the header has 100000")
     long = "x" * 100_000
     for name, text in (("a.csv", f"{long},{long}\n1,2\n"), ("a.jsonl", f'{{"{long}": 1, "{long}": 2}}')):
         assert len(error_of(write(name, text))) < 300

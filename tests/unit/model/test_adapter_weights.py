@@ -66,7 +66,7 @@ def with_(**changes: torch.Tensor) -> Callable[[Tensors], Tensors]:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
-    "missing": ("plain", without(FIRST), f"1 of 8 tensors are missing: {FIRST}"),
+    "missing": ("plain", without(FIRST), f"1 of 8 tensors is missing: {FIRST}"),
     "superfluous": ("plain", with_(x=torch.zeros(2)), "the base has no layer for 1 of its tensors: x"),
     "of another layer": (
         "plain",
@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "a whole module missing": (
         "whole",
         without("base_model.model.model.norm.weight"),
-        "1 of 14 tensors are missing: base_model.model.model.norm.weight",
+        "1 of 14 tensors is missing: base_model.model.model.norm.weight",
     ),
     "fewer rows": (
         "new",

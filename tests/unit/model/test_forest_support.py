@@ -64,7 +64,7 @@ def test_layer_that_keeps_its_own_attention_is_detected() -> None:
     layer = model.model.layers[0].self_attn
     layer.config = copy.deepcopy(layer.config)  # so that setting the attention does not reach this layer
     support = check_forest_support(model)
-    assert support.why_not == "1 of its 2 layers bypass the registered attention"
+    assert support.why_not == "1 of its 2 layers bypasses the registered attention"
 
 
 @pytest.mark.parametrize("window", [WINDOW, 64])

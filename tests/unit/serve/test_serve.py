@@ -303,7 +303,17 @@ def test_unsupported_parameters_are_refused_by_name(client: OpenAI, options: Any
         (
             "one",
             [{"role": "system", "content": "be kind"}, *user_messages("x")],
-            "takes exactly one message, with role user",
+            "leave out the one with role system, for which the template has no place",
+        ),
+        (
+            "one",
+            [*user_messages("x"), {"role": "assistant", "content": "y"}, *user_messages("z")],
+            "send only the last one, because the template has no place for those before it",
+        ),
+        (
+            "one",
+            [{"role": "system", "content": "be kind"}],
+            "takes exactly one message, with role user: the last message must be the user's",
         ),
         ("one", user_messages(""), 'field "document" is empty'),
         (

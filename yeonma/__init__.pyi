@@ -190,13 +190,13 @@ def dpo(
     """Fine-tune a model on preference pairs or labelled answers. Takes data, returns and raises as `sft`.
 
     Settings:
-        data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)
+        data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, a bundled sample (`sample:news_en`, `sample:news_ko`), or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)
         data_split: Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data. (default train)
         data_revision: Branch, tag or commit of a hub data set.
         encoding: Character encoding of text files. It is never guessed. (default utf-8)
         delimiter: The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header.
         columns: Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`. `answers.text` is a value within a column, `json(output)` a value written as JSON. (a mapping such as {a: b}, with a space after each colon)
-        template: Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns.
+        template: Name of a built-in template, a template file, a bundled sample (`sample:title_en`), or the template text itself. By default, the built-in template whose fields match the columns.
         val_set_size: Rows to hold out of each data set for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which. (a number of at least 0; default 0)
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
@@ -431,13 +431,13 @@ def inspect(
         html: Also write everything to this file, as one web page that needs no network.
         probe: Load the model and measure time and memory on a few real steps instead of estimating them. (true or false; default False)
         price: Price of one GPU hour, in any currency. The forecast then shows what the run costs and what an hour buys. (a number above 0)
-        data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)
+        data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, a bundled sample (`sample:news_en`, `sample:news_ko`), or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)
         data_split: Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data. (default train)
         data_revision: Branch, tag or commit of a hub data set.
         encoding: Character encoding of text files. It is never guessed. (default utf-8)
         delimiter: The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header.
         columns: Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`. `answers.text` is a value within a column, `json(output)` a value written as JSON. (a mapping such as {a: b}, with a space after each colon)
-        template: Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns.
+        template: Name of a built-in template, a template file, a bundled sample (`sample:title_en`), or the template text itself. By default, the built-in template whose fields match the columns.
         val_set_size: Rows to hold out of each data set for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which. (a number of at least 0; default 0)
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
@@ -682,13 +682,13 @@ def sft(
     A second interrupt ends the call at once.
 
     Settings:
-        data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)
+        data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, a bundled sample (`sample:news_en`, `sample:news_ko`), or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)
         data_split: Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data. (default train)
         data_revision: Branch, tag or commit of a hub data set.
         encoding: Character encoding of text files. It is never guessed. (default utf-8)
         delimiter: The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header.
         columns: Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`. `answers.text` is a value within a column, `json(output)` a value written as JSON. (a mapping such as {a: b}, with a space after each colon)
-        template: Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns.
+        template: Name of a built-in template, a template file, a bundled sample (`sample:title_en`), or the template text itself. By default, the built-in template whose fields match the columns.
         val_set_size: Rows to hold out of each data set for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which. (a number of at least 0; default 0)
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.

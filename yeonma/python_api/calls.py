@@ -213,11 +213,12 @@ def merge(config: MergeSettings) -> MergeResult:
     Returns the folder of the merged model, and how far its answers agree. Raises UserError if the merged model does not
     answer as the adapter on its base does; nothing is written then.
     """
-    from yeonma.export.merged_model import check_output, prepare_merge
     from yeonma.export.merged_model import merge as merge_adapter
+    from yeonma.export.merged_model import prepare_merge
+    from yeonma.files import new_output_folder
     from yeonma.streams import say
 
-    output = check_output(config.output_dir)
+    output = new_output_folder(config.output_dir)
     agreement = merge_adapter(prepare_merge(config, say), output, say)
     if not agreement.is_close:
         raise _disagreement(config.adapter_dir)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from yeonma.shown import counted, one_line, traceback_text
+from yeonma.messages import counted
+from yeonma.shown import one_line, traceback_text
 
 Log = Callable[[str], None]
 """Takes a line of progress or a warning for the user, without its line end."""

@@ -38,6 +38,7 @@ from yeonma.data.rows import Row
 from yeonma.errors import Log, UserError, first_line
 from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
+from yeonma.messages import counted
 from yeonma.model import load
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import (
@@ -62,7 +63,6 @@ from yeonma.model.quantized import pack_on_meta, packed_layers, quantise_on_meta
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.model.train_mode import train_adapter
-from yeonma.shown import counted
 from yeonma.tokenization.reasoning import AnswerParts
 
 

@@ -180,11 +180,6 @@ def _wide(char: str) -> str:
     return _numbered(char) if ord(char) < 0x80 or ord(char) > 0xFF else f"\\u{ord(char):04x}"
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """`1 row`, `1,200 rows`: a number with what it counts. many: for other numbers than 1, by default with an s."""
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
-
-
 def size_text(count: int) -> str:
     """A number of bytes for people: `1.2 MB`."""
     size, unit = float(count), "B"

@@ -24,12 +24,12 @@ import yeonma
 from yeonma.config.yaml_text import front_matter, read_items, write_item
 from yeonma.data.task import TASKS, Task
 from yeonma.errors import MOST_OF_A_MESSAGE, Problem, UserError
+from yeonma.messages import counted
 from yeonma.shown import (
     MOST_OF_A_LINE,
     GrowingText,
     code,
     code_block,
-    counted,
     has_hidden,
     html,
     indented,

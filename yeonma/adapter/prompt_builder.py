@@ -27,10 +27,10 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import UserError
+from yeonma.messages import counted
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.source import BaseSource
-from yeonma.shown import counted
 from yeonma.tokenization.answer_shape import frame_of
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.chat_template_export import base_chat_template

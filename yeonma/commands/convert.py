@@ -11,7 +11,7 @@ from yeonma.config.settings import ConvertSettings
 from yeonma.config.yaml_text import read_items
 from yeonma.errors import UserError
 from yeonma.files import output_file, replace_file
-from yeonma.shown import counted
+from yeonma.messages import counted
 from yeonma.streams import log_line, say_lines
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from yeonma import __version__
 from yeonma.config.settings import DoctorSettings
+from yeonma.messages import counted
 from yeonma.packages import MAIN, TESTED, install, version_of
 from yeonma.platforms import usable_cores
-from yeonma.shown import counted
 from yeonma.streams import say
 
 FAST = ("flash-linear-attention", "causal-conv1d", "flash-attn")

@@ -15,8 +15,9 @@ from yeonma.config.settings import AnswerSettings, GenerateConfig, GenerateSetti
 from yeonma.data.rows import Row, Rows, open_rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import user_path
+from yeonma.messages import counted
 from yeonma.policy import Policy, load_policy
-from yeonma.shown import counted, json_text
+from yeonma.shown import json_text
 from yeonma.streams import give, log_line
 from yeonma.tokenization.reasoning import AnswerParts
 

@@ -13,7 +13,8 @@ from yeonma.errors import UserError
 from yeonma.export.hub_push import Upload, collect, upload
 from yeonma.export.private_paths import names_of_this_machine
 from yeonma.files import user_path
-from yeonma.shown import counted, size_text
+from yeonma.messages import counted
+from yeonma.shown import size_text
 from yeonma.streams import say
 
 MOST_NAMED = 50

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
-from yeonma.shown import counted, json_text
+from yeonma.messages import counted
+from yeonma.shown import json_text
 from yeonma.streams import give, log_line, say
 from yeonma.verify.verify_folder import VerifyReport, verify
 

@@ -24,7 +24,8 @@ from yeonma.config.settings import (
 )
 from yeonma.config.yaml_text import write_item
 from yeonma.errors import Problem, UserError, brief
-from yeonma.shown import counted, one_line
+from yeonma.messages import counted
+from yeonma.shown import one_line
 
 SHOWN = 60  # characters of a value in a remark
 TRAININGS = "they are answers, whole texts and preferences"

@@ -13,7 +13,7 @@ from typing import Any
 
 from yeonma.config.settings import DataSettings
 from yeonma.errors import Problem, UserError, brief, did_you_mean
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 MOST_DATA_SETS = 100
 MOST_REPEATS = 10_000

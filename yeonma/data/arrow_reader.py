@@ -14,7 +14,7 @@ from yeonma.data.class_labels import Naming, named, namings_of, notes_of_classes
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN
 from yeonma.errors import Problem, UserError, brief
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 ROWS_A_BATCH = 256
 _ARROW_FILE = b"ARROW1"

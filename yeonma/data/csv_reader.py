@@ -16,7 +16,7 @@ from itertools import islice
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN, TextFile, place_after
 from yeonma.errors import Problem, UserError, brief
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 MAX_PROBLEMS = 10
 MAX_HEADER_LINES = 20

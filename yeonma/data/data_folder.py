@@ -17,7 +17,7 @@ from yeonma.config.yaml_text import read_items
 from yeonma.data.library_sets import needs_code, unknown_split
 from yeonma.data.readers import KNOWN_FILES, ending_of
 from yeonma.errors import UserError, brief, did_you_mean
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 # Files about the data, often next to it.
 _SIDE_FILES = ("dataset_info.json", "dataset_infos.json", "config.json")

@@ -28,7 +28,7 @@ from yeonma.data.records import DataSet, FileOptions, Source
 from yeonma.data.splits import SplitSlice, parse_split, sliced
 from yeonma.errors import Problem, UserError, brief, did_you_mean
 from yeonma.files import file_hash, user_path
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 ROWS_FOR_COLUMNS = 1000
 MOST_NOTES = 5
@@ -180,8 +180,9 @@ def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndar
     if held_out >= count:
         problem = counted(
             held_out,
-            f"validation row of {count} leaves nothing to train",
-            f"validation rows of {count} leave nothing to train",
+            "validation row of {count} leaves nothing to train",
+            "validation rows of {count} leave nothing to train",
+            count=count,
         )
         raise UserError(problem, place="--val_set_size", cure="hold out fewer rows")
     keys = np.random.PCG64(seed % 2**64).random_raw(count)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from unicodedata import category
 
 from yeonma.errors import Problem, UserError
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 _ROLES = ("system", "user", "assistant")
 TURN_LIST, _ANSWER = "turns", "answer"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from yeonma.data.rows import Row
 from yeonma.data.strict_json import described
 from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 Role = Literal["system", "user", "assistant", "tool"]
 

@@ -24,7 +24,7 @@ from yeonma.export.publish_check import (
     without_paths,
 )
 from yeonma.files import kind_of, open_regular, read_regular
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 CARD = "README.md"
 EDITED = (

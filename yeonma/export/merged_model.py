@@ -47,6 +47,7 @@ from yeonma.export.merge_weights import (
 from yeonma.files import files_in, move_into_place, staging_folder
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
+from yeonma.messages import counted
 from yeonma.model.adapter_weights import check_fits, load_adapter
 from yeonma.model.language_part import absent_parameters
 from yeonma.model.load import (
@@ -64,7 +65,7 @@ from yeonma.model.published import Published, quantization_of
 from yeonma.model.saved_config import copy_code, keep_config_keys, write_generation_config
 from yeonma.model.source import BaseSource, find_base
 from yeonma.model.weight_files import stored_tensors, weight_files
-from yeonma.shown import code, code_block, counted, json_text, markdown
+from yeonma.shown import code, code_block, json_text, markdown
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.tokenizer_files import save_tokenizer_files

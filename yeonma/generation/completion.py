@@ -24,10 +24,10 @@ from yeonma.generation.logit_rules import LogitRules, TokenMask
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.generation.token_scores import ScoreLog
 from yeonma.generation.unfinished import REPLACEMENT, unfinished_bytes
+from yeonma.messages import counted
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.sharding import is_sharded
-from yeonma.shown import counted
 
 CONTEXT = 32  # tokens before an answer that may affect how its first token is decoded
 

@@ -16,7 +16,7 @@ from typing import Any
 from yeonma.data.strict_json import SPACE, Fault, described, parse
 from yeonma.errors import Problem, UserError, brief
 from yeonma.files import user_path
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

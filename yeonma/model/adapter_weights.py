@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
+from yeonma.messages import counted
 from yeonma.model.adapter_config import SAVE_AGAIN, WEIGHTS_FILE, read_adapter_config
 from yeonma.model.adapter_file import (
     DOWNLOAD,
@@ -29,7 +30,6 @@ from yeonma.model.language_part import left_out
 from yeonma.model.peft_targets import exact_names, exact_targets, read_config
 from yeonma.model.token_rows import embedding_paths, missing_rows, resize_embeddings
 from yeonma.model.whole_modules import keep_float32
-from yeonma.shown import counted
 
 PREFIX = "base_model.model."
 """Of the names in the file."""

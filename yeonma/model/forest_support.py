@@ -18,6 +18,7 @@ import torch
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.errors import first_line
+from yeonma.messages import counted
 from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.logprobs import (
@@ -34,7 +35,6 @@ from yeonma.model.recurrence.pieces import MAX_PIECE
 from yeonma.model.recurrence.replace import let_recurrences_take_forests
 from yeonma.model.rotary_lengths import near_borders, split_by_length
 from yeonma.model.sharding import recover
-from yeonma.shown import counted
 
 ATTENDING = {"full_attention", "sliding_attention", "hybrid"}
 RECURRENT = {"linear_attention", "conv", "hybrid"}

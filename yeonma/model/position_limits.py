@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from yeonma.errors import UserError
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 
 @dataclass(frozen=True)

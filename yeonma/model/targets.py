@@ -22,9 +22,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.messages import counted
 from yeonma.model.language_part import left_out, left_out_paths
 from yeonma.model.token_rows import trained_rows
-from yeonma.shown import counted
 
 ALL_LINEAR = "all-linear"
 PLACE = "lora_target_modules"

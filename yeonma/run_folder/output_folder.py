@@ -31,6 +31,7 @@ from yeonma.files import (
     sync_and_verify,
     user_path,
 )
+from yeonma.messages import counted
 from yeonma.model.base_content import changes, content_of, listed
 from yeonma.run_folder.checkpoint import (
     ALLOWANCE_BYTES,
@@ -56,7 +57,7 @@ from yeonma.run_folder.entries import (
     passed_over,
 )
 from yeonma.run_folder.run_log import THEN_CONTINUE, check_logs
-from yeonma.shown import counted, json_text
+from yeonma.shown import json_text
 
 EARLIER_DEFAULTS = {
     "quantization": "none",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from yeonma.errors import brief
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGEST = 2**63 - 1

@@ -28,6 +28,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.turns import ToolCall
 from yeonma.errors import UserError
 from yeonma.generation.json_grammar import JsonGrammar, JsonVocabulary
+from yeonma.messages import counted
 from yeonma.serve.one_at_a_time import Full, OneAtATime
 from yeonma.serve.openai_api import (
     UNSUPPORTED,
@@ -53,7 +54,6 @@ from yeonma.serve.request_framing import MAX_BODY_BYTES
 from yeonma.serve.token_names import TokenNames
 from yeonma.serve.try_page import page_model, try_page
 from yeonma.serve.worker import Busy, Event, GrammarFailed, Job, PromptTooLarge, ScoredTokens, Worker
-from yeonma.shown import counted
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.tool_calls import FindCalls
 

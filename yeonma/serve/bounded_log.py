@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from time import monotonic
 
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 RECORDS = 10
 """The most records in a minute, with their tracebacks."""

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from time import monotonic
 
-from yeonma.shown import counted
+from yeonma.messages import counted
 
 BYTES_PER_SECOND = 100_000
 """A request is let in as if it had come 1 second later for each of these, so that no size waits for ever."""

@@ -22,6 +22,7 @@ from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, qu
 from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.candidates import short_names, source_key
+from yeonma.messages import counted
 from yeonma.model.base_content import changes
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.position_limits import model_positions
@@ -31,7 +32,6 @@ from yeonma.serve.bounded_log import limit_log
 from yeonma.serve.connections import AsgiApp, ConnectionLimits, Connections, connection_limit, watched
 from yeonma.serve.listen import is_local
 from yeonma.serve.worker import ServedModel, Worker
-from yeonma.shown import counted
 
 MAX_WAITING = 256
 """Maximum number of prompts in the queue."""

@@ -24,10 +24,10 @@ from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.json_grammar import JsonGrammar, JsonMask
 from yeonma.generation.sampling import NO_CHANGES, LogitChanges, SamplingParams
 from yeonma.generation.token_scores import ScoredToken, ScoreLog, score_prompts
+from yeonma.messages import counted
 from yeonma.model.logprobs import ForestSupport
 from yeonma.serve.openai_responses import ReasoningText, Reply, ScoredPrompt
 from yeonma.serve.stream_buffer import StreamBuffer
-from yeonma.shown import counted
 from yeonma.tokenization.example import AnswerTokens
 
 log = logging.getLogger("yeonma.serve")

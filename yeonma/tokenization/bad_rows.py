@@ -15,7 +15,7 @@ from yeonma.data.template import Template
 from yeonma.data.template_syntax import visible
 from yeonma.data.text_checks import NO_NOTES, Notes
 from yeonma.errors import Problem, UserError, brief
-from yeonma.shown import counted
+from yeonma.messages import counted
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import over_limit_problems

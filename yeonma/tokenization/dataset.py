@@ -39,7 +39,7 @@ from yeonma.data.text_checks import (
 )
 from yeonma.errors import Log, UserError
 from yeonma.files import default_cache_dir, user_path
-from yeonma.shown import counted
+from yeonma.messages import counted
 from yeonma.tokenization.cache import build_store, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.store import TokenStore

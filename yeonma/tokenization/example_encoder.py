@@ -20,7 +20,7 @@ from yeonma.data.template import Rendered, field_lengths, shorten
 from yeonma.data.template_syntax import Piece, joined
 from yeonma.data.text_checks import NOT_GIVEN_BACK, TRIMMED
 from yeonma.errors import Problem, UserError
-from yeonma.shown import counted
+from yeonma.messages import counted
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.example import (
     NOT_TRAINED,

@@ -15,13 +15,13 @@ from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import LoraSettings, RunConfig, StepSettings
 from yeonma.errors import Log
+from yeonma.messages import counted
 from yeonma.model import load
 from yeonma.model.language_part import absent_parameters
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.model.targets import Coverage, coverage
 from yeonma.policy import Policy, build_policy
-from yeonma.shown import counted
 from yeonma.tokenization.dataset import (
     Dataset,
     DatasetPart,

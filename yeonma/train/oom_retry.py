@@ -16,7 +16,7 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.errors import Log, UserError
-from yeonma.shown import counted
+from yeonma.messages import counted
 from yeonma.streams import log_line
 
 Result = TypeVar("Result")

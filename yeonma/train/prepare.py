@@ -29,6 +29,7 @@ from yeonma.config.settings import (
 )
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
+from yeonma.messages import counted
 from yeonma.model import load
 from yeonma.model.adapter_config import WEIGHTS_FILE
 from yeonma.model.adapter_weights import added_rows, check_fits
@@ -41,7 +42,6 @@ from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
 from yeonma.model.whole_modules import check_not_quantised, whole_modules
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE
-from yeonma.shown import counted
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.tokenization.new_tokens import add_new_tokens

@@ -12,7 +12,7 @@ import torch
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import StepSettings
 from yeonma.data.task import ANSWERS
-from yeonma.shown import counted
+from yeonma.messages import counted
 from yeonma.tokenization.dataset import Dataset, DatasetPart
 from yeonma.train.prepare import METRIC_SCHEDULES, make_schedule, warmup_steps
 

@@ -21,6 +21,7 @@ from yeonma.adapter.full_model import not_finite_in, stored_shapes
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
 from yeonma.data.rows import Row
 from yeonma.errors import Log, Problem, UserError
+from yeonma.messages import counted
 from yeonma.model.adapter_config import WEIGHTS_FILE, read_adapter_config
 from yeonma.model.adapter_file import not_finite, read_header
 from yeonma.model.adapter_weights import Shapes as Shapes
@@ -28,7 +29,6 @@ from yeonma.model.adapter_weights import add_lora_of, add_rows, expected_shapes,
 from yeonma.model.base_content import changes, is_here, read_content
 from yeonma.model.load import load_config, outline
 from yeonma.model.source import BaseSource, find_base
-from yeonma.shown import counted
 from yeonma.tokenization.chat_template_export import (
     MARK,
     base_chat_template,

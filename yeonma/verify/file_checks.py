@@ -19,12 +19,12 @@ from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash, read_file
+from yeonma.messages import counted
 from yeonma.model.base_content import changes, content_of
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE, differences
 from yeonma.run_folder.run_log import read_metrics
-from yeonma.shown import counted
 
 RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.svg", FORMER_PLOT, "README.md")
 """Files that a copy of the adapter alone may lack."""

@@ -48,6 +48,14 @@ WITHIN_ANSWERS: tuple[SpanKind, ...] = ("answer", "end", "reasoning", "call")
 """The kinds that are trained in an ordinary answer."""
 NAMED_BY_MARKS: tuple[SpanKind, ...] = ("tools", "reasoning", "call", "untrained")
 WEIGHT_STYLE = "reverse"
+VERDICT = "verdict"
+"""The name of the forecast's first line."""
+VERDICT_STYLES = {
+    "fits": "bold green",
+    "may not fit": "bold yellow",
+    "does not fit": "bold red",
+    "unknown": "",
+}
 BAR = 16
 CUT_SHOWN = 120
 ROWS_LEFT_OUT_SHOWN = 3
@@ -102,13 +110,16 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     _print(console, ("computation: ", "bold"), _saving(audit))
 
 
-def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Print (name, text) lines. A name that starts with spaces is a part of the line before."""
+def print_forecast(console: Console, lines: Sequence[tuple[str, str]], verdict_style: str = "") -> None:
+    """Print (name, text) lines. A name that starts with spaces is a part of the line before. `verdict_style`: of the
+    line `verdict`."""
     if lines:
         _print(console, ("── forecast ──", "bold"))
     for name, text in lines:
         part = name.startswith(" ")
-        _print(console, (f"{name}: ", "" if part else "bold"), text)
+        _print(
+            console, (f"{name}: ", "" if part else "bold"), (text, verdict_style if name == VERDICT else "")
+        )
 
 
 def print_remark(console: Console, label: str, text: str) -> None:

@@ -186,7 +186,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             name_rows=name_rows,
         )
         if by_tokens and earlier_tokens is None:  # before the reference, which may take hours
-            try_heaviest(state, plan, prepared.dataset.train.store)
+            try_heaviest(state, plan, prepared.dataset.train.store, config.step.optimizer)
         extras = reference_extras(resolved, loaded, prepared, units_to_reference(prepared), group, log)
         stop.check()
         stopped = _train(config, loaded, state, extras, console, prepared, start, output)

@@ -310,8 +310,8 @@ class RunSettings:
     """Continue from `latest` in `output_dir`, from a given checkpoint folder, or from `none`."""
     time_limit: str | None = None
     """Stop before this much time has passed, with a checkpoint and exit status 75: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue."""
-    logging_steps: int = field(default=1, metadata=COUNT)
-    """Steps between printed and reported metrics. metrics.jsonl records every step."""
+    logging_steps: int | Literal["auto"] = field(default="auto", metadata=COUNT)
+    """Steps between printed and reported metrics. auto: a live line on a terminal, about a hundred lines elsewhere; trackers get every step. metrics.jsonl records every step anyway."""
     report_to: list[Tracker] | Tracker | Literal["none"] = "none"
     """Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed."""
     run_name: str | None = None

@@ -128,9 +128,18 @@ def print_remark(console: Console, label: str, text: str) -> None:
 
 
 def _print(console: Console, *parts: str | tuple[str, str]) -> None:
-    """Prints one line, escaped, of texts and of texts with their style."""
+    """Prints one line, escaped, of texts and of texts with their style. A terminal that is too narrow for it gets
+    several lines, broken between words and indented; a file or a pipe always gets one."""
     shown = [(part, "") if isinstance(part, str) else part for part in parts]
-    console.print(Text.assemble(*((one_line(text, MOST_OF_A_LINE), style) for text, style in shown)))
+    line = Text.assemble(*((one_line(text, MOST_OF_A_LINE), style) for text, style in shown))
+    if not console.is_terminal or line.cell_len <= console.width:
+        console.print(line)
+        return
+    indent = len(line.plain) - len(line.plain.lstrip()) + 2
+    first, *rest = line.wrap(console, console.width)
+    console.print(first)
+    for part in Text(" ").join(rest).wrap(console, max(20, console.width - indent)):
+        console.print(Text(" " * indent) + part)
 
 
 def _legend(console: Console) -> Text:

@@ -45,7 +45,7 @@ def in_keyword_form(settings: Mapping[str, Setting]) -> Iterator[None]:
     """Within the block, a UserError names settings as keywords, in its places and its cures, and so do lines of
     progress and warnings."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (KeywordStream(stream, settings) for stream in streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (KeywordStream(stream, settings) for stream in streams)
     try:
         yield
     except UserError as error:

@@ -26,7 +26,7 @@ INTERVAL = "95% interval {low} to {high}, {p}"
 ONE_INTERVAL = "95% interval {low} to {high}"
 NO_REFERENCE = "No row has a reference answer, so no number says which answers are better: read them."
 OTHERS = (
-    "Of the {count} other tested metrics, {better} are better with {model}, {worse} with {other}, and {same} show no "
+    "Other tested metrics: {better} better with {model}, {worse} better with {other}, {same} without a shown "
     "difference."
 )
 
@@ -119,5 +119,5 @@ def _others(
         else:
             is_better = (test["difference"] > 0) == (metric["better"] == "higher")
             counts["better" if is_better else "worse"] += 1
-    if total := sum(counts.values()):
-        yield OTHERS.format(count=total, model=names[1], other=names[0], **counts)
+    if any(counts.values()):
+        yield OTHERS.format(model=names[1], other=names[0], **counts)

@@ -520,7 +520,7 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str,
         about = (
             f"Loss and perplexity are per trained token; `after` is the {noun} in this folder. Accuracy and macro F1 "
             "are by likelihood of the labels: the prediction for a row is the label that the model finds most likely "
-            f"as its answer. {_scored_rows(after):,} of the {after['examples']:,} validation rows were scored."
+            f"as its answer. Scored validation rows: {_scored_rows(after):,} of {after['examples']:,}."
         )
     if "reward_accuracy" in before:
         names = {key: name for key, name in REWARDS.items() if key in before}

@@ -64,7 +64,7 @@ def test_accuracy_comes_before_overlap_and_overlap_before_the_loss_whatever_they
     first, second = verdict(NAMES, [loss, overlap], 40)
     assert "rougel differs" in first
     assert second == (
-        "Of the 1 other tested metrics, 1 are better with titles, 0 with base, and 0 show no difference."
+        "Other tested metrics: 1 better with titles, 0 better with base, 0 without a shown difference."
     )
     assert "accuracy" in verdict(NAMES, [loss, overlap, metric("accuracy", 0.0, 1.0)], 40)[0]
     assert "loss is" in verdict(NAMES, [loss], 40)[0]

@@ -100,7 +100,7 @@ def test_training_is_shown_with_accuracy_and_so_is_the_card(done: Done) -> None:
     card = (done.folder / "README.md").read_text("utf-8")
     assert "| validation | loss | perplexity | accuracy | macro F1 | step |" in card
     assert f"{after['accuracy']:.4f} | {after['macro_f1']:.4f} | {after['step']} |" in card
-    assert "12 of the 12 validation rows were scored" in card
+    assert "Scored validation rows: 12 of 12." in card
     table = card.partition("Predicted labels after training.")[2]
     (confusion,) = after["confusion"].values()
     for own, row in confusion.items():

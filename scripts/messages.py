@@ -21,7 +21,7 @@ from babel.messages.pofile import read_po, write_po
 from yeonma.messages import CATALOGUES, forms
 
 ROOT = Path(__file__).parents[1]
-CALLS = ("text", "later", "counted")
+CALLS = ("tr", "later", "counted")
 """Functions of `yeonma.messages`."""
 
 

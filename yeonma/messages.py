@@ -17,7 +17,7 @@ from yeonma.language import language
 CATALOGUES = Path(__file__).parent / "catalogue"
 
 
-def text(message: str, /, **values: object) -> str:
+def tr(message: str, /, **values: object) -> str:
     """A message in the language of help, with values at its `{places}`, as `str.format` puts them there.
 
     `message` is a literal, so that a script finds it, or a name of what `later` got. Braces that stand for themselves
@@ -42,7 +42,7 @@ def forms(one: str, many: str = "") -> tuple[str, str]:
 
 
 def later(message: str, /) -> str:
-    """A message that is stored or compared in English, and shown with `text(it)`."""
+    """A message that is stored or compared in English, and shown with `tr(it)`."""
     return message
 
 

@@ -42,6 +42,7 @@ from yeonma.data.template_syntax import Piece, visible
 from yeonma.data.text_checks import Notes, notes_of
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.messages import counted
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Task:
     """Part of the key of token stores."""
     units: str
     """What a step counts, for messages: `examples`, `pairs`."""
+    count: Callable[[int], str]
+    """`1 example`, `2 examples`."""
     recognise: Callable[[Rows, Columns], Recognised]
     """Chooses the built-in template that fits the columns."""
     fields: Callable[[Template], frozenset[str]]
@@ -79,6 +82,7 @@ def _texts(fields: Callable[[Template], frozenset[str]]) -> Callable[[Template],
 ANSWERS = Task(
     name="answers",
     units="examples",
+    count=lambda number: counted(number, "example"),
     recognise=lambda rows, columns: _recognise_answers(rows, columns),
     fields=lambda template: template.fields,
     text_fields=_texts(lambda template: template.fields),
@@ -90,6 +94,7 @@ ANSWERS = Task(
 PAIRS = Task(
     name="pairs",
     units="pairs",
+    count=lambda number: counted(number, "pair"),
     recognise=recognise_pairs,
     fields=fields_of_pair,
     text_fields=_texts(fields_of_pair),
@@ -103,6 +108,7 @@ PAIRS = Task(
 LABELLED = Task(
     name="labelled answers",
     units="labelled answers",
+    count=lambda number: counted(number, "labelled answer"),
     recognise=recognise_labelled,
     fields=fields_of_label,
     text_fields=_texts(lambda template: template.fields),

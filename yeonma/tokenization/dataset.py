@@ -348,8 +348,7 @@ def _also_in(earlier: PreparedSet, one: PreparedSet) -> DataWarning | None:
 
 def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     counts = store.counts
-    units = counted(counts.units, task.units.removesuffix("s"), task.units)
-    line = f"{name}: {counted(counts.rows, 'row')}, {units}, {counted(counts.tokens, 'token')}"
+    line = f"{name}: {counted(counts.rows, 'row')}, {task.count(counts.units)}, {counted(counts.tokens, 'token')}"
     log(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
         cuts = [f"by {counted(counts.cut_characters, 'character')}"] if counts.cut_characters else []

@@ -16,6 +16,7 @@ from yeonma.adapter.foreign_adapter import remark_on
 from yeonma.adapter.found_adapter import (
     FoundAdapter,
     check_has_template,
+    check_room,
     columns_of_row,
     find_adapter,
     rendered_prompts,
@@ -109,9 +110,7 @@ class PromptBuilder:
         self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
     ) -> None:
         """Raises UserError if `max_new_tokens` leave no room for a prompt."""
-        if max_new_tokens >= self.rules.cutoff_len:
-            problem = f"{max_new_tokens} new tokens leave no room for a prompt in {self.limit}"
-            raise UserError(problem, place=place, cure=cure)
+        check_room(max_new_tokens, self.rules.cutoff_len, self.limit, place, cure)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -59,8 +59,7 @@ def hub_failure(seconds: float | None = None) -> str:
 
     def request() -> None:
         try:
-            from huggingface_hub import constants
-            from huggingface_hub.utils import get_session
+            from huggingface_hub import constants, get_session
 
             status = get_session().head(constants.ENDPOINT, timeout=limit, follow_redirects=False).status_code
             failures.append(f"status {status}" if status >= 500 else "")

@@ -17,7 +17,7 @@ import pytest
 from tests.runs import command
 from tests.slow.engines import KINDS, NEW_TOKENS, adapters, asked, engine_base
 from yeonma import load
-from yeonma.commands.demo import SAMPLES
+from yeonma.data.bundled_samples import FOLDER as SAMPLES
 from yeonma.errors import UserError
 from yeonma.export.gguf_converter import convert, install_converter
 from yeonma.model.load import load_tokenizer

@@ -54,7 +54,7 @@ def message(name: str, **settings: str) -> str:
     return str(caught.value)
 
 
-def test_an_unknown_name_is_refused_with_the_names_of_the_copies(unreachable: Path) -> None:
+def test_fault_103_an_unknown_name_is_refused_with_the_names_of_the_copies(unreachable: Path) -> None:
     assert message("nosuch/model").endswith("; give a path of this machine; nothing was downloaded before")
     put_model(unreachable, "some/model")
     put_model(unreachable, "another/model")
@@ -63,7 +63,7 @@ def test_an_unknown_name_is_refused_with_the_names_of_the_copies(unreachable: Pa
     assert "nosuch/model: no such folder, and the hub cannot be reached (" in message("nosuch/model")
 
 
-def test_a_model_that_was_downloaded_is_taken_and_the_clients_go_offline(
+def test_fault_103_a_model_that_was_downloaded_is_taken_and_the_clients_go_offline(
     unreachable: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_model(unreachable, "some/model")
@@ -84,7 +84,9 @@ def test_the_clients_are_online_again_once_the_hub_answers(
     assert not constants.is_offline_mode() and "HF_HUB_OFFLINE" not in os.environ
 
 
-def test_the_demos_model_is_found_by_its_name(unreachable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fault_103_the_demos_model_is_found_by_its_name(
+    unreachable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests.runs import model_folder
 
     assert "nothing was downloaded before" in message(HUB_NAME)
@@ -97,7 +99,7 @@ def test_the_demos_model_is_found_by_its_name(unreachable: Path, capsys: pytest.
     assert find_base(HUB_NAME).name == HUB_NAME
 
 
-def test_data_is_looked_for_in_both_caches(unreachable: Path) -> None:
+def test_fault_103_data_is_looked_for_in_both_caches(unreachable: Path) -> None:
     with pytest.raises(UserError, match="nothing was downloaded before"):
         glance("some/data:config")
     (unreachable / "datasets" / "some___data").mkdir(parents=True)
@@ -107,7 +109,9 @@ def test_data_is_looked_for_in_both_caches(unreachable: Path) -> None:
         open_rows("other/data")
 
 
-def test_a_hub_that_never_answers_takes_two_seconds(online: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_103_a_hub_that_never_answers_takes_two_seconds(
+    online: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -63,16 +63,47 @@ class FoundAdapter:
             raise UserError(problems)
 
     def check_columns(self, columns: Columns, known: Sequence[str]) -> None:
-        """Raises UserError for a field in `--columns` that the template does not have, and for a column that is not
-        among those of the data, which are `known`."""
+        """Raises UserError for a field in `--columns` that the template does not have, and for a column of the prompt
+        that is not among those of the data, which are `known`. An answer may be missing."""
         fields = self.adapter.template.fields
-        for field, column in (columns or {}).items():
-            if column not in known:
-                cure = did_you_mean(column, known) or f"it has {', '.join(known)}"
-                raise UserError(f'the data has no column "{column}"', place="--columns", cure=cure)
+        answers = ("answer", self.adapter.template.answer_field)
+        asked = {field: column for field, column in (columns or {}).items() if field not in answers}
+        check_columns_there(asked, known)
+        for field in columns or {}:
             if field != "answer" and field not in fields:
                 cure = did_you_mean(field, fields) or f"it has {', '.join(sorted(fields))}"
                 raise UserError(f'the template has no field "{field}"', place="--columns", cure=cure)
+
+    def check_room(
+        self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
+    ) -> None:
+        """Raises UserError if `max_new_tokens` leave no room for a prompt in the adapter's `cutoff_len`."""
+        cutoff_len = self.adapter.rules.cutoff_len
+        check_room(max_new_tokens, cutoff_len, f"cutoff_len {cutoff_len}", place, cure)
+
+
+def given_twice(folders: Sequence[str]) -> list[Problem]:
+    """A problem for every folder that was named before."""
+    return [
+        Problem("given twice", folder, "give each adapter once")
+        for index, folder in enumerate(folders)
+        if folder in folders[:index]
+    ]
+
+
+def check_columns_there(columns: Columns, known: Sequence[str]) -> None:
+    """Raises UserError for a column in `--columns` that is not among those of the data, which are `known`."""
+    for column in (columns or {}).values():
+        if column not in known:
+            cure = did_you_mean(column, known) or f"it has {', '.join(known)}"
+            raise UserError(f'the data has no column "{column}"', place="--columns", cure=cure)
+
+
+def check_room(max_new_tokens: int, tokens: int, limit: str, place: str, cure: str) -> None:
+    """Raises UserError if `max_new_tokens` leave no room for a prompt in so many `tokens`, whose name is `limit`."""
+    if max_new_tokens >= tokens:
+        problem = f"{max_new_tokens} new tokens leave no room for a prompt in {limit}"
+        raise UserError(problem, place=place, cure=cure)
 
 
 def find_adapter(

@@ -16,6 +16,7 @@ from yeonma.adapter.foreign_adapter import remark_on
 from yeonma.adapter.found_adapter import (
     FoundAdapter,
     check_has_template,
+    check_room,
     columns_of_row,
     find_adapter,
     rendered_prompts,
@@ -27,7 +28,6 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import UserError
-from yeonma.messages import counted
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.source import BaseSource
@@ -110,10 +110,7 @@ class PromptBuilder:
         self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
     ) -> None:
         """Raises UserError if `max_new_tokens` leave no room for a prompt."""
-        if max_new_tokens >= self.rules.cutoff_len:
-            leaves = counted(max_new_tokens, "new token leaves", "new tokens leave")
-            problem = f"{leaves} no room for a prompt in {self.limit}"
-            raise UserError(problem, place=place, cure=cure)
+        check_room(max_new_tokens, self.rules.cutoff_len, self.limit, place, cure)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from yeonma.adapter.adapter_folder import MANIFEST, data_set_names, read_adapter_folder
 from yeonma.adapter.foreign_adapter import is_foreign
-from yeonma.adapter.found_adapter import FoundAdapter, find_adapter
+from yeonma.adapter.found_adapter import FoundAdapter, check_columns_there, find_adapter, given_twice
 from yeonma.config.settings import (
     AdapterSettings,
     ChatConfig,
@@ -70,6 +70,7 @@ def check_generate(config: GenerateConfig) -> None:
     gather(partial(_find, adapter, found), read_row, open_data)
     if source.prompt is None:
         found[0].check_template()
+        found[0].check_room(config.answer.max_new_tokens)
     for row in given:
         full = found[0].with_paths(row, source.columns)
         found[0].check_columns(source.columns, list(full.values))
@@ -84,6 +85,7 @@ def check_chat(config: ChatConfig) -> None:
     found: list[FoundAdapter] = []
     _find(config.adapter, found)
     found[0].check_template()
+    found[0].check_room(config.answer.max_new_tokens)
 
 
 def check_serve(settings: ServeSettings) -> None:
@@ -97,8 +99,18 @@ def check_serve(settings: ServeSettings) -> None:
             template=settings.template if is_foreign(folder) else None,
         )
         found.check_template()
+        found.check_room(settings.max_new_tokens, str(found.adapter.path), "lower --max_new_tokens")
 
-    gather(partial(check_device, settings.device), *(partial(check, one) for one in settings.adapter_dirs))
+    def check_repeated() -> None:
+        if problems := given_twice(settings.adapter_dirs):
+            raise UserError(problems)
+
+    folders = dict.fromkeys(settings.adapter_dirs)
+    gather(
+        partial(check_device, settings.device),
+        check_repeated,
+        *(partial(check, folder) for folder in folders),
+    )
 
 
 def check_compare(config: CompareConfig) -> None:
@@ -107,12 +119,14 @@ def check_compare(config: CompareConfig) -> None:
     settings = config.compare
 
     def open_data() -> None:
-        glance(
+        rows = glance(
             settings.data_path,
             split=settings.data_split,
             encoding=settings.encoding,
             delimiter=settings.delimiter,
         )
+        if rows is not None:
+            check_columns_there(settings.columns, with_paths(rows, settings.columns).columns)
 
     gather(
         partial(check_device, settings.device),
@@ -123,8 +137,17 @@ def check_compare(config: CompareConfig) -> None:
 
 
 def check_verify(settings: VerifySettings) -> None:
-    """Raises UserError if there is no such folder."""
-    existing_folder(settings.adapter_dir, RUN_CURE)
+    """Raises UserError if there is no such folder, no such base or no such data."""
+
+    def find_other_base() -> None:
+        if settings.base_model is not None:
+            find_base(settings.base_model, trust_remote_code=settings.trust_remote_code)
+
+    def open_data() -> None:
+        if settings.data_path is not None:
+            glance(settings.data_path, split=settings.data_split, encoding=settings.encoding)
+
+    gather(partial(existing_folder, settings.adapter_dir, RUN_CURE), find_other_base, open_data)
 
 
 def check_merge(settings: MergeSettings) -> None:

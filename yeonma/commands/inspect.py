@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from yeonma.config.data_sets import data_sets
 from yeonma.config.settings import InspectConfig
 from yeonma.files import output_file
+from yeonma.inspect.row_views import row_ranges
 from yeonma.train.preflight import preflight
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def inspect(config: InspectConfig) -> Inspection:
     if options.html is not None:
         for one in data_sets(training.data):
             output_file(options.html, "--html", one.path)
+    row_ranges(options.rows)
     if options.objective == "sft":
         training = replace(training, preference=None)
     preflight(training)

@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
-from yeonma.inspect.audit import Audit
 from yeonma.shown import json_text
 from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.explain import View, bad_row_view, explain
+
+if TYPE_CHECKING:
+    from yeonma.inspect.audit import Audit
 
 FIRST_ROWS = 3
 VIEW_CHUNK_ROWS = 64
@@ -39,12 +41,7 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
     if rows.strip() in ("all", "none"):
         return RowSelection(None if rows.strip() == "all" else frozenset())
     numbers: set[int] = set()
-    for part in rows.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
-        if match is None:
-            cure = "give numbers such as 17,40 or 5-8, or all"
-            raise UserError(f'there is no row "{part.strip()}"', place="--rows", cure=cure)
-        first, last = int(match[1]), int(match[2] or match[1])
+    for first, last in row_ranges(rows):
         if not 1 <= first <= last <= count:
             missing = last if first <= last else f"{first}-{last}"
             raise UserError(
@@ -52,6 +49,19 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
             )
         numbers.update(range(first, last + 1))
     return RowSelection(frozenset(numbers))
+
+
+def row_ranges(rows: str | None) -> list[tuple[int, int]]:
+    """The first and last number of each part of `--rows`; none if it names no numbers. Raises UserError for anything
+    that can be no row of any data set."""
+    ranges = []
+    for part in () if rows is None or rows.strip() in ("all", "none") else rows.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
+        if match is None:
+            cure = "give numbers such as 17,40 or 5-8, or all"
+            raise UserError(f'there is no row "{part.strip()}"', place="--rows", cure=cure)
+        ranges.append((int(match[1]), int(match[2] or match[1])))
+    return ranges
 
 
 def views_of(

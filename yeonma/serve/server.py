@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from yeonma.adapter.base_check import check_content
 from yeonma.adapter.foreign_adapter import is_foreign
+from yeonma.adapter.found_adapter import given_twice
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
@@ -88,11 +89,7 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
             problems += error.problems
     if not folders:
         problems.append(Problem("no adapter given", "adapter_dirs", "give one or more adapter folders"))
-    problems += [
-        Problem("given twice", folder, "give each adapter once")
-        for index, folder in enumerate(folders)
-        if folder in folders[:index]
-    ]
+    problems += given_twice(folders)
     if settings.template is not None and prompt_builders and not any(one.remark for one in prompt_builders):
         what = "the adapters have templates of their own"
         cure = "leave it out; it is for adapters of other tools"

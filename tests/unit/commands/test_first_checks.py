@@ -63,6 +63,7 @@ def answers(folder: Path, commands: list[list[str]]) -> list[str]:
 def test_messages_come_before_torch_is_imported(folder: Path) -> None:
     no_folder = "no such folder; give the output folder of"
     no_hub = "no such folder, and the hub cannot be reached"
+    compared = ("compare", "--models", "base", "titles", "--data_path", "rows.jsonl")
     expected = {
         ("generate", "nosuch", "--row", ROW): no_folder,
         ("generate", "base", "--row", ROW): "this is a whole model, not an adapter",
@@ -101,11 +102,25 @@ def test_messages_come_before_torch_is_imported(folder: Path) -> None:
             "rows.jsonl",
         ): "it is a file",
         ("verify", "nosuch"): "nosuch: no such folder; give the output folder of a run",
+        ("verify", "titles", "--base_model", "no/model"): no_hub,
+        ("verify", "titles", "--data_path", "no.jsonl"): "no such file or folder",
+        ("generate", "titles", "--row", ROW, "--max_new_tokens", "5000"): "leave no room for a prompt",
+        ("chat", "titles", "--max_new_tokens", "5000"): "leave no room for a prompt",
+        (*compared, "--output_dir", "r", "--columns", "{document: bod}"): 'the data has no column "bod"',
         ("merge", "nosuch", "--output_dir", "m"): no_folder,
         ("merge", "titles", "--output_dir", "base"): "it exists already",
         ("export", "nosuch", "--output_dir", "m"): no_folder,
         ("sft", "--base_model", "no/model", "--data_path", "rows.jsonl", "--output_dir", "o"): no_hub,
         ("inspect", "--base_model", "no/model", "--data_path", "rows.jsonl"): no_hub,
+        (
+            "inspect",
+            "--base_model",
+            "base",
+            "--data_path",
+            "rows.jsonl",
+            "--rows",
+            "a",
+        ): 'there is no row "a"',
     }
     printed = answers(folder, [list(command) for command in expected])
     wrong = [

@@ -102,9 +102,7 @@ def test_fault_06_truncated_last_line(write: Write, refused: Refused) -> None:
     (line,) = refused(write("b.json", f"[{LINE},\n{LINE}"))
     assert line.startswith("b.json:2:34: ") and line.endswith(f": the file is truncated; {AGAIN}")
     cure = "put cells with commas or line breaks in quotes"
-    assert refused(write("a.csv", "document,title\na,b\nc")) == [
-        f"a.csv:3: 1 cell; the header has 2; {cure}"
-    ]
+    assert refused(write("a.csv", "document,title\na,b\nc")) == [f"a.csv:3: 1 cell; the header has 2; {cure}"]
     cure = 'close it, and write " inside a quoted cell as ""'
     assert refused(write("b.csv", 'document,title\na,b\nc,"d')) == [
         f"b.csv:3:3: a quote that is never closed; {cure}"

@@ -27,7 +27,7 @@ from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
-from yeonma.shown import code, code_block, markdown, shell_word
+from yeonma.shown import code, code_block, counted, markdown, shell_word
 from yeonma.tokenization.chat_template_export import MARK
 from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
@@ -242,9 +242,10 @@ def card_text(
         *front_matter(about),
         f"# {markdown(output.resolve().name)}",
         "",
-        f"{what}, trained with Yeonma on {trained_on['examples']:,} {units} "
+        f"{what}, trained with Yeonma on {counted(trained_on['examples'], units.removesuffix('s'), units)} "
         f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of {names} in "
-        f"{adapter_step:,} steps. {trained_on['shortened']:,} examples were shortened and "
+        f"{counted(adapter_step, 'step')}. "
+        f"{counted(trained_on['shortened'], 'example was', 'examples were')} shortened and "
         f"{trained_on['left_out']:,} left out.",
         "",
         *_published(adapter),
@@ -395,11 +396,7 @@ def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
     ]
     for one in sets:
         times = one.get("repeats", 1)
-        part = (
-            f"{one['weight'] / total:.1%} of each step"
-            if total
-            else f"{times} time{'s' * (times > 1)} an epoch"
-        )
+        part = f"{one['weight'] / total:.1%} of each step" if total else f"{counted(times, 'time')} an epoch"
         lines.append(
             f"| {code(one['name'], in_table=True)} | {one['examples']:,} | {one['trained_tokens']:,} | {part} |"
         )

@@ -63,7 +63,9 @@ def messages_of(path: Path) -> Iterator[Message]:
             elif not all(
                 isinstance(argument, (ast.Name, ast.Attribute, ast.Subscript)) for argument in arguments
             ):
-                raise ValueError(f"{place}:{node.lineno}: the message is neither a literal nor a name")
+                raise ValueError(
+                    f"{place}:{node.lineno}: the message is made of parts: put values at {places}"
+                )
 
 
 def updated(catalogue: Catalog) -> Catalog:

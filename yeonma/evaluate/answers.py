@@ -26,6 +26,7 @@ from yeonma.evaluate.candidates import Candidate, check_candidate_content, colum
 from yeonma.evaluate.metrics import ScoredAnswer
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
+from yeonma.messages import counted
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.quantization import check_installed
 from yeonma.policy import Policy, build_policy
@@ -228,7 +229,8 @@ def _complete(
     rows = _rows_without_answer(inputs, options, cache)
     total, cached = len(inputs.prompts), len(inputs.prompts) - len(rows)
     if cached:
-        log(f"{name}: {cached} of {total} rows were answered before")
+        were = "was" if cached == 1 else "were"
+        log(f"{name}: {cached} of {counted(total, 'row')} {were} answered before")
     done = 0
 
     def add_answer(index: int, answer: Answer) -> None:
@@ -239,7 +241,7 @@ def _complete(
         record |= {"token_ids": list(answer.token_ids), "ended": answer.ended}
         cache.add(inputs.answer_key(row, options), record)
         if done * 10 // len(rows) > (done - 1) * 10 // len(rows):
-            log(f"{name}: answered {cached + done} of {total} rows")
+            log(f"{name}: answered {cached + done} of {counted(total, 'row')}")
 
     policy.generate_from_ids(
         [inputs.prompts[row].token_ids for row in rows],
@@ -255,7 +257,7 @@ def _complete(
             loss_record = {"model": name, "row": row + 1, "nll": nll, "trained_tokens": count}
             cache.add(inputs.loss_key(row), loss_record)
     if rows_without_loss:
-        log(f"{name}: computed the loss of {len(rows_without_loss)} rows")
+        log(f"{name}: computed the loss of {counted(len(rows_without_loss), 'row')}")
 
 
 def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[list[int]]:

@@ -40,6 +40,7 @@ from yeonma.evaluate.metrics import (
     swap_test,
 )
 from yeonma.evaluate.verdict import format_number, format_p, verdict
+from yeonma.messages import counted
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
 
@@ -164,16 +165,18 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
         name = inputs.candidate.name
         if inputs.left_out:
             limit = inputs.candidate.prompt_builder.limit
-            notes.append(f"{name}: {inputs.left_out} rows are over {limit} and have no loss.")
+            are = f"row is over {limit} and has", f"rows are over {limit} and have"
+            notes.append(f"{name}: {counted(inputs.left_out, *are)} no loss.")
         if shortened := sum(prompt.shortened for prompt in inputs.prompts):
-            notes.append(f"{name}: {shortened} prompts were shortened to leave room for the answer.")
+            prompts = counted(shortened, "prompt was", "prompts were")
+            notes.append(f"{name}: {prompts} shortened to leave room for the answer.")
     bases = {inputs.candidate.prompt_builder.source.name for inputs in comparison.inputs}
     if len(bases) > 1:
         notes.append(
             "Models of different bases may split texts into different tokens: compare losses with care."
         )
     if total < 30:
-        notes.append(f"With only {total} rows, confidence intervals tend to be too narrow.")
+        notes.append(f"With only {counted(total, 'row')}, confidence intervals tend to be too narrow.")
     if without_reference < total and not has_sacrebleu():
         notes.append(f"BLEU and chrF are missing. To get them: {INSTALL_SACREBLEU}")
     if tokenizer.note and without_reference < total:

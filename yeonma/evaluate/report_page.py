@@ -23,6 +23,7 @@ from yeonma.evaluate.report import (
 )
 from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p
 from yeonma.inspect.inspect_page import COLOURS
+from yeonma.messages import counted
 from yeonma.shown import html, json_text, many_lines
 
 PARTS = Path(__file__).parent / "page_parts"
@@ -52,7 +53,9 @@ def page(report: ComparisonReport) -> str:
     style = COLOURS + (PARTS / "report.css").read_text("utf-8")
     script = (PARTS / "report.js").read_text("utf-8")
     data = report["data"]
-    subtitle = f"{data['rows']:,} rows of {data['name']}, {report['made']}, Yeonma {report['yeonma']}"
+    subtitle = (
+        f"{counted(data['rows'], 'row')} of {data['name']}, {report['made']}, Yeonma {report['yeonma']}"
+    )
     return "\n".join(
         [
             "<!doctype html>",

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
 from yeonma.inspect.label_counts import label_lines
+from yeonma.messages import counted
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.tokenization.dataset import format_rows
 from yeonma.tokenization.explain import SpanKind, TextSpan, View
@@ -159,16 +160,16 @@ def heading_of(view: View) -> str:
     if view.left_out is not None:
         parts.append(f"left out: {view.left_out}")
     else:
-        parts.append(f"{len(view.token_ids):,} tokens, {trained:,} trained")
+        parts.append(f"{counted(len(view.token_ids), 'token')}, {trained:,} trained")
     if view.cut_characters:
         fields = sorted({part.field or "" for part in view.text_spans if part.kind == "cut"})
-        parts.append(f"{view.cut_characters:,} characters cut from {', '.join(fields)}")
+        parts.append(f"{counted(view.cut_characters, 'character')} cut from {', '.join(fields)}")
     if view.dropped_turns:
-        parts.append(f"{view.dropped_turns} old turns dropped")
+        parts.append(f"{counted(view.dropped_turns, 'old turn')} dropped")
     if view.straddles:
         parts.append("answer tokenised separately: its first token would merge with the prompt")
     if view.special_text:
-        parts.append(f"{view.special_text} special-token texts encoded as ordinary text")
+        parts.append(f"{counted(view.special_text, 'special-token text')} encoded as ordinary text")
     if view.is_held_out:
         parts.append("validation")
     return " · ".join(parts)
@@ -188,7 +189,7 @@ def _coloured(spans: Sequence[TextSpan], *, marks: bool) -> Text:
         if span.kind == "cut":
             if len(content) > CUT_SHOWN:
                 content = f"{content[: CUT_SHOWN // 2]} … {content[-CUT_SHOWN // 2 :]}"
-            text.append(f"⟨{len(span.text):,} characters cut: ", "red" if not marks else "")
+            text.append(f"⟨{counted(len(span.text), 'character')} cut: ", "red" if not marks else "")
             text.append(content, STYLES["cut"])
             text.append("⟩", "red")
         else:
@@ -240,7 +241,7 @@ def _one_line(text: str) -> str:
 def _source_lines(source: AuditedSource) -> Iterator[str | tuple[str, str]]:
     left_out = f", {source.left_out:,} left out" if source.left_out else ", none left out"
     left_out += f" ({source.identical:,} with two equal answers)" if source.identical else ""
-    yield f"{source.name}: {source.rows:,} rows read{left_out}; template {source.template}"
+    yield f"{source.name}: {counted(source.rows, 'row')} read{left_out}; template {source.template}"
     for fault in source.bad_rows:
         yield f"  bad rows, {fault}", "red"
     for row in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
@@ -253,7 +254,7 @@ def _source_lines(source: AuditedSource) -> Iterator[str | tuple[str, str]]:
 
 def _print_mixture(console: Console, audit: Audit) -> None:
     part = audit.train
-    line = f"{part.rows:,} rows, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
+    line = f"{counted(part.rows, 'row')}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
     _print(console, ("all data sets: ", "bold"), line)
     _print_lengths(console, part)
 
@@ -265,12 +266,14 @@ def _print_lengths(console: Console, part: PartAudit) -> None:
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
-    examples = "" if part.examples == part.rows else f", {part.examples:,} answers"
-    line = f"{part.rows:,} rows{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
+    examples = "" if part.examples == part.rows else f", {counted(part.examples, 'answer')}"
+    line = f"{counted(part.rows, 'row')}{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
     _print(console, (f"{label}: ", "bold"), line)
     if part.shortened:
-        cuts = [f"by {part.cut_characters:,} characters in total"] if part.cut_characters else []
-        cuts += [f"by {part.dropped_turns:,} old turns of conversations"] if part.dropped_turns else []
+        cuts = [f"by {counted(part.cut_characters, 'character')} in total"] if part.cut_characters else []
+        cuts += (
+            [f"by {counted(part.dropped_turns, 'old turn')} of conversations"] if part.dropped_turns else []
+        )
         summary = f"{part.shortened:,} shortened, {' and '.join(cuts)}"
         _print(console, (f"  {summary} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
     else:
@@ -342,7 +345,7 @@ def _histogram(lengths: Lengths) -> Table:
 
 def _epoch(audit: Audit) -> str:
     tokens = f"{audit.tokens_per_epoch:,} tokens, {audit.trained_tokens_per_epoch:,} of them trained"
-    return f"{audit.steps_per_epoch:,} steps, {tokens}; whole run: {audit.steps:,} steps"
+    return f"{counted(audit.steps_per_epoch, 'step')}, {tokens}; whole run: {counted(audit.steps, 'step')}"
 
 
 def _saving(audit: Audit) -> str:
@@ -350,5 +353,5 @@ def _saving(audit: Audit) -> str:
     padding, shared = 1 - work.unpadded / work.padded, (work.unpadded - work.forest) / work.padded
     return (
         f"{work.saved:.0%} less than with padding: {padding:.0%} from no padding, {shared:.0%} from shared prefixes"
-        f" (first {work.steps:,} steps)"
+        f" (first {counted(work.steps, 'step')})"
     )

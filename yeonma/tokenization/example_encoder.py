@@ -436,8 +436,8 @@ class ExampleEncoder:
         if text.data is None:
             parts = [next(encoded) for _ in ends]
         else:
-            counted_parts = [self.encoder.with_data(text.text[:end], text.data) for end in ends]
-            parts, special_text = [ids for ids, _ in counted_parts], counted_parts[-1][1]
+            parts_of = [self.encoder.with_data(text.text[:end], text.data) for end in ends]
+            parts, special_text = [ids for ids, _ in parts_of], parts_of[-1][1]
         full_ids = parts[-1]
         if any(full_ids[: len(part)] != part for part in parts):
             return None if len(text.answers) > 1 else self._continued(text, parts[0], special_text)

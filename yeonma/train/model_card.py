@@ -35,6 +35,7 @@ from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
+from yeonma.messages import counted
 from yeonma.model.language_part import left_out
 from yeonma.model.load import eos_tokens
 from yeonma.model.position_limits import model_positions
@@ -421,10 +422,11 @@ def card_text(
         *front_matter({key: value for key, value in about.items() if value}),
         f"# {markdown(adapter.path.resolve().name)}",
         "",
-        f"{what}, trained with Yeonma on {trained_on['examples']:,} {units} "
+        f"{what}, trained with Yeonma on {counted(trained_on['examples'], units.removesuffix('s'), units)} "
         f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of "
         f"{', '.join(code(_last_part(name)) for name in names)} in "
-        f"{adapter_step:,} steps. {trained_on['shortened']:,} examples were shortened and "
+        f"{counted(adapter_step, 'step')}. "
+        f"{counted(trained_on['shortened'], 'example was', 'examples were')} shortened and "
         f"{trained_on['left_out']:,} left out.",
         "",
         *_published(adapter),
@@ -605,11 +607,7 @@ def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
     ]
     for one in sets:
         times = one.get("repeats", 1)
-        part = (
-            f"{one['weight'] / total:.1%} of each step"
-            if total
-            else f"{times} time{'s' * (times > 1)} an epoch"
-        )
+        part = f"{one['weight'] / total:.1%} of each step" if total else f"{counted(times, 'time')} an epoch"
         lines.append(
             f"| {code(one['name'], in_table=True)} | {one['examples']:,} | {one['trained_tokens']:,} | {part} |"
         )

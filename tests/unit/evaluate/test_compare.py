@@ -281,7 +281,7 @@ def test_row_over_cutoff_len_has_no_loss_and_is_reported(tmp_path: Path) -> None
     assert report["models"][0]["left_out"] == 1
     assert report["rows"][1]["answers"][0]["scores"]["loss"] is None
     assert report["rows"][0]["answers"][0]["scores"]["loss"] is not None
-    assert any("1 rows are over cutoff_len 90" in note for note in report["notes"])
+    assert any("1 row is over cutoff_len 90 and has no loss" in note for note in report["notes"])
 
 
 def test_answers_that_ran_out_of_tokens_are_flagged(folders: Folders, data: Path, tmp_path: Path) -> None:

@@ -60,11 +60,9 @@ def messages_of(path: Path) -> Iterator[Message]:
             ]
             if len(literals) == len(arguments):
                 yield Message(forms(*literals) if of_words else (literals[0],), place)
-            elif not all(
-                isinstance(argument, (ast.Name, ast.Attribute, ast.Subscript)) for argument in arguments
-            ):
+            elif any(isinstance(argument, (ast.JoinedStr, ast.BinOp)) for argument in arguments):
                 raise ValueError(
-                    f"{place}:{node.lineno}: the message is made of parts: put values at {places}"
+                    f"{place}:{node.lineno}: the message is made of parts; put values at {{places}}"
                 )
 
 

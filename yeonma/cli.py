@@ -33,6 +33,7 @@ from yeonma.config.settings import (
     VerifySettings,
 )
 from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
+from yeonma.messages import tr
 from yeonma.platforms import check_platform
 from yeonma.shown import traceback_text
 from yeonma.streams import escape_other_libraries, log_line, say, say_lines
@@ -247,8 +248,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in VERBS:
-        cure = did_you_mean(name, VERBS) or f"the commands are {', '.join(VERBS)}"
-        raise UserError("unknown command", place=name, cure=cure)
+        cure = did_you_mean(name, VERBS) or tr("the commands are {verbs}", verbs=", ".join(VERBS))
+        raise UserError(tr("unknown command"), place=name, cure=cure)
     verb = VERBS[name]
     asked = next((index for index, word in enumerate(rest) if HELP.fullmatch(word)), None)
     if asked is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.shown import one_line, traceback_text
 
 Log = Callable[[str], None]
@@ -106,7 +106,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = list(known)
     same = [name for name in names if plain(name) == plain(word)]
     close = same or get_close_matches(word, names, n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else ""
+    return tr('did you mean "{close}"?', close=close[0]) if close else ""
 
 
 def first_line(error: Exception) -> str:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
 """Errors of the disk, which are no bugs."""
 _CURES = {
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV), "check the disk"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "let this user write there"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let this process open more files (ulimit -n)"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "remove what is in the way"),
-    **dict.fromkeys((errno.ENOENT, errno.EBUSY), "leave the folder alone while it is in use"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV), tr("check the disk")),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), tr("let this user write there")),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), tr("let this process open more files (ulimit -n)")),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP), tr("remove what is in the way")),
+    **dict.fromkeys((errno.ENOENT, errno.EBUSY), tr("leave the folder alone while it is in use")),
 }
 """What helps against an error of the system other than a full disk."""
 MOST_BYTES = 1 << 28
@@ -51,7 +52,7 @@ def user_path(written: str | Path, place: str = "") -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         shown = str(written) if len(str(written)) <= 200 else f"{str(written)[:197]}..."
-        raise UserError(f"invalid path: {reason}", place=place or shown) from None
+        raise UserError(tr("invalid path: {reason}", reason=reason), place=place or shown) from None
     return path
 
 
@@ -67,14 +68,14 @@ def output_file(written: str, setting: str, data_path: str | None) -> Path:
     """
     output = user_path(written, setting)
     if output.is_dir() or not output.parent.is_dir():
-        what = "this is a folder" if output.is_dir() else "no such folder"
-        raise UserError(what, place=f"{setting} {written}", cure="name a file in a folder that exists")
+        what = tr("this is a folder") if output.is_dir() else tr("no such folder")
+        raise UserError(what, place=f"{setting} {written}", cure=tr("name a file in a folder that exists"))
     if not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise UserError("cannot be written", place=f"{setting} {written}")
+        raise UserError(tr("cannot be written"), place=f"{setting} {written}")
     data = user_path(data_path) if data_path else None
     if data is not None and output.exists() and data.exists() and output.samefile(data):
         raise UserError(
-            "this is the data file itself", place=f"{setting} {written}", cure="name another file"
+            tr("this is the data file itself"), place=f"{setting} {written}", cure=tr("name another file")
         )
     return output
 
@@ -83,7 +84,7 @@ def existing_folder(written: str, cure: str) -> Path:
     """The folder that a setting names. Raises UserError, with this cure, if there is none."""
     folder = user_path(written)
     if not folder.is_dir():
-        raise UserError("no such folder", place=written, cure=cure)
+        raise UserError(tr("no such folder"), place=written, cure=cure)
     return folder
 
 
@@ -134,13 +135,20 @@ def check_free(folder: Path, needed_bytes: int, what: str, cure: str) -> None:
     """Raises UserError if less than `needed_bytes`, which `what` takes, is free."""
     if (free := free_bytes(folder)) < needed_bytes:
         raise UserError(
-            f"{what} needs {needed_bytes:,} bytes, and {free:,} are free", place=str(folder), cure=cure
+            tr(
+                "{what} needs {needed_bytes:,} bytes, and {free:,} are free",
+                what=what,
+                needed_bytes=needed_bytes,
+                free=free,
+            ),
+            place=str(folder),
+            cure=cure,
         )
 
 
 @contextmanager
 def disk_errors_as_user_errors(
-    folder: Path, what: str, needed_bytes: int | None = None, cure: str = "make room", then: str = ""
+    folder: Path, what: str, needed_bytes: int | None = None, cure: str = tr("make room"), then: str = ""
 ) -> Iterator[None]:
     """Turns the errors of the system while `what` is written into `folder` into a UserError: a full or failing disk,
     missing permissions, too many open files, a folder that is gone. Other errors pass.
@@ -159,11 +167,15 @@ def disk_errors_as_user_errors(
         if number not in DISK_ERRORS and (number not in _CURES or not is_inside or is_gone):
             raise
         place = folder if is_inside else filename
-        problem = f"{what} cannot be written: {os.strerror(number)}"
+        problem = tr("{what} cannot be written: {number}", what=what, number=os.strerror(number))
         if number in DISK_ERRORS:
             free = f"{free_bytes(folder):,}"
-            size = f"{free} bytes" if needed_bytes is None else f"it needs {needed_bytes:,} bytes, and {free}"
-            problem += f"; {size} are free"
+            size = (
+                f"{free} bytes"
+                if needed_bytes is None
+                else tr("it needs {needed_bytes:,} bytes, and {free}", needed_bytes=needed_bytes, free=free)
+            )
+            problem += tr("; {size} are free", size=size)
         cures = (_CURES.get(number, cure), then)
         raise UserError(problem, place=str(place), cure=", ".join(filter(None, cures))) from error
 
@@ -221,7 +233,7 @@ def read_file(path: Path) -> bytes:
     for: OSError, as for anything else that is no file."""
     with open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is not a file", str(path))
+            raise OSError(errno.EINVAL, tr("it is not a file"), str(path))
         return _all_of(file, path)
 
 
@@ -234,13 +246,17 @@ def read_regular(path: Path) -> bytes:
 def _all_of(file: BinaryIO, path: Path) -> bytes:
     """What a file of a record holds. Raises OSError for gigabytes, which no record has: a sparse file has them free."""
     if os.fstat(file.fileno()).st_size > MOST_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES:,} bytes", str(path))
+        raise OSError(
+            errno.EFBIG, tr("it has more than {most_bytes:,} bytes", most_bytes=MOST_BYTES), str(path)
+        )
     return file.read()
 
 
 def _not_a_file(path: str | Path, kind: str) -> UserError:
     return UserError(
-        f"it is a {kind or 'special file'} where a file belongs", place=str(path), cure="remove it"
+        tr("it is a {value} where a file belongs", value=kind or "special file"),
+        place=str(path),
+        cure=tr("remove it"),
     )
 
 
@@ -296,9 +312,9 @@ def sync_and_verify(folder: Path, hashes: Mapping[str, str]) -> None:
     for name, expected in hashes.items():
         _drop_from_cache(folder / name)
         if file_hash(folder / name) != expected:
-            what = "the file read back from the disk differs from what was written"
+            what = tr("the file read back from the disk differs from what was written")
             raise UserError(
-                what, place=str(folder / name), cure="check the disk; the last checkpoint is intact"
+                what, place=str(folder / name), cure=tr("check the disk; the last checkpoint is intact")
             )
 
 
@@ -323,7 +339,7 @@ def staging_folder(
     """
     folder = hidden_path(output.absolute(), "partial")
     delete(folder)
-    check_free(output, least_bytes, what, "make room, or give an output_dir on another disk")
+    check_free(output, least_bytes, what, tr("make room, or give an output_dir on another disk"))
     with disk_errors_as_user_errors(folder, what, needed_bytes):
         try:
             folder.mkdir(parents=True)

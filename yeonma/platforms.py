@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 
 def check_platform() -> None:
     """Raises UserError on Windows itself, where files, signals and processes work otherwise."""
     if os.name == "nt":
-        cure = "use Linux inside Windows (WSL2): run `wsl --install`, and install Yeonma there"
-        raise UserError("native Windows is not supported", cure=cure)
+        cure = tr("use Linux inside Windows (WSL2): run `wsl --install`, and install Yeonma there")
+        raise UserError(tr("native Windows is not supported"), cure=cure)
 
 
 def usable_cores() -> int:

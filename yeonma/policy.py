@@ -38,7 +38,7 @@ from yeonma.data.rows import Row
 from yeonma.errors import Log, UserError, first_line
 from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model import load
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import (
@@ -135,9 +135,9 @@ class Policy:
         """Raises UserError if the base's own weights are not there any more."""
         builder = self.prompt_builder
         if self.model is self.transformers_model and builder is not None and builder.adapter.is_whole:
-            what, cure = "the adapter is merged into this model", "use the adapter's folder instead"
+            what, cure = tr("the adapter is merged into this model"), tr("use the adapter's folder instead")
             if builder.adapter.is_full:
-                what, cure = "all weights of this model were trained", "use the base model itself"
+                what, cure = tr("all weights of this model were trained"), tr("use the base model itself")
             raise UserError(what, place=str(builder.adapter.path), cure=cure)
 
     def logprobs(self, batch: Batch, *, share_prefix: bool = True) -> torch.Tensor:
@@ -341,7 +341,7 @@ def check_outline(source: BaseSource, adapters: Sequence[str], *, adapter_weight
 
 def _unknown_to_base(tokens: int, folder: str) -> UserError:
     what = f"it has {counted(tokens, 'token')} of its own, which the base alone does not know"
-    return UserError(what, place=folder, cure="leave adapter_weights as it is, or ask the base itself")
+    return UserError(what, place=folder, cure=tr("leave adapter_weights as it is, or ask the base itself"))
 
 
 def adapter_names(count: int) -> list[str]:
@@ -396,8 +396,11 @@ def _check_support(base: Any) -> ForestSupport:
     except Exception as error:  # a model's code may raise anything
         if not any(True for _ in packed_layers(base)):
             raise
-        what = f"this model's code does not run with weights held in fewer bits ({first_line(error)})"
-        cure = "leave it out, and give a base that is not quantised"
+        what = tr(
+            "this model's code does not run with weights held in fewer bits ({error})",
+            error=first_line(error),
+        )
+        cure = tr("leave it out, and give a base that is not quantised")
         raise UserError(what, place="quantization", cure=cure) from error
 
 
@@ -467,8 +470,10 @@ def _rows(rows: Any) -> list[Row]:
     rows = list(rows_of_table(rows, "row") if is_table(rows) else rows)
     for row in rows:
         if not isinstance(row, Mapping):
-            cure = 'give {"field": "text"}, or a list of such rows; complete() continues plain text'
-            raise UserError(f"a row is a mapping of fields, not {type(row).__name__}", cure=cure)
+            cure = tr('give {{"field": "text"}}, or a list of such rows; complete() continues plain text')
+            raise UserError(
+                tr("a row is a mapping of fields, not {name}", name=type(row).__name__), cure=cure
+            )
     return [Row(number, row, f"row {number}") for number, row in enumerate(rows, start=1)]
 
 
@@ -502,7 +507,7 @@ def blueprint(
         except UserError:
             raise
         except Exception as error:  # a model's code may compute with its weights while it is built
-            what = f"this model cannot be built without its weights ({first_line(error)})"
+            what = tr("this model cannot be built without its weights ({error})", error=first_line(error))
             raise UserError(what, place="base_model") from error
         base.requires_grad_(False)
         base.published = published

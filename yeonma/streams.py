@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from yeonma.messages import tr
 from yeonma.shown import MOST_OF_A_LINE, indented, many_lines, one_line, traceback_text
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def unfailing_streams(*, as_command: bool) -> Iterator[None]:
     finally:
         out.flush()
         if out.problem:
-            err.write(f"yeonma: warning: standard output could not be written: {out.problem}\n")
+            err.write(
+                tr("yeonma: warning: standard output could not be written: {problem}\n", problem=out.problem)
+            )
         err.flush()
         sys.stdout, sys.stderr = before
         if as_command:

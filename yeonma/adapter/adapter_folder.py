@@ -21,6 +21,7 @@ from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
 from yeonma.model.base_content import VOLATILE, BaseContent, content_of
@@ -146,11 +147,11 @@ def asked_as(adapter: AdapterFolder, name: str) -> AdapterFolder:
     """
     names = data_set_names(adapter)
     if not names:
-        problem = f"{adapter.path} was trained on a single data set"
-        raise UserError(problem, place="--data_set", cure="leave it out")
+        problem = tr("{path} was trained on a single data set", path=adapter.path)
+        raise UserError(problem, place="--data_set", cure=tr("leave it out"))
     if name not in names:
-        problem = f'{adapter.path} was trained on no data set "{name}"'
-        cure = did_you_mean(name, names) or f"they are {', '.join(names)}"
+        problem = tr('{path} was trained on no data set "{name}"', path=adapter.path, name=name)
+        cure = did_you_mean(name, names) or tr("they are {names}", names=", ".join(names))
         raise UserError(problem, place="--data_set", cure=cure)
     one = adapter.details["trained_on"]["data_sets"][names.index(name)]
     template = Template.parse(one["template"]["text"], one["template"]["name"])
@@ -298,12 +299,16 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     for damaged files."""
     folder = user_path(path)
     if not folder.is_dir():
-        raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
+        raise UserError(
+            tr("no such folder"), place=str(path), cure=tr("give the output folder of `yeonma sft`")
+        )
     whole_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
     for name in (MANIFEST, TEMPLATE, *(() if whole_model else (CONFIG_FILE, WEIGHTS_FILE))):
         if not (folder / name).is_file():
             raise UserError(
-                f"{name} is missing", place=str(path), cure="give the output folder of a finished run"
+                tr("{name} is missing", name=name),
+                place=str(path),
+                cure=tr("give the output folder of a finished run"),
             )
     try:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -314,7 +319,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         text = (folder / TEMPLATE).read_text("utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
             raise UserError(
-                "this is not the template that the adapter was trained with", place=str(folder / TEMPLATE)
+                tr("this is not the template that the adapter was trained with"), place=str(folder / TEMPLATE)
             )
         return AdapterFolder(
             path=folder,
@@ -398,14 +403,22 @@ def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
         return
     name, place = adapter.base.name, str(adapter.path)
     if name != base.name:
-        what, cure = f"it was trained on {name}, which is not {base.name}", f"use --base_model {name}"
+        what, cure = (
+            tr("it was trained on {name}, which is not {base}", name=name, base=base.name),
+            tr("use --base_model {name}", name=name),
+        )
         raise UserError(what, place=place, cure=cure)
     now, then = os.path.realpath(name), adapter.details.get(BASE_FOLDER)
-    what = f"it was trained on {name}, where another model is now"
+    what = tr("it was trained on {name}, where another model is now", name=name)
     if now != name:
-        earlier = f"; it pointed to {then}" if then and then != now else ""
-        what = f"it was trained on {name}, which points to {now} now, another model{earlier}"
-    cure = "give the model that it was trained on with --base_model"
+        earlier = tr("; it pointed to {then}", then=then) if then and then != now else ""
+        what = tr(
+            "it was trained on {name}, which points to {now} now, another model{earlier}",
+            name=name,
+            now=now,
+            earlier=earlier,
+        )
+    cure = tr("give the model that it was trained on with --base_model")
     if then and then != now and Path(then).is_dir():
-        cure = f"use --base_model {then}"
+        cure = tr("use --base_model {then}", then=then)
     raise UserError(what, place=place, cure=cure)

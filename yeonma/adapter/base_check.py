@@ -9,6 +9,7 @@ from typing import Any
 from yeonma.adapter.adapter_folder import BASE_FOLDER, MANIFEST, AdapterFolder, read_adapter_folder
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.model.base_content import (
     BaseContent,
     changes,
@@ -71,19 +72,42 @@ def another_base(
     """The error for a base that differs in what `found` says. `is_continued`: whether training goes on from the
     adapter, for which a base is always named."""
     trained, place = adapter.base, str(adapter.path)
-    give = "give the model that it was trained on with --base_model"
+    give = tr("give the model that it was trained on with --base_model")
     is_folder, is_there = Path(trained.name).is_absolute(), Path(trained.name).is_dir()
     if name != trained.name and os.path.realpath(name) != os.path.realpath(trained.name):
-        what = f"it was trained on {trained.name}, which is not {name}: {listed(found)}"
+        what = tr(
+            "it was trained on {trained}, which is not {name}: {found}",
+            trained=trained.name,
+            name=name,
+            found=listed(found),
+        )
         if is_there or not is_folder:
-            revision = f" --model_revision {trained.revision}" if trained.revision and not is_folder else ""
-            give = f"use --base_model {trained.name}{revision}" if is_continued else "leave --base_model out"
+            revision = (
+                tr(" --model_revision {revision}", revision=trained.revision)
+                if trained.revision and not is_folder
+                else ""
+            )
+            give = (
+                tr("use --base_model {trained}{revision}", trained=trained.name, revision=revision)
+                if is_continued
+                else tr("leave --base_model out")
+            )
         return UserError(what, place=place, cure=give)
     now, then = os.path.realpath(trained.name), adapter.details.get(BASE_FOLDER)
-    what = f"its base model {trained.name} is no longer what it was trained on: {listed(found)}"
+    what = tr(
+        "its base model {trained} is no longer what it was trained on: {found}",
+        trained=trained.name,
+        found=listed(found),
+    )
     if is_folder and now != trained.name:
-        earlier = f"; it pointed to {then}" if then and then != now else ""
-        what = f"it was trained on {trained.name}, which points to {now} now: {listed(found)}{earlier}"
+        earlier = tr("; it pointed to {then}", then=then) if then and then != now else ""
+        what = tr(
+            "it was trained on {trained}, which points to {now} now: {found}{earlier}",
+            trained=trained.name,
+            now=now,
+            found=listed(found),
+            earlier=earlier,
+        )
     if then and then != now and Path(then).is_dir():
-        return UserError(what, place=place, cure=f"use --base_model {then}")
-    return UserError(what, place=place, cure=f"restore its files, or {give}")
+        return UserError(what, place=place, cure=tr("use --base_model {then}", then=then))
+    return UserError(what, place=place, cure=tr("restore its files, or {give}", give=give))

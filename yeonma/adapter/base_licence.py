@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from yeonma.config.yaml_text import read_front_matter, read_value
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.shown import code, markdown
 
 _MOST_CHARACTERS = 200
@@ -33,7 +34,7 @@ class BaseLicence:
 
 
 _HUB = "https://huggingface.co"
-_NC = "it allows no commercial use"
+_NC = tr("it allows no commercial use")
 TABLE: tuple[tuple[str, BaseLicence], ...] = (
     (
         "LGAI-EXAONE/EXAONE-3.5-*",
@@ -48,7 +49,7 @@ TABLE: tuple[tuple[str, BaseLicence], ...] = (
         BaseLicence(
             "EXAONE AI Model License Agreement 1.2 - NC",
             "https://github.com/LG-AI-EXAONE/EXAONE-4.0",
-            f"{_NC}, and no use for models that compete with EXAONE",
+            tr("{nc}, and no use for models that compete with EXAONE", nc=_NC),
         ),
     ),
     (
@@ -56,7 +57,7 @@ TABLE: tuple[tuple[str, BaseLicence], ...] = (
         BaseLicence(
             "K-EXAONE AI Model License Agreement",
             "https://github.com/LG-AI-EXAONE/K-EXAONE",
-            "the name of a derived model begins with K-EXAONE, and the agreement goes with it",
+            tr("the name of a derived model begins with K-EXAONE, and the agreement goes with it"),
         ),
     ),
     (
@@ -68,8 +69,10 @@ TABLE: tuple[tuple[str, BaseLicence], ...] = (
         BaseLicence(
             "Kanana Open License Agreement",
             f"{_HUB}/kakaocorp",
-            'the name of a derived model begins with Kanana, its card says "Powered by Kanana", and the agreement goes '
-            "with it",
+            tr(
+                'the name of a derived model begins with Kanana, its card says "Powered by Kanana", and '
+                "the agreement goes with it"
+            ),
         ),
     ),
     ("kakaocorp/kanana-1.5-v-*", BaseLicence("Kanana licence", f"{_HUB}/kakaocorp")),
@@ -89,7 +92,9 @@ TABLE: tuple[tuple[str, BaseLicence], ...] = (
         BaseLicence(
             "Llama 3 Community License, as a model built on Llama 3",
             "https://www.llama.com/llama3/license/",
-            'the name of a derived model begins with Llama 3, and its card says "Built with Meta Llama 3"',
+            tr(
+                'the name of a derived model begins with Llama 3, and its card says "Built with Meta Llama 3"'
+            ),
         ),
     ),
 )
@@ -98,9 +103,11 @@ fits counts."""
 _ASKS: Mapping[str, str] = MappingProxyType(
     {
         "exaone": _NC,
-        "k-exaone": "the name of a derived model begins with K-EXAONE, and the agreement goes with it",
-        "kanana-open-license": 'the name of a derived model begins with Kanana, its card says "Powered by Kanana", '
-        "and the agreement goes with it",
+        "k-exaone": tr("the name of a derived model begins with K-EXAONE, and the agreement goes with it"),
+        "kanana-open-license": tr(
+            'the name of a derived model begins with Kanana, its card says "Powered by Kanana", and '
+            "the agreement goes with it"
+        ),
     }
 )
 """What licences ask whose names stand in a base's README.md."""
@@ -123,7 +130,12 @@ def licence_note(base: str) -> list[str]:
     if found is None:
         return []
     asks = f": {found.asks}" if found.asks else ""
-    text = f"The base's licence is {markdown(found.name)} ({markdown(found.where)}){markdown(asks)}."
+    text = tr(
+        "The base's licence is {found} ({where}){asks}.",
+        found=markdown(found.name),
+        where=markdown(found.where),
+        asks=markdown(asks),
+    )
     name = Path(base).name if Path(base).is_absolute() else base
     return [
         f"{text} It applies to models derived from {code(name)} too; read it before you share or use this one.",

@@ -8,11 +8,12 @@ from yeonma.adapter.adapter_folder import MANIFEST, TEMPLATE, AdapterFolder, Bas
 from yeonma.data.template import load_template
 from yeonma.errors import UserError
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.model.adapter_config import CONFIG_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.tokenization.example import DEFAULT_RULES
 
-TEMPLATE_CURE = (
+TEMPLATE_CURE = tr(
     "give --template: a file, a built-in one (alpaca, title ...), or chat for the model's chat template"
 )
 
@@ -28,16 +29,18 @@ def check_is_adapter(path: str | Path) -> None:
     """Raises UserError for what is given in place of an adapter folder: a file, a whole model, or weights alone."""
     folder = user_path(path)
     if folder.is_file():
-        what = "this is a file, not a folder"
-        raise UserError(what, place=str(path), cure="give the folder of an adapter in PEFT's format")
+        what = tr("this is a file, not a folder")
+        raise UserError(what, place=str(path), cure=tr("give the folder of an adapter in PEFT's format"))
     if not folder.is_dir() or is_adapter(folder) or (folder / MANIFEST).is_file():
         return
     if (folder / "config.json").is_file():
-        cure = "give the folder of an adapter on it, or ask the model itself with `yeonma compare --models`"
-        raise UserError("this is a whole model, not an adapter", place=str(path), cure=cure)
+        cure = tr(
+            "give the folder of an adapter on it, or ask the model itself with `yeonma compare --models`"
+        )
+        raise UserError(tr("this is a whole model, not an adapter"), place=str(path), cure=cure)
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")) or any(folder.glob("adapter_*")):
-        cure = "give the folder of an adapter in PEFT's format"
-        raise UserError(f"{CONFIG_FILE} is missing", place=str(path), cure=cure)
+        cure = tr("give the folder of an adapter in PEFT's format")
+        raise UserError(tr("{config_file} is missing", config_file=CONFIG_FILE), place=str(path), cure=cure)
 
 
 def read_foreign_adapter(
@@ -51,7 +54,9 @@ def read_foreign_adapter(
     own = check_adapter_files(folder)
     name, revision = (base_model, None) if base_model is not None else (own.base, own.revision)
     if name is None:
-        raise UserError("it does not name its base model", place=own.place, cure="give it with --base_model")
+        raise UserError(
+            tr("it does not name its base model"), place=own.place, cure=tr("give it with --base_model")
+        )
     parsed = load_template(template or "prompt-completion")
     return AdapterFolder(
         path=own.folder,
@@ -67,10 +72,18 @@ def read_foreign_adapter(
 
 def remark_on(adapter: AdapterFolder, *, own_tokenizer: bool, base_is_given: bool) -> str:
     """A line that says what was taken for such an adapter."""
-    base = "as given" if base_is_given else "named in its adapter_config.json"
-    template = f"template {adapter.template.name}" if adapter.has_template else "no template, plain text only"
-    tokenizer = "its own tokenizer" if own_tokenizer else "the base's tokenizer"
-    return (
-        f"{adapter.path} was made by another tool: base {adapter.base.name} ({base}), {template}, {tokenizer}, "
-        f"default token rules (cutoff_len {adapter.rules.cutoff_len})"
+    base = tr("as given") if base_is_given else tr("named in its adapter_config.json")
+    template = (
+        f"template {adapter.template.name}" if adapter.has_template else tr("no template, plain text only")
+    )
+    tokenizer = tr("its own tokenizer") if own_tokenizer else tr("the base's tokenizer")
+    return tr(
+        "{path} was made by another tool: base {base} ({base2}), {template}, {tokenizer}, "
+        "default token rules (cutoff_len {cutoff_len})",
+        path=adapter.path,
+        base=adapter.base.name,
+        base2=base,
+        template=template,
+        tokenizer=tokenizer,
+        cutoff_len=adapter.rules.cutoff_len,
     )

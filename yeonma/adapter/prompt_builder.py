@@ -28,6 +28,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.source import BaseSource
@@ -99,15 +100,15 @@ class PromptBuilder:
     def limit(self) -> str:
         """What limits the length of prompt and answer, for messages."""
         if self.rules.cutoff_len < self.adapter.rules.cutoff_len:
-            return f"the model's {self.positions} positions"
-        return f"cutoff_len {self.adapter.rules.cutoff_len}"
+            return tr("the model's {positions} positions", positions=self.positions)
+        return tr("cutoff_len {cutoff_len}", cutoff_len=self.adapter.rules.cutoff_len)
 
     def check_template(self) -> None:
         """Raises UserError if there is no template: an adapter of another tool, and none was given."""
         check_has_template(self.adapter)
 
     def check_room(
-        self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
+        self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = tr("lower it")
     ) -> None:
         """Raises UserError if `max_new_tokens` leave no room for a prompt."""
         check_room(max_new_tokens, self.rules.cutoff_len, self.limit, place, cure)
@@ -152,7 +153,7 @@ class PromptBuilder:
         """A prompt of plain text for the model to continue. Special tokens in it stay special. Raises UserError if it
         is empty, or if it and `max_new_tokens` exceed the model's positions."""
         if field_text(Row(1, {"prompt": text}, place), "prompt") is None:
-            raise UserError("it is empty", place=place, cure="give the text to continue")
+            raise UserError(tr("it is empty"), place=place, cure=tr("give the text to continue"))
         ids = np.array(TextEncoder.of(self.tokenizer).batch([text])[0], dtype=np.int32)
         if max_new_tokens:
             check_fits(len(ids), max_new_tokens, self.positions, place)

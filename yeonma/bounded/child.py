@@ -24,6 +24,7 @@ from typing import Any
 from yeonma.bounded import child_program
 from yeonma.bounded.child_program import ANSWER, DONE, HEADER, OUT_OF_MEMORY, READY, REFUSED, TOO_LARGE
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 MIB = 1024 * 1024
 _SLICE = 0.25
@@ -213,7 +214,9 @@ def ask(kind: str, arguments: Sequence[Any], bounds: Bounds) -> bytes:
                 _running.clear()
                 status = child.end()
                 if isinstance(error, _TooLong) or (isinstance(error, _Gone) and status == -signal.SIGPROF):
-                    raise OverBounds(f"did not end within {bounds.seconds:g} seconds") from None
+                    raise OverBounds(
+                        tr("did not end within {seconds:g} seconds", seconds=bounds.seconds)
+                    ) from None
                 without_memory = (
                     isinstance(error, _Gone) and status == -signal.SIGABRT and first
                 )  # of libraries in Rust
@@ -222,7 +225,9 @@ def ask(kind: str, arguments: Sequence[Any], bounds: Bounds) -> bytes:
                 if not isinstance(error, _Gone):
                     raise
                 if first:
-                    raise OverBounds(f"ended the process that ran it ({_ending(status)})") from None
+                    raise OverBounds(
+                        tr("ended the process that ran it ({status})", status=_ending(status))
+                    ) from None
                 continue  # somebody ended it between two requests, or memory ran out: once more, in a fresh one
             if answer == OUT_OF_MEMORY:
                 _running.clear()
@@ -234,13 +239,13 @@ def ask(kind: str, arguments: Sequence[Any], bounds: Bounds) -> bytes:
     if answer == REFUSED:
         raise Refused(content.decode("utf-8", "replace"))
     if answer == TOO_LARGE:
-        raise OverBounds(f"writes more than {_size(bounds.result + 16 * len(request))}")
+        raise OverBounds(tr("writes more than {result}", result=_size(bounds.result + 16 * len(request))))
     assert answer == DONE, answer
     return content
 
 
 def _more_memory(bounds: Bounds) -> str:
-    return f"needs more than {_size(bounds.memory)} of memory"
+    return tr("needs more than {memory} of memory", memory=_size(bounds.memory))
 
 
 def _size(count: int) -> str:
@@ -259,9 +264,15 @@ def _child() -> _Child:
             _running.append(_Child())
         except (OSError, _Gone, _TooLong) as error:
             raise UserError(
-                "what others wrote (chat templates, expressions, tokenizers) runs in a process of its own, and this "
-                f"could not be started ({type(error).__name__}: {error or 'it ended'})",
-                cure="free memory, file handles or processes (`ulimit -n -u -v`), and run the command again",
+                tr(
+                    "what others wrote (chat templates, expressions, tokenizers) runs in a process of its "
+                    "own, and this could not be started ({name}: {value})",
+                    name=type(error).__name__,
+                    value=error or "it ended",
+                ),
+                cure=tr(
+                    "free memory, file handles or processes (`ulimit -n -u -v`), and run the command again"
+                ),
             ) from error
     return _running[0]
 

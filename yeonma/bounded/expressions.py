@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from yeonma.bounded.child import MIB, Bounds, OverBounds, Refused, ask
 from yeonma.errors import UserError, brief
+from yeonma.messages import tr
 
 EXPRESSION = Bounds(seconds=5, memory=256 * MIB, result=MIB)
 
@@ -20,9 +21,9 @@ def bounded_match(
     try:
         return [found == 1 for found in ask("match", (pattern, list(names)), bounds)]
     except Refused as error:
-        problem = f'"{brief(pattern)}" is no regular expression: {error}'
-        raise UserError(problem, place=place, cure=cure or "write it as Python's `re` reads it") from None
+        problem = tr('"{pattern}" is no regular expression: {error}', pattern=brief(pattern), error=error)
+        raise UserError(problem, place=place, cure=cure or tr("write it as Python's `re` reads it")) from None
     except OverBounds as error:
-        problem = f'the expression "{brief(pattern)}" {error}'
-        cure = cure or "list the names, or write an expression without repetitions within repetitions"
+        problem = tr('the expression "{pattern}" {error}', pattern=brief(pattern), error=error)
+        cure = cure or tr("list the names, or write an expression without repetitions within repetitions")
         raise UserError(problem, place=place, cure=cure) from None

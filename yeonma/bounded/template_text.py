@@ -8,6 +8,7 @@ from typing import Any
 
 from yeonma.bounded.child import MIB, Bounds, OverBounds, Refused, ask, packed
 from yeonma.bounded.child_program import ANSWER, REFUSED
+from yeonma.messages import tr
 
 CHAT_TEMPLATE = Bounds(seconds=10, memory=512 * MIB, result=MIB)
 """For one conversation. The text may have 16 bytes for each byte of the conversation besides."""
@@ -28,12 +29,12 @@ def request_for(
     `variables`: the special tokens and the template's own arguments. Raises Refused.
     """
     if not isinstance(template, str):
-        raise Refused(f"it is no text, but {type(template).__name__}")
+        raise Refused(tr("it is no text, but {name}", name=type(template).__name__))
     if not messages:
-        raise Refused("the conversation is empty")
+        raise Refused(tr("the conversation is empty"))
     for name in _OWN:
         if name in variables:
-            raise Refused(f'"{name}" is not among the arguments that can be given')
+            raise Refused(tr('"{name}" is not among the arguments that can be given', name=name))
     given = {
         "documents": None,
         **variables,

@@ -12,6 +12,7 @@ from yeonma.commands.chat_input import Command, help_lines, read_entry
 from yeonma.config.settings import AnswerSettings, ChatConfig
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.policy import Policy, load_policy
 from yeonma.serve.stream_buffer import StreamBuffer
 from yeonma.shown import GrowingText
@@ -64,7 +65,9 @@ def run(config: ChatConfig) -> int:
         if on_terminal:
             say()
     except UnicodeDecodeError as error:
-        raise UserError(f"the input is not {error.encoding}", cure="set the terminal to UTF-8") from error
+        raise UserError(
+            tr("the input is not {encoding}", encoding=error.encoding), cure=tr("set the terminal to UTF-8")
+        ) from error
     return 0
 
 
@@ -162,10 +165,10 @@ class _ChatSession:
         and the result is None."""
         try:
             (prompt,) = self.builder.prompts(
-                [Row(1, row, "this question")], max_new_tokens=self.settings.max_new_tokens
+                [Row(1, row, tr("this question"))], max_new_tokens=self.settings.max_new_tokens
             )
             if prompt.shortened:
-                log_line(f"shortened to fit {self.builder.limit}")
+                log_line(tr("shortened to fit {limit}", limit=self.builder.limit))
             shown = _AnswerText(StreamBuffer(prompt), self.on_terminal)
             (answer,) = self.policy.answers([prompt], self.settings, on_text=shown)
             shown.finish()

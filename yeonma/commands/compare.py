@@ -16,6 +16,7 @@ from yeonma.evaluate.metrics import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.evaluate.report import Comparison, ComparisonReport, make_report, print_report, to_json
 from yeonma.evaluate.report_page import page
 from yeonma.files import disk_errors_as_user_errors, replace_file
+from yeonma.messages import tr
 from yeonma.streams import log_line, say
 
 
@@ -25,11 +26,13 @@ def run(config: CompareConfig) -> int:
         folder = compare(config.compare, config.answer, log_line)
     except KeyboardInterrupt:
         log_line(
-            f"interrupted; the answers so far are in {config.compare.output_dir}. "
-            "Run the same command again to continue"
+            tr(
+                "interrupted; the answers so far are in {output_dir}. Run the same command again to continue",
+                output_dir=config.compare.output_dir,
+            )
         )
         return 130
-    say(f"Open {folder / 'report.html'} in a browser; it needs no network.")
+    say(tr("Open {folder} in a browser; it needs no network.", folder=folder / "report.html"))
     return 0
 
 
@@ -64,12 +67,12 @@ def compare_models(
     inputs = candidate_inputs(candidates, rows, settings, options)
     references = reference_answers(candidates, rows, settings)
     if any(text is not None for text in references) and not has_sacrebleu():
-        log(f"BLEU and chrF need sacrebleu: {INSTALL_SACREBLEU}")
+        log(tr("BLEU and chrF need sacrebleu: {install_sacrebleu}", install_sacrebleu=INSTALL_SACREBLEU))
     _create(output, settings.output_dir)
     with open_answer_cache(output / ANSWERS) as cache:
         answers, inputs = answer_all(inputs, settings, options, cache, log)
     report = make_report(settings, options, Comparison(source, rows, references, inputs, answers))
-    with disk_errors_as_user_errors(output, "the report"):
+    with disk_errors_as_user_errors(output, tr("the report")):
         replace_file(output / "report.json", to_json(report).encode())
         replace_file(output / "report.html", page(report).encode())
     return output, report
@@ -79,4 +82,7 @@ def _create(output: Path, given: str) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot be created: {error.strerror}", place=f"--output_dir {given}") from error
+        raise UserError(
+            tr("cannot be created: {strerror}", strerror=error.strerror),
+            place=tr("--output_dir {given}", given=given),
+        ) from error

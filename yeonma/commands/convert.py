@@ -11,7 +11,7 @@ from yeonma.config.settings import ConvertSettings
 from yeonma.config.yaml_text import read_items
 from yeonma.errors import UserError
 from yeonma.files import output_file, replace_file
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.streams import log_line, say_lines
 
 
@@ -51,9 +51,12 @@ def converted(path: str, dataset_dir: str | None, processes: int) -> Conversion:
         axolotl.convert(conversion, processes)
     else:
         raise UserError(
-            "neither LLaMA-Factory's nor Axolotl's",
+            tr("neither LLaMA-Factory's nor Axolotl's"),
             place=path,
-            cure="a file of LLaMA-Factory has model_name_or_path and stage, one of Axolotl base_model and datasets",
+            cure=tr(
+                "a file of LLaMA-Factory has model_name_or_path and stage, one of Axolotl base_model and "
+                "datasets"
+            ),
         )
     conversion.check()
     return conversion

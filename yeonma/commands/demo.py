@@ -27,6 +27,7 @@ from yeonma.config.settings import (
 )
 from yeonma.data.rows import Row, open_rows
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.shown import shell_word
 from yeonma.streams import say, say_lines
 
@@ -111,29 +112,31 @@ def _run(demo: Demo, settings: DemoSettings) -> int:
     """Download the model, train, and show the results. Resumes an interrupted demo, and shows a finished one again."""
     started = time.perf_counter()
     output = user_path(settings.output_dir)
-    _heading("1. The model")
+    _heading(tr("1. The model"))
     base = settings.model_dir or _fetch_model()
     say(base)
 
     _heading("2. Training")
     run_settings = _training_settings(demo, settings, base)
-    say_lines(f"Equivalent command:\n\n{_command([demo.verb], run_settings)}\n")
+    say_lines(tr("Equivalent command:\n\n{run_settings}\n", run_settings=_command([demo.verb], run_settings)))
     from yeonma.commands.sft import train
 
     if status := train(demo.verb, _config_of(demo, run_settings)):
         return status
 
-    _heading(f"3. Titles for {MAX_ROWS} held-out articles")
+    _heading(tr("3. Titles for {max_rows} held-out articles", max_rows=MAX_ROWS))
     _show_answers(demo, output)
     _show_metrics(demo, output)
-    _heading("4. Comparison on all held-out rows")
+    _heading(tr("4. Comparison on all held-out rows"))
     report = _compare(demo, output, base)
-    _heading("5. Files and next steps")
+    _heading(tr("5. Files and next steps"))
     say_lines(_next_steps(demo, output, base))
     say()
-    say(f"Open {report} in a browser to read all answers side by side; it needs no network.")
+    say(
+        tr("Open {report} in a browser to read all answers side by side; it needs no network.", report=report)
+    )
     say()
-    say(f"The demo took {_duration(time.perf_counter() - started)}.")
+    say(tr("The demo took {time}.", time=_duration(time.perf_counter() - started)))
     return 0
 
 
@@ -196,15 +199,21 @@ def _show_metrics(demo: Demo, output: Path) -> None:
         min(evaluations, key=_loss),
     )  # the run saves the adapter with the lowest loss
     rows = before["examples"]
-    losses = f"{_loss(before):.3f} before, {_loss(after):.3f} after"
+    losses = tr("{before:.3f} before, {after:.3f} after", before=_loss(before), after=_loss(after))
     if demo.verb == "sft":
-        say(f"Validation loss on the {rows} held-out rows: {losses}.")
+        say(tr("Validation loss on the {rows} held-out rows: {losses}.", rows=rows, losses=losses))
         return
     correct = round(rows * after["reward_accuracy"])
     say_lines(
-        f"Reward accuracy: in {correct} of the {rows} held-out pairs the title in house style has the higher reward,\n"
-        f"by {after['reward_margin']:.2f} on average. Before training every reward is 0.\n"
-        f"Validation loss: {losses}."
+        tr(
+            "Reward accuracy: in {correct} of the {rows} held-out pairs the title in house style has "
+            "the higher reward,\nby {reward_margin:.2f} on average. Before training every reward is "
+            "0.\nValidation loss: {losses}.",
+            correct=correct,
+            rows=rows,
+            reward_margin=after["reward_margin"],
+            losses=losses,
+        )
     )
 
 
@@ -222,7 +231,7 @@ def _compare(demo: Demo, output: Path, base: str) -> Path:
         "max_new_tokens": MAX_NEW_TOKENS,
         "output_dir": str(output / "report"),
     }
-    say_lines(f"Equivalent command:\n\n{_command(['compare'], settings)}\n")
+    say_lines(tr("Equivalent command:\n\n{settings}\n", settings=_command(["compare"], settings)))
     config = config_from_keywords(CompareConfig, settings).config
     return compare(config.compare, config.answer, say) / "report.html"
 
@@ -234,15 +243,18 @@ def _loss(evaluation: Mapping[str, Any]) -> float:
 def _next_steps(demo: Demo, output: Path, base: str) -> str:
     folder = shell_word(str(output))
     row = json.dumps({"document": "The old lighthouse on Gull Rock will open as a library in May."})
-    return f"""\
-{folder}/README.md                  model card: settings, losses, answers before and after training
-{folder}/loss.svg, metrics.jsonl    loss curve, and the numbers of every step
-{folder}/adapter_model.safetensors  adapter weights; PEFT loads the folder as well
-{folder}/settings.yaml              settings of the run; repeat it with `yeonma {demo.verb} --config`
-
-{_command(["generate", str(output), "--row", row])}
-{_command(["chat", str(output)])}
-{_command([demo.verb], {"base_model": base, **demo.next_settings})}"""
+    return tr(
+        "{folder}/README.md                  model card: settings, losses, answers before and "
+        "after training\n{folder}/loss.svg, metrics.jsonl    loss curve, and the numbers of every "
+        "step\n{folder}/adapter_model.safetensors  adapter weights; PEFT loads the folder as well\n"
+        "{folder}/settings.yaml              settings of the run; repeat it with `yeonma {verb} "
+        "--config`\n\n{command}\n{command2}\n{command3}",
+        folder=folder,
+        verb=demo.verb,
+        command=_command(["generate", str(output), "--row", row]),
+        command2=_command(["chat", str(output)]),
+        command3=_command([demo.verb], {"base_model": base, **demo.next_settings}),
+    )
 
 
 def _command(words: Sequence[str], settings: Mapping[str, object] | None = None) -> str:

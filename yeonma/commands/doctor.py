@@ -12,7 +12,7 @@ from typing import Any
 
 from yeonma import __version__
 from yeonma.config.settings import DoctorSettings
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.packages import MAIN, TESTED, install, version_of
 from yeonma.platforms import usable_cores
 from yeonma.streams import say
@@ -27,7 +27,7 @@ ATTENTION = {
     "sdpa": "scaled_dot_product_attention, segment by segment",
 }
 """Backend of an ordinary layer -> what it is."""
-AGAIN = "install Yeonma again, with its packages"
+AGAIN = tr("install Yeonma again, with its packages")
 
 
 @dataclass
@@ -59,7 +59,7 @@ def run(settings: DoctorSettings) -> int:
     for problem in report.problems:
         say(f"! {problem}")
     if not report.problems:
-        say("nothing is wrong")
+        say(tr("nothing is wrong"))
     return int(bool(report.problems))
 
 
@@ -75,17 +75,27 @@ def _packages(report: Report) -> None:
     own = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
     for one in own:
         found = version_of(one.name)
-        needs = f"Yeonma needs {one.name}{one.specifier}"
+        needs = tr("Yeonma needs {one}{specifier}", one=one.name, specifier=one.specifier)
         if found is None:
-            report.problems.append(f"{one.name} is not installed, and {needs}; {AGAIN}")
+            report.problems.append(
+                tr("{one} is not installed, and {needs}; {again}", one=one.name, needs=needs, again=AGAIN)
+            )
         elif not one.specifier.contains(found, prereleases=True):
-            report.problems.append(f"{one.name} {found} is installed, and {needs}; {AGAIN}")
+            report.problems.append(
+                tr(
+                    "{one} {found} is installed, and {needs}; {again}",
+                    one=one.name,
+                    found=found,
+                    needs=needs,
+                    again=AGAIN,
+                )
+            )
     report.add("packages", ", ".join(f"{name} {version_of(name)}" for name in MAIN))
     optional = {name: version_of(name) for name in (*sorted(TESTED), *FAST)}
     present = [f"{name} {found}" for name, found in optional.items() if found is not None]
     missing = [name for name, found in optional.items() if found is None]
     report.add("optional", ", ".join(present) or "none")
-    report.add("not installed", ", ".join(missing) or "none")
+    report.add(tr("not installed"), ", ".join(missing) or "none")
 
 
 def _requirements() -> list[str]:
@@ -111,22 +121,34 @@ def _device(report: Report) -> None:
         properties = torch.cuda.get_device_properties(device)
         free, whole = torch.cuda.mem_get_info(device)
         capability = f"{properties.major}.{properties.minor}"
-        text = f"{properties.name}, compute capability {capability}"
+        text = tr(
+            "{properties}, compute capability {capability}", properties=properties.name, capability=capability
+        )
         report.add(
-            "device", f"{text}, {free / 1e9:.1f} of {whole / 1e9:.1f} GB free, CUDA {torch.version.cuda}"
+            "device",
+            tr(
+                "{text}, {free:.1f} of {whole:.1f} GB free, CUDA {cuda}",
+                text=text,
+                free=free / 1e9,
+                whole=whole / 1e9,
+                cuda=torch.version.cuda,
+            ),
         )
     else:
-        built = "" if torch.version.cuda else ": this PyTorch is built for the CPU alone"
-        report.add("device", f"cpu (no GPU that PyTorch can use{built})")
+        built = "" if torch.version.cuda else tr(": this PyTorch is built for the CPU alone")
+        report.add("device", tr("cpu (no GPU that PyTorch can use{built})", built=built))
     dtype = pick_dtype("auto", device)
-    report.add("dtype", f"{str(dtype).removeprefix('torch.')} with --dtype auto")
+    report.add("dtype", tr("{dtype} with --dtype auto", dtype=str(dtype).removeprefix("torch.")))
     report.add("attention", ATTENTION[_attention_backend(device, dtype)])
-    compiles = "compiled by torch.compile" if device.type == "cuda" else "PyTorch's own operators"
-    report.add("kernels", f"{compiles} with --torch_compile auto")
+    compiles = tr("compiled by torch.compile") if device.type == "cuda" else tr("PyTorch's own operators")
+    report.add("kernels", tr("{compiles} with --torch_compile auto", compiles=compiles))
     if version_of("bitsandbytes") is None:
-        report.add("quantization", f"fp8; int8 and nf4 need bitsandbytes: {install('bitsandbytes')}")
+        report.add(
+            "quantization",
+            tr("fp8; int8 and nf4 need bitsandbytes: {install}", install=install("bitsandbytes")),
+        )
     else:
-        report.add("quantization", "int8, nf4, fp8")
+        report.add("quantization", tr("int8, nf4, fp8"))
 
 
 def _attention_backend(device: Any, dtype: Any) -> str:
@@ -147,9 +169,9 @@ def _memory(device: Any) -> str:
 
     free = free_memory(device)
     if free is None:
-        return "memory unknown"
+        return tr("memory unknown")
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB of memory free"
+    return tr("{free:.1f} of {whole:.1f} GB of memory free", free=free / 1e9, whole=whole / 1e9)
 
 
 def _disks(report: Report, given: str | None) -> None:
@@ -163,21 +185,39 @@ def _disks(report: Report, given: str | None) -> None:
     except OSError as error:
         report.add("cache", str(folder))
         report.problems.append(
-            f"{folder}: cannot be made ({error.strerror}); name another with $YEONMA_CACHE"
+            tr(
+                "{folder}: cannot be made ({strerror}); name another with $YEONMA_CACHE",
+                folder=folder,
+                strerror=error.strerror,
+            )
         )
         return
     used = sum(map(_size, folder.rglob("*")))
     report.add(
-        "cache", f"{folder}: {used / 1e9:.2f} GB used, {free_bytes(folder) / 1e9:.1f} GB free on its disk"
+        "cache",
+        tr(
+            "{folder}: {used:.2f} GB used, {folder2:.1f} GB free on its disk",
+            folder=folder,
+            used=used / 1e9,
+            folder2=free_bytes(folder) / 1e9,
+        ),
     )
     hub_cache = Path(HF_HUB_CACHE)
     report.add("hub's cache", f"{hub_cache}: {free_bytes(hub_cache) / 1e9:.1f} GB free")
     report.add("here", f"{Path.cwd()}: {free_bytes(Path.cwd()) / 1e9:.1f} GB free")
     if not os.access(folder, os.W_OK):
-        report.problems.append(f"{folder}: cannot be written; name another with $YEONMA_CACHE")
+        report.problems.append(
+            tr("{folder}: cannot be written; name another with $YEONMA_CACHE", folder=folder)
+        )
     for place in dict.fromkeys((folder, hub_cache, Path.cwd())):
         if free_bytes(place) < LITTLE_SPACE:
-            report.problems.append(f"{place}: less than {LITTLE_SPACE / 1e9:.0f} GB free")
+            report.problems.append(
+                tr(
+                    "{place}: less than {little_space:.0f} GB free",
+                    place=place,
+                    little_space=LITTLE_SPACE / 1e9,
+                )
+            )
 
 
 def _size(path: Path) -> int:
@@ -198,9 +238,9 @@ def _hub_failure() -> str | None:
 
 def _hub(report: Report, failure: str | None) -> None:
     if failure is None:
-        text = "not asked, because of $HF_HUB_OFFLINE; models and data of the hub come from its cache"
+        text = tr("not asked, because of $HF_HUB_OFFLINE; models and data of the hub come from its cache")
     elif failure:
-        text = f"does not answer ({failure}); folders on this machine work"
+        text = tr("does not answer ({failure}); folders on this machine work", failure=failure)
     else:
         text = "answers"
     report.add("hub", text)

@@ -13,6 +13,7 @@ from yeonma.export.llama_cpp_check import check_prompts, is_installed
 from yeonma.export.merged_model import MergePlan, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, new_output_folder, staging_folder
+from yeonma.messages import tr
 from yeonma.model.language_part import multimodal_class
 from yeonma.model.load import load_config
 from yeonma.model.weight_files import weight_files
@@ -59,7 +60,7 @@ def export(settings: ExportSettings) -> ExportedFiles | None:
     plan = None if prompt_builder.adapter.is_whole else _merge_plan(settings)
     install_converter()
     least_bytes = sum(path.stat().st_size for path in weight_files(prompt_builder.source))
-    with staging_folder(output, "the exported model", least_bytes) as folder:
+    with staging_folder(output, tr("the exported model"), least_bytes) as folder:
         model = prompt_builder.adapter.path if plan is None else _merged_model(plan, folder)
         if model is None:
             return None
@@ -70,7 +71,10 @@ def export(settings: ExportSettings) -> ExportedFiles | None:
     lines = [f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in sorted(output.iterdir())]
     if multimodal_class(load_config(prompt_builder.source)) is not None:
         lines.append(
-            "the GGUF file holds the language model alone; its towers for images and sound are not exported"
+            tr(
+                "the GGUF file holds the language model alone; its towers for images and sound are not "
+                "exported"
+            )
         )
     if settings.format == "ollama":
         name, file = shell_word(output.absolute().name.lower()), shell_word(str(output / "Modelfile"))

@@ -15,7 +15,7 @@ from yeonma.config.settings import AnswerSettings, GenerateConfig, GenerateSetti
 from yeonma.data.rows import Row, Rows, open_rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import user_path
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.policy import Policy, load_policy
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line
@@ -72,7 +72,7 @@ def run(config: GenerateConfig) -> int:
         row = Row(1, row_of(source.row), "--row")
         (prompt,) = builder.prompts([row], source.columns, max_new_tokens=answer.max_new_tokens)
         if prompt.shortened:
-            log_line(f"the row was shortened to fit {builder.limit}")
+            log_line(tr("the row was shortened to fit {limit}", limit=builder.limit))
         _answer_one(load(), prompt, answer, source.output, builder.reference(row, source.columns))
     else:
         text = source.prompt or ""
@@ -103,7 +103,9 @@ def _check_rows(
         shortened += len(short)
         numbers += short[: MAX_NUMBERS - len(numbers)]
     if problems:
-        more = [Problem("there are more such problems", rows.name)] if len(problems) > MAX_PROBLEMS else []
+        more = (
+            [Problem(tr("there are more such problems"), rows.name)] if len(problems) > MAX_PROBLEMS else []
+        )
         raise UserError([*problems[:MAX_PROBLEMS], *more])
     if shortened:
         listed = ", ".join(numbers) + (", ..." if shortened > len(numbers) else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from yeonma.config.settings import MergeSettings
 from yeonma.export.merged_model import merge, prepare_merge
 from yeonma.files import new_output_folder
+from yeonma.messages import tr
 from yeonma.streams import say
 
 
@@ -17,5 +18,5 @@ def run(settings: MergeSettings) -> int:
     agreement = merge(prepare_merge(settings, say), output, say)
     if not agreement.is_close:
         return 1
-    say(f"{output} is a complete model; it loads without the adapter's folder")
+    say(tr("{output} is a complete model; it loads without the adapter's folder", output=output))
     return 0

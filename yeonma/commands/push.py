@@ -13,7 +13,7 @@ from yeonma.errors import UserError
 from yeonma.export.hub_push import Upload, collect, upload
 from yeonma.export.private_paths import names_of_this_machine
 from yeonma.files import user_path
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.shown import size_text
 from yeonma.streams import say
 
@@ -48,10 +48,10 @@ def push(settings: PushSettings) -> PushedFiles:
     _print_uploads(folder, uploads, settings.repo, settings.public)
     pushed = PushedFiles(folder, settings.repo, tuple(file.name for file in uploads), None)
     if settings.dry_run:
-        say("nothing was sent (dry_run)")
+        say(tr("nothing was sent (dry_run)"))
         return pushed
     if not settings.yes and not _confirmed():
-        say("nothing was sent")
+        say(tr("nothing was sent"))
         return pushed
     url = upload(settings.repo, uploads, settings.message, settings.public, say)
     say(f"{counted(len(uploads), 'file')} uploaded and verified: {url}")
@@ -70,21 +70,25 @@ def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: b
     say(f"{folder} -> {repo} ({seen_by}): {files}, {size_text(total)}")
     width = max(len(file.name) for file in uploads)
     for file in uploads:
-        edited = "  edited for upload" if file.edited else ""
+        edited = tr("  edited for upload") if file.edited else ""
         say(f"  {file.name:{width}}  {size_text(file.size):>10}{edited}")
     names = {file.name for file in uploads}
     remaining = sorted(
         path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name not in names
     )
     if remaining:
-        more = f" and {len(remaining) - MOST_NAMED} more" if len(remaining) > MOST_NAMED else ""
-        say(f"not sent: {', '.join(remaining[:MOST_NAMED])}{more}")
+        more = (
+            tr(" and {remaining} more", remaining=len(remaining) - MOST_NAMED)
+            if len(remaining) > MOST_NAMED
+            else ""
+        )
+        say(tr("not sent: {remaining}{more}", remaining=", ".join(remaining[:MOST_NAMED]), more=more))
 
 
 def _confirmed() -> bool:
     if not sys.stdin.isatty():
-        raise UserError("no terminal to confirm the upload on", place="yes", cure="give --yes true")
+        raise UserError(tr("no terminal to confirm the upload on"), place="yes", cure=tr("give --yes true"))
     try:
-        return input("send these files? [y/N] ").strip().lower() in ("y", "yes")
+        return input(tr("send these files? [y/N] ")).strip().lower() in ("y", "yes")
     except EOFError:
         return False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from yeonma.commands.first_checks import check_serve
 from yeonma.config.settings import ServeSettings
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.packages import install
 from yeonma.serve.listen import api_key, listen, url_of
 from yeonma.shown import shell_word
@@ -29,8 +30,8 @@ def run(settings: ServeSettings) -> int:
     with listen(settings.host, settings.port, key) as listener:
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             names = " ".join(missing)
-            cure = f"install it with: {install(*missing)}"
-            raise UserError(f"missing packages: {names}", place="yeonma serve", cure=cure)
+            cure = tr("install it with: {install}", install=install(*missing))
+            raise UserError(tr("missing packages: {names}", names=names), place=tr("yeonma serve"), cure=cure)
         check_serve(settings)
         from yeonma.serve.server import load_served_models, open_adapters, run_server
 
@@ -47,8 +48,15 @@ def run(settings: ServeSettings) -> int:
 
 
 def _print_ready(names: list[str], listener: socket.socket, key: str | None) -> None:
-    needed = "; requests need the API key" if key else ""
-    say(f"Serving {', '.join(names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.")
+    needed = tr("; requests need the API key") if key else ""
+    say(
+        tr(
+            "Serving {names} at {listener}/v1{needed}. Ctrl-C stops.",
+            names=", ".join(names),
+            listener=url_of(listener),
+            needed=needed,
+        )
+    )
     say(f"Try it in a browser: {url_of(listener)}/")
 
 
@@ -64,12 +72,16 @@ def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
     reason = (
         why_not(list(adapters.prompt_builders.values()), settings.quantization)
         if is_available() or is_cpu_build()
-        else "it is not installed, or there is no GPU and it is no build for the CPU"
+        else tr("it is not installed, or there is no GPU and it is no build for the CPU")
     )
     if reason and settings.engine == "vllm":
-        raise UserError(f"vLLM cannot serve this: {reason}", place="--engine vllm", cure="leave it out")
+        raise UserError(
+            tr("vLLM cannot serve this: {reason}", reason=reason),
+            place=tr("--engine vllm"),
+            cure=tr("leave it out"),
+        )
     if reason:
-        log_line(f"not using vLLM: {reason}")
+        log_line(tr("not using vLLM: {reason}", reason=reason))
     return not reason
 
 

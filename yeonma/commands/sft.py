@@ -15,6 +15,7 @@ from pathlib import Path
 from yeonma.config.parse import to_yaml
 from yeonma.config.settings import RunConfig
 from yeonma.errors import LOST, gather
+from yeonma.messages import tr
 from yeonma.platforms import usable_cores
 from yeonma.run_folder.lock import check_unlocked
 from yeonma.streams import log_line, unfailing_streams
@@ -72,7 +73,7 @@ def _start_processes(processes: int, command: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # in a notebook, whose variables ask for colours: lines rather than a live line, which cannot move there
     display = {} if sys.stdout.isatty() else {"TTY_INTERACTIVE": "0"}
-    message = "stopped; saved checkpoints are kept: run the same command to continue"
+    message = tr("stopped; saved checkpoints are kept: run the same command to continue")
     try:
         with _inherited(
             OMP_NUM_THREADS=_cores_per_process(processes),
@@ -88,7 +89,7 @@ def _start_processes(processes: int, command: list[str]) -> int:
             return int(failure.exitcode)
         if failure.exitcode in REASONS:
             raise Stopped(message, failure.exitcode, printed=True) from None
-        log_line(f"process {rank} ended with status {failure.exitcode}")
+        log_line(tr("process {rank} ended with status {exitcode}", rank=rank, exitcode=failure.exitcode))
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as signal:
         raise Stopped(message, 128 + int(signal.sigval), printed=True) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line, say
 from yeonma.verify.verify_folder import VerifyReport, verify
@@ -51,5 +51,9 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
 def _summary(report: VerifyReport) -> str:
     outcomes = [finding.outcome for finding in report.findings]
     differing, skipped = outcomes.count("differs"), outcomes.count("not checked")
-    text = f"{differing} of {len(outcomes)} checks found differences" if differing else "nothing differs"
+    text = (
+        tr("{differing} of {outcomes} checks found differences", differing=differing, outcomes=len(outcomes))
+        if differing
+        else tr("nothing differs")
+    )
     return f"{text}; {counted(skipped, 'check')} could not run" if skipped else text

@@ -15,6 +15,7 @@ from yeonma.config.conversion import (
     take_warmup,
     with_packing,
 )
+from yeonma.messages import tr
 
 TOOL = "Axolotl"
 SAME = (
@@ -84,28 +85,28 @@ def convert(run: Conversion, processes: int) -> None:
     take_schedule(run, "lr_scheduler")
     take_warmup(run)
     if "warmup_steps" not in run.given and "warmup_ratio" not in run.given:
-        run.put("warmup_ratio", 0.03, f"the default of {TOOL}")
+        run.put("warmup_ratio", 0.03, tr("the default of {tool}", tool=TOOL))
     take_dtype(run)
     checkpointing = run.take("gradient_checkpointing")
     if checkpointing:
         run.put("gradient_checkpointing", True)
         if checkpointing is not True:
             run.no_use(
-                "gradient_checkpointing", "activations are recomputed, not moved to the CPU or the disk"
+                "gradient_checkpointing", tr("activations are recomputed, not moved to the CPU or the disk")
             )
     _take_data(run)
     with_packing(run, ("sample_packing",), run.given.get("sequence_len", 512))
     if run.given.get("excess_length_strategy", "drop") == "drop":
         run.remark(
             "sequence_len",
-            "longer rows are left out there; here a prompt field is shortened, never the answer",
+            tr("longer rows are left out there; here a prompt field is shortened, never the answer"),
         )
         run.used.discard("sequence_len")
     _take_intervals(run)
     if any(run.take(key) for key in ("wandb_project", "use_wandb")):
         run.put("report_to", "wandb")
     for key in ("wandb_entity", "wandb_project", "wandb_mode"):
-        run.no_use(key, "set WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE in the environment")
+        run.no_use(key, tr("set WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE in the environment"))
     run.finish(SAME, DEFAULTS)
 
 
@@ -113,19 +114,21 @@ def _take_method(run: Conversion) -> None:
     rl = run.take("rl")
     if rl is not None:
         if rl not in LOSSES:
-            raise run.refuse("rl", f"{rl} is not among the trainings here", TRAININGS)
+            raise run.refuse("rl", tr("{rl} is not among the trainings here", rl=rl), TRAININGS)
         run.verb = "dpo"
         run.put("loss", LOSSES[rl])
         if "rl_beta" in run.given:
             run.put("beta", run.take("rl_beta"))
     if run.given.get("reward_model") or run.given.get("process_reward_model"):
-        raise run.refuse("reward_model", "reward models are not trained here", TRAININGS)
+        raise run.refuse("reward_model", tr("reward models are not trained here"), TRAININGS)
     adapter = run.take("adapter")
     if adapter is None:
         run.put("train", "full")
     elif adapter not in ("lora", "qlora"):
         raise run.refuse(
-            "adapter", f"{adapter} is not among the methods here", "write adapter: lora, or none"
+            "adapter",
+            tr("{adapter} is not among the methods here", adapter=adapter),
+            tr("write adapter: lora, or none"),
         )
     if run.take("load_in_4bit") is True:
         run.put("quantization", "nf4")
@@ -135,23 +138,25 @@ def _take_method(run: Conversion) -> None:
         run.take(key)
     tokens = run.take("special_tokens")
     if isinstance(tokens, dict) and set(tokens) <= {"pad_token"}:
-        run.no_use("special_tokens", "there is no padding")
+        run.no_use("special_tokens", tr("there is no padding"))
     elif tokens:
-        run.remark("special_tokens", "the tokenizer keeps its own: an answer ends with its end of sequence")
+        run.remark(
+            "special_tokens", tr("the tokenizer keeps its own: an answer ends with its end of sequence")
+        )
 
 
 def _take_intervals(run: Conversion) -> None:
     for key in ("evals_per_epoch", "saves_per_epoch"):
         if run.given.get(key) == 1:
-            run.no_use(key, "the default here")
+            run.no_use(key, tr("the default here"))
         else:
             name = "eval_steps" if key.startswith("eval") else "save_steps"
-            run.no_use(key, f"write {name}, a number of steps; without it, once an epoch")
+            run.no_use(key, tr("write {name}, a number of steps; without it, once an epoch", name=name))
     for key in ("eval_steps", "save_steps"):
         if isinstance(run.given.get(key), int):
             run.put(key, run.take(key))
         else:
-            run.no_use(key, "write a whole number of steps; without it, once an epoch")
+            run.no_use(key, tr("write a whole number of steps; without it, once an epoch"))
 
 
 def _take_data(run: Conversion) -> None:
@@ -161,15 +166,19 @@ def _take_data(run: Conversion) -> None:
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and entry.get("path") for entry in entries
     ):
-        raise run.refuse("datasets", "not a list of data sets with a path each", "see Axolotl's own examples")
+        raise run.refuse(
+            "datasets", tr("not a list of data sets with a path each"), tr("see Axolotl's own examples")
+        )
     sets = [_entry(run, entry) for entry in entries]
     run.put_data(sets)
     if run.take("dataset_exact_deduplication") is True:
-        run.remark("dataset_exact_deduplication", "equal rows are counted by yeonma inspect, and trained")
-    run.remark("chat_template", "the chat template of the model itself is used: compare with yeonma inspect")
+        run.remark("dataset_exact_deduplication", tr("equal rows are counted by yeonma inspect, and trained"))
+    run.remark(
+        "chat_template", tr("the chat template of the model itself is used: compare with yeonma inspect")
+    )
     run.remark(
         "chat_template_jinja",
-        "the model's own chat template is used: put this one into its folder",
+        tr("the model's own chat template is used: put this one into its folder"),
     )
 
 
@@ -194,12 +203,15 @@ def _entry(run: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
     elif word in ("chat_template", "sharegpt", "chatml", "llama3"):
         entry["template"] = "chat"
     else:
-        run.remark("datasets", f"{given['path']}: write a template file for its type")
+        run.remark("datasets", tr("{path}: write a template file for its type", path=given["path"]))
     if columns.get("messages") in USUAL_COLUMNS:
         del columns["messages"]
     entry |= columns_to_map(columns)
     usual = {"roles", "message_property_mappings", "field", *PARTS, *MESSAGES}
     others = sorted(key for key, value in given.items() if key not in usual and value is not None)
     if others:
-        run.remark("datasets", f"{given['path']}: no counterpart for {', '.join(map(str, others))}")
+        run.remark(
+            "datasets",
+            tr("{path}: no counterpart for {str}", path=given["path"], str=", ".join(map(str, others))),
+        )
     return entry

@@ -24,11 +24,11 @@ from yeonma.config.settings import (
 )
 from yeonma.config.yaml_text import write_item
 from yeonma.errors import Problem, UserError, brief
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.shown import one_line
 
 SHOWN = 60  # characters of a value in a remark
-TRAININGS = "they are answers, whole texts and preferences"
+TRAININGS = tr("they are answers, whole texts and preferences")
 OF_ONE_SET = {"path": "data_path", "split": "data_split", "revision": "data_revision"}
 """Key of an entry of data_path -> the setting of its own, where it has another name."""
 REQUIRED = ("base_model", "data_path", "output_dir")
@@ -122,11 +122,11 @@ class Conversion:
             elif key in NOT_NEEDED:
                 self.no_use(key, NOT_NEEDED[key])
             elif self.given[key] in (False, 0, [], {}):
-                self.no_use(key, "off in the file")
+                self.no_use(key, tr("off in the file"))
             elif key in IN_OTHER_WORDS or key in WITHOUT_COUNTERPART:
                 self.remark(key, IN_OTHER_WORDS.get(key) or WITHOUT_COUNTERPART[key])
             else:
-                self.remark(key, "not known to yeonma convert: look at what it does")
+                self.remark(key, tr("not known to yeonma convert: look at what it does"))
         unread = ADAPTER_SETTINGS if self.settings.get("train") == "full" else frozenset[str]()
         if "adapter" in self.settings:  # whose own shape is kept
             unread = unread | {"lora_r", "lora_alpha", "lora_target_modules"}
@@ -134,7 +134,7 @@ class Conversion:
         for name, value in defaults.items():
             settled = name in unread or name in self.settings or name not in own
             if not settled and value != own[name].default:
-                self.put(name, value, f"the default of {self.tool}")
+                self.put(name, value, tr("the default of {tool}", tool=self.tool))
 
     def check(self) -> None:
         """Raises UserError for values that a run of ours would refuse."""
@@ -153,8 +153,13 @@ class Conversion:
         """The settings as YAML for `--config`, in the order of docs/settings.md, and the remarks as comments."""
         order = [name for name in own_settings(self.verb) if name in self.settings]
         head = [
-            f"# Made from {one_line(self.path)} of {self.tool}, for: yeonma {self.verb} --config THIS_FILE",
-            "# Look at the first rows with: yeonma inspect --config THIS_FILE"
+            tr(
+                "# Made from {path} of {tool}, for: yeonma {verb} --config THIS_FILE",
+                path=one_line(self.path),
+                tool=self.tool,
+                verb=self.verb,
+            ),
+            tr("# Look at the first rows with: yeonma inspect --config THIS_FILE")
             + (" --objective dpo" if self.verb == "dpo" else ""),
         ]
         lines = [f"{line}\n" for line in head]
@@ -165,10 +170,10 @@ class Conversion:
                 f"{item.removesuffix(chr(10))}  # {reason}\n" if reason and item.count("\n") == 1 else item
             )
         missing = [name for name in REQUIRED if name not in self.settings]
-        lines += [f"# {name}: still to be written\n" for name in missing]
+        lines += [tr("# {name}: still to be written\n", name=name) for name in missing]
         for title, remarks in (
-            ("May change the result, and has no setting here", self.different),
-            ("Not needed", self.not_needed),
+            (tr("May change the result, and has no setting here"), self.different),
+            (tr("Not needed"), self.not_needed),
         ):
             lines += [f"\n# {title}:\n"] if remarks else []
             for remark in remarks:
@@ -192,7 +197,7 @@ def take_optimizer(run: Conversion, key: str) -> None:
     if name in OPTIMIZERS:
         run.put("optimizer", OPTIMIZERS[name])
     elif name is not None:
-        run.remark(key, f"there are {', '.join(get_args(Optimizer))}")
+        run.remark(key, tr("there are {optimizer}", optimizer=", ".join(get_args(Optimizer))))
 
 
 def take_schedule(run: Conversion, key: str) -> None:
@@ -201,7 +206,7 @@ def take_schedule(run: Conversion, key: str) -> None:
     if name in get_args(LrScheduler):
         run.put("lr_scheduler", name)
     elif name is not None:
-        run.remark(key, "no schedule of transformers that fits every run")
+        run.remark(key, tr("no schedule of transformers that fits every run"))
 
 
 def take_warmup(run: Conversion) -> None:
@@ -221,7 +226,7 @@ def take_dtype(run: Conversion) -> None:
     ):
         if run.take(key) is True:
             run.put("dtype", dtype)
-    run.no_use("tf32", "float32 is computed in float32")
+    run.no_use("tf32", tr("float32 is computed in float32"))
 
 
 def with_packing(run: Conversion, keys: Sequence[str], tokens: int) -> None:
@@ -229,7 +234,10 @@ def with_packing(run: Conversion, keys: Sequence[str], tokens: int) -> None:
     packs = f"{counted(run.settings['batch_size'], 'pack')} of up to {tokens} tokens"
     for key in keys:
         if run.take(key) is True:
-            run.remark(key, f"a step there has {packs}; batch_size counts examples: raise it to match")
+            run.remark(
+                key,
+                tr("a step there has {packs}; batch_size counts examples: raise it to match", packs=packs),
+            )
 
 
 def columns_to_map(columns: Mapping[str, str]) -> dict[str, dict[str, str]]:

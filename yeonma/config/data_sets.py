@@ -13,7 +13,7 @@ from typing import Any
 
 from yeonma.config.settings import DataSettings
 from yeonma.errors import Problem, UserError, brief, did_you_mean
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 MOST_DATA_SETS = 100
 MOST_REPEATS = 10_000
@@ -74,9 +74,13 @@ def data_sets(data: DataSettings) -> tuple[DataSetSettings, ...]:
     paths = data.data_path if isinstance(data.data_path, list) else [data.data_path]
     problems: list[Problem] = []
     if not paths:
-        raise UserError("the list is empty", place="data_path", cure="give at least one path")
+        raise UserError(tr("the list is empty"), place="data_path", cure=tr("give at least one path"))
     if len(paths) > MOST_DATA_SETS:
-        raise UserError(f"more than {MOST_DATA_SETS} data sets", place="data_path", cure="join some of them")
+        raise UserError(
+            tr("more than {most_data_sets} data sets", most_data_sets=MOST_DATA_SETS),
+            place="data_path",
+            cure=tr("join some of them"),
+        )
     held_out = _validation_paths(data, len(paths), problems)
     sets = []
     for number, item in enumerate(paths, 1):
@@ -86,8 +90,8 @@ def data_sets(data: DataSettings) -> tuple[DataSetSettings, ...]:
             sets.append(_with_defaults(entry, data, held_out[number - 1], place, problems))
     weighted = [one for one in sets if one.weight is not None]
     if weighted and any(one.repeats > 1 for one in sets):
-        cure = "give either weights, or repeats"
-        problems.append(Problem("some data sets have a weight, and some have repeats", "data_path", cure))
+        cure = tr("give either weights, or repeats")
+        problems.append(Problem(tr("some data sets have a weight, and some have repeats"), "data_path", cure))
     if problems:
         raise UserError(problems)
     if weighted:
@@ -105,12 +109,12 @@ def _validation_paths(data: DataSettings, count: int, problems: list[Problem]) -
     if len(paths) == count and not wrong:
         return paths
     problem = (
-        f"not a path: {brief(str(wrong[0]))}"
+        tr("not a path: {wrong}", wrong=brief(str(wrong[0])))
         if wrong
         else (f"{counted(len(paths), 'path')} for {counted(count, 'data set')}")
     )
-    cure = "give one for each data set in a list, or `val_path` in the entries of data_path"
-    problems.append(Problem(problem, "val_data_path", cure if count > 1 else "give one path"))
+    cure = tr("give one for each data set in a list, or `val_path` in the entries of data_path")
+    problems.append(Problem(problem, "val_data_path", cure if count > 1 else tr("give one path")))
     return [None] * count
 
 
@@ -119,21 +123,27 @@ def _entry(item: object, place: str, problems: list[Problem]) -> dict[str, Any] 
     if isinstance(item, (str, os.PathLike)):
         item = {"path": os.fspath(item)}
     if not isinstance(item, Mapping):
-        cure = "give a path, or an entry such as {path: chats.jsonl, weight: 2}"
-        problems.append(Problem(f"neither a path nor an entry: {brief(str(item))}", place, cure))
+        cure = tr("give a path, or an entry such as {{path: chats.jsonl, weight: 2}}")
+        problems.append(
+            Problem(tr("neither a path nor an entry: {item}", item=brief(str(item))), place, cure)
+        )
         return None
     count = len(problems)
     for key in item:
         if key not in _KINDS:
-            cure = did_you_mean(str(key), KEYS) or f"the keys are {', '.join(KEYS)}"
-            problems.append(Problem(f'unknown key "{brief(str(key))}"', place, cure))
+            cure = did_you_mean(str(key), KEYS) or tr("the keys are {keys}", keys=", ".join(KEYS))
+            problems.append(Problem(tr('unknown key "{key}"', key=brief(str(key))), place, cure))
     if not item.get("path"):
-        problems.append(Problem("it has no path", place, "write path: and the file's name"))
+        problems.append(Problem(tr("it has no path"), place, tr("write path: and the file's name")))
     values = {key: value for key, value in item.items() if key in _KINDS and value is not None}
     for key, value in values.items():
         kinds, words = _KINDS[key]
         if not isinstance(value, kinds) or isinstance(value, bool) or not _is_good(key, value):
-            problems.append(Problem(f"{brief(str(value))} is not valid", f"{place}.{key}", f"give {words}"))
+            problems.append(
+                Problem(
+                    tr("{value} is not valid", value=brief(str(value))), f"{place}.{key}", f"give {words}"
+                )
+            )
     return values if len(problems) == count else None
 
 
@@ -164,7 +174,13 @@ def _with_defaults(
             name if place else name.replace("val_path", "val_data_path") for name in [*given][:2]
         )
         where = f"{place}.{first}" if place and first in entry else first
-        problems.append(Problem(f"{first} and {second} are both given", where, "give only one of them"))
+        problems.append(
+            Problem(
+                tr("{first} and {second} are both given", first=first, second=second),
+                where,
+                tr("give only one of them"),
+            )
+        )
     weight = entry.get("weight")
     return DataSetSettings(
         path=entry["path"],

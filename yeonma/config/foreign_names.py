@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
+from yeonma.messages import tr
+
 RENAMED: Mapping[str, str] = {
     "adapter_name_or_path": "adapter",
     "add_tokens": "new_tokens",
@@ -73,7 +75,7 @@ RENAMED: Mapping[str, str] = {
 }
 """Their name -> our setting of the same meaning."""
 
-_SHARD = "write shard: true, with nproc, to divide the base model among processes"
+_SHARD = tr("write shard: true, with nproc, to divide the base model among processes")
 IN_OTHER_WORDS: Mapping[str, str] = {
     "assistant_only_loss": "only answers are trained, unless train_on_inputs is true",
     "bf16": "write dtype: bfloat16, or leave it to auto",
@@ -102,10 +104,10 @@ IN_OTHER_WORDS: Mapping[str, str] = {
 }
 """Names whose meaning is that of another setting with another value, and how to say it here."""
 
-_PACKED = "examples share passes without padding and without seeing each other"
-_CHOSEN = "chosen when the model is loaded"
-_READ = "rows are read as a stream and tokenised once"
-SAME_COMMAND = "the same command continues a run; overwrite: true begins anew"
+_PACKED = tr("examples share passes without padding and without seeing each other")
+_CHOSEN = tr("chosen when the model is loaded")
+_READ = tr("rows are read as a stream and tokenised once")
+SAME_COMMAND = tr("the same command continues a run; overwrite: true begins anew")
 NOT_NEEDED: Mapping[str, str] = {
     "attn_implementation": _CHOSEN,
     "auto_resume_from_checkpoints": SAME_COMMAND,
@@ -192,8 +194,8 @@ def foreign_name_cure(name: str, settings: Container[str], form: str) -> str:
     """
     ours = RENAMED.get(name)
     if ours in settings:
-        return f"here it is {form.format(ours)}"
+        return tr("here it is {ours}", ours=form.format(ours))
     for table in (IN_OTHER_WORDS, WITHOUT_COUNTERPART):
         if name in table:
             return table[name]
-    return f"leave it out: {NOT_NEEDED[name]}" if name in NOT_NEEDED else ""
+    return tr("leave it out: {not_needed}", not_needed=NOT_NEEDED[name]) if name in NOT_NEEDED else ""

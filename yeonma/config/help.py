@@ -18,6 +18,7 @@ from typing import Literal, get_origin
 from yeonma.config.parse import ENGLISH, Setting, ValueWords, describe, settings_of, unknown_cure
 from yeonma.errors import UserError
 from yeonma.language import Language
+from yeonma.messages import tr
 
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", list: "LIST", dict: "MAP", Literal: "NAME"}
 KOREAN_TEXTS = Path(__file__).parent / "settings.ko.yaml"
@@ -153,8 +154,10 @@ def _whole_page(source: HelpSource, language: Language) -> str:
 def _setting_page(source: HelpSource, name: str, language: Language) -> str:
     settings = source.settings
     if name not in settings:
-        cure = unknown_cure(name, settings, "--{}") or f"yeonma {source.verb} --help all lists them"
-        raise UserError("no setting of this command", place=name, cure=cure)
+        cure = unknown_cure(name, settings, "--{}") or tr(
+            "yeonma {verb} --help all lists them", verb=source.verb
+        )
+        raise UserError(tr("no setting of this command"), place=name, cure=cure)
     lines = _entry(settings[name], _texts(source.groups, language)[name], source, language)
     return "\n".join(line.removeprefix("  ") for line in lines)
 

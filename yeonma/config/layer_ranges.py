@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-RANGES_EXAMPLE = "numbers and ranges such as 0-3,8,10-"
+from yeonma.messages import tr
+
+RANGES_EXAMPLE = tr("numbers and ranges such as 0-3,8,10-")
 LayerRange = tuple[int, int | None]
 """The first and the last layer, or None for the last one of the model."""
 
@@ -22,12 +24,16 @@ def layer_ranges(text: str) -> tuple[LayerRange, ...]:
     for part in text.strip("[]").split(","):
         match = re.fullmatch(r"\s*(\d{1,6})\s*(-?)\s*(\d{0,6})\s*", part, re.ASCII)
         if match is None or (match[3] and not match[2]):
-            what = f'"{part.strip()}" is no layer and no range' if part.strip() else "a layer is missing"
+            what = (
+                tr('"{part}" is no layer and no range', part=part.strip())
+                if part.strip()
+                else tr("a layer is missing")
+            )
             raise InvalidRanges(what)
         first = int(match[1])
         last = int(match[3]) if match[3] else None if match[2] else first
         if last is not None and last < first:
-            raise InvalidRanges(f"{first}-{last} ends before it begins")
+            raise InvalidRanges(tr("{first}-{last} ends before it begins", first=first, last=last))
         found.append((first, last))
     return tuple(found)
 

@@ -21,6 +21,7 @@ from yeonma.config.conversion import (
 )
 from yeonma.errors import UserError
 from yeonma.files import user_path
+from yeonma.messages import tr
 
 TOOL = "LLaMA-Factory"
 SAME = (
@@ -74,10 +75,14 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
     dataset_info.json."""
     stage = run.take("stage", "sft")
     if stage not in STAGES:
-        raise run.refuse("stage", f"{stage} is not among the trainings here", TRAININGS)
+        raise run.refuse("stage", tr("{stage} is not among the trainings here", stage=stage), TRAININGS)
     method = run.take("finetuning_type", "lora")
     if method not in ("lora", "full"):
-        raise run.refuse("finetuning_type", f"{method} is not among the methods here", "write lora or full")
+        raise run.refuse(
+            "finetuning_type",
+            tr("{method} is not among the methods here", method=method),
+            tr("write lora or full"),
+        )
     if method == "full":
         run.put("train", "full")
     run.verb = STAGES[stage]
@@ -86,7 +91,9 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
     batch = run.take("per_device_train_batch_size", 8), run.take("gradient_accumulation_steps", 1)
     run.take_batch(*batch, processes)
     if run.take("lora_alpha") is None:
-        run.put("lora_alpha", 2 * run.given.get("lora_rank", 8), f"twice the rank, as in {TOOL}")
+        run.put(
+            "lora_alpha", 2 * run.given.get("lora_rank", 8), tr("twice the rank, as in {tool}", tool=TOOL)
+        )
     else:
         run.put("lora_alpha", run.take("lora_alpha"))
     target = run.take("lora_target", "all")
@@ -94,20 +101,20 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
     for theirs, ours in (("additional_target", "modules_to_save"), ("add_tokens", "new_tokens")):
         if run.take(theirs):
             run.put(ours, _names(run.take(theirs)))
-    run.remark("add_special_tokens", "name them in new_tokens, whose rows alone are trained")
+    run.remark("add_special_tokens", tr("name them in new_tokens, whose rows alone are trained"))
     take_optimizer(run, "optim")
     take_schedule(run, "lr_scheduler_type")
     take_warmup(run)
     take_dtype(run)
     if not run.take("disable_gradient_checkpointing", False):
-        run.put("gradient_checkpointing", "auto", f"on in {TOOL}; changes no number")
+        run.put("gradient_checkpointing", "auto", tr("on in {tool}; changes no number", tool=TOOL))
     if run.verb == "dpo":
         _take_preferences(run, stage)
     _take_data(run, stage, dataset_dir)
     with_packing(run, ("packing", "neat_packing"), run.given.get("cutoff_len", 2048))
     if stage == "pt" and run.given.get("packing") is None:
-        why = f"{TOOL} packs whole texts by default: a step has packs, and here texts"
-        run.different.append(Remark("packing", "not given", why))
+        why = tr("{tool} packs whole texts by default: a step has packs, and here texts", tool=TOOL)
+        run.different.append(Remark("packing", tr("not given"), why))
     _take_trackers(run)
     _take_intervals(run)
     run.finish(SAME, DEFAULTS)
@@ -118,20 +125,20 @@ def _take_model(run: Conversion) -> None:
     if bits in BITS and run.take("quantization_method", "bnb") in ("bnb", "bitsandbytes"):
         run.put("quantization", BITS[bits])
         if run.take("quantization_type", "nf4") != "nf4":
-            run.remark("quantization_type", "4 bits are nf4 here")
+            run.remark("quantization_type", tr("4 bits are nf4 here"))
         if run.take("double_quantization", True) is not True:
-            run.remark("double_quantization", "nf4 always has double quantisation")
+            run.remark("double_quantization", tr("nf4 always has double quantisation"))
     else:
         for key in ("quantization_bit", "quantization_method"):
-            run.remark(key, "quantization is none, int8, nf4 or fp8")
+            run.remark(key, tr("quantization is none, int8, nf4 or fp8"))
     adapter = run.take("adapter_name_or_path")
     if adapter:
         run.put("adapter", adapter)
     for key in ("freeze_vision_tower", "freeze_multi_modal_projector"):
         if run.take(key, True) is True:
-            run.no_use(key, "vision towers are not adapted unless lora_target_modules names them")
+            run.no_use(key, tr("vision towers are not adapted unless lora_target_modules names them"))
         else:
-            run.remark(key, "name the layers in lora_target_modules")
+            run.remark(key, tr("name the layers in lora_target_modules"))
 
 
 def _names(given: object) -> list[str]:
@@ -143,7 +150,11 @@ def _take_preferences(run: Conversion, stage: str) -> None:
     loss = "kto" if stage == "kto" else run.take("pref_loss", "sigmoid")
     run.take("pref_loss")
     if loss != "kto" and loss not in LOSSES:
-        raise run.refuse("pref_loss", f"{loss} is not among the losses here", "yeonma dpo --help lists them")
+        raise run.refuse(
+            "pref_loss",
+            tr("{loss} is not among the losses here", loss=loss),
+            tr("yeonma dpo --help lists them"),
+        )
     run.put("loss", loss)
     for theirs, ours in (
         ("pref_ftx", "sft_weight"),
@@ -155,7 +166,7 @@ def _take_preferences(run: Conversion, stage: str) -> None:
         if value:
             run.put(ours, value)
     if loss != "simpo":
-        run.no_use("simpo_gamma", "of simpo alone")
+        run.no_use("simpo_gamma", tr("of simpo alone"))
 
 
 def _take_trackers(run: Conversion) -> None:
@@ -164,7 +175,7 @@ def _take_trackers(run: Conversion) -> None:
     names = [name for name in (names if isinstance(names, list) else [names]) if name not in ("none", "all")]
     run.put("report_to", [name for name in names if name in known] or "none")
     if set(names) - set(known):
-        run.remark("report_to", f"trackers are {', '.join(known)}")
+        run.remark("report_to", tr("trackers are {known}", known=", ".join(known)))
 
 
 def _take_intervals(run: Conversion) -> None:
@@ -174,7 +185,7 @@ def _take_intervals(run: Conversion) -> None:
         ("logging_strategy", "logged"),
     ):
         if run.take(key) in ("epoch", "no", "steps", None):
-            run.no_use(key, f"without steps of its own, a run is {what} after every epoch")
+            run.no_use(key, tr("without steps of its own, a run is {what} after every epoch", what=what))
     if isinstance(run.given.get("eval_steps"), int):
         run.put("eval_steps", run.take("eval_steps"))
 
@@ -194,19 +205,19 @@ def _take_data(run: Conversion, stage: str, dataset_dir: str | None) -> None:
     if validation is not None and len(validation) == 1 and sets is not None and len(sets) == 1:
         run.put("val_data_path", validation[0]["path"])
     elif "eval_dataset" in run.given:
-        run.remark("eval_dataset", "write val_data_path, or val_path in an entry of data_path")
+        run.remark("eval_dataset", tr("write val_data_path, or val_path in an entry of data_path"))
     if run.take("val_size"):
         run.put("val_set_size", run.take("val_size"))
     if run.take("mask_history") is True:
         run.put("train_on", "last")
     if run.take("enable_thinking") is False:
         run.put("chat_template_kwargs", {"enable_thinking": False})
-    run.remark("template", "the chat template of the model itself is used: compare with yeonma inspect")
-    run.remark("default_system", "write a system turn into the rows, or a template file")
-    run.remark("tool_format", "tools are written by the chat template of the model itself")
+    run.remark("template", tr("the chat template of the model itself is used: compare with yeonma inspect"))
+    run.remark("default_system", tr("write a system turn into the rows, or a template file"))
+    run.remark("tool_format", tr("tools are written by the chat template of the model itself"))
     for key in WITH_ROWS:
         for ending in ("max_pixels", "min_pixels", "maxlen", "fps"):
-            run.no_use(f"{key[:-1]}_{ending}", "only text is trained")
+            run.no_use(f"{key[:-1]}_{ending}", tr("only text is trained"))
 
 
 def _put_data(run: Conversion, sets: Sequence[dict[str, Any]]) -> None:
@@ -217,7 +228,7 @@ def _put_data(run: Conversion, sets: Sequence[dict[str, Any]]) -> None:
         sets = [{**entry, "weight": part} for entry, part in zip(sets, parts, strict=False)]
         run.remark(
             "mix_strategy",
-            "every step has these shares; an epoch has as many rows as all sets together",
+            tr("every step has these shares; an epoch has as many rows as all sets together"),
         )
     run.put_data(sets)
 
@@ -230,9 +241,9 @@ def _dataset_info(folder: str) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", place=str(path)) from None
+        raise UserError(tr("cannot be read: {error}", error=error), place=str(path)) from None
     if not isinstance(content, dict):
-        raise UserError("not an object with the names of data sets", place=str(path))
+        raise UserError(tr("not an object with the names of data sets"), place=str(path))
     return content
 
 
@@ -247,12 +258,18 @@ def _data_sets(
     if info is None:
         run.remark(
             key,
-            f"names of {folder}/dataset_info.json, which is not there: give --dataset_dir, or write data_path",
+            tr(
+                "names of {folder}/dataset_info.json, which is not there: give --dataset_dir, or write "
+                "data_path",
+                folder=folder,
+            ),
         )
         return None
     unknown = [name for name in names if not isinstance(info.get(name), dict)]
     if unknown:
-        run.remark(key, f"{', '.join(unknown)}: not in {folder}/dataset_info.json")
+        run.remark(
+            key, tr("{unknown}: not in {folder}/dataset_info.json", unknown=", ".join(unknown), folder=folder)
+        )
         return None
     run.take(key)
     entries = [_entry(run, key, info[name], name, stage, user_path(folder)) for name in names]
@@ -264,22 +281,35 @@ def _entry(
 ) -> dict[str, Any] | None:
     path = about.get("hf_hub_url") or (about.get("file_name") and str(folder / str(about["file_name"])))
     if not path:
-        run.remark(key, f"{name} is neither a file nor on the hub of Hugging Face: write data_path")
+        run.remark(
+            key, tr("{name} is neither a file nor on the hub of Hugging Face: write data_path", name=name)
+        )
         return None
     entry: dict[str, Any] = {"path": f"{path}:{about['subset']}" if about.get("subset") else path}
     if about.get("split", "train") != "train":
         entry["split"] = about["split"]
     columns = {**about["columns"]} if isinstance(about.get("columns"), dict) else {}
     if any(columns.get(kind) for kind in WITH_ROWS):
-        run.remark(key, f"{name} has images, videos or sound: only text is trained")
+        run.remark(key, tr("{name} has images, videos or sound: only text is trained", name=name))
     if about.get("num_samples"):
         run.remark(
-            key, f"{name}: {about['num_samples']} rows drawn at random there; here limit takes the first rows"
+            key,
+            tr(
+                "{name}: {num_samples} rows drawn at random there; here limit takes the first rows",
+                name=name,
+                num_samples=about["num_samples"],
+            ),
         )
     for tag, word in (about.get("tags") or {}).items():
         if word not in ROLES.get(tag, (word,)):
             run.remark(
-                key, f"{name} calls turns {word} ({tag}): rename them in the rows, or write a template file"
+                key,
+                tr(
+                    "{name} calls turns {word} ({tag}): rename them in the rows, or write a template file",
+                    name=name,
+                    word=word,
+                    tag=tag,
+                ),
             )
     if stage == "pt":
         mapping = {"text": columns.get("prompt", "instruction")}

@@ -6,6 +6,7 @@ import math
 from typing import Literal, get_args
 
 from yeonma.errors import did_you_mean
+from yeonma.messages import tr
 
 PairLossName = Literal[
     "sigmoid",
@@ -31,7 +32,7 @@ LabelLossName = Literal["kto", "apo_zero_unpaired", "bco"]  # learn from labelle
 LossName = Literal[PairLossName, LabelLossName]
 
 PAIR_LOSSES, LABEL_LOSSES = get_args(PairLossName), get_args(LabelLossName)
-SUM_EXAMPLE = "a weighted sum such as sigmoid:1,sft:0.5"
+SUM_EXAMPLE = tr("a weighted sum such as sigmoid:1,sft:0.5")
 
 
 class InvalidLoss(ValueError):
@@ -53,19 +54,30 @@ def weighted_losses(text: str) -> tuple[tuple[str, float], ...]:
         name, colon, number = (piece.strip() for piece in part.partition(":"))
         if name not in PAIR_LOSSES + LABEL_LOSSES:
             cure = (
-                did_you_mean(name, PAIR_LOSSES + LABEL_LOSSES) if name else "write name:weight, name:weight"
+                did_you_mean(name, PAIR_LOSSES + LABEL_LOSSES)
+                if name
+                else tr("write name:weight, name:weight")
             )
-            raise InvalidLoss(f'"{name}" is not a loss' if name else "a loss is missing", cure)
+            raise InvalidLoss(
+                tr('"{name}" is not a loss', name=name) if name else tr("a loss is missing"), cure
+            )
         if name in found:
-            raise InvalidLoss(f"{name} stands there twice", f"write {name} once, with one weight")
+            raise InvalidLoss(
+                tr("{name} stands there twice", name=name),
+                tr("write {name} once, with one weight", name=name),
+            )
         found[name] = _weight(name, number) if colon else 1.0
     kinds = {name in LABEL_LOSSES for name in found}
     if len(kinds) > 1:
         labelled, paired = (
             next(name for name in found if (name in LABEL_LOSSES) is kind) for kind in (True, False)
         )
-        what = f"{labelled} learns from labelled answers and {paired} from pairs"
-        raise InvalidLoss(what, "add up losses of one kind of data")
+        what = tr(
+            "{labelled} learns from labelled answers and {paired} from pairs",
+            labelled=labelled,
+            paired=paired,
+        )
+        raise InvalidLoss(what, tr("add up losses of one kind of data"))
     return tuple(found.items())
 
 
@@ -75,5 +87,8 @@ def _weight(name: str, number: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise InvalidLoss(f'the weight of {name}, "{number}", is not a number above 0', f"write {name}:0.5")
+        raise InvalidLoss(
+            tr('the weight of {name}, "{number}", is not a number above 0', name=name, number=number),
+            f"write {name}:0.5",
+        )
     return weight

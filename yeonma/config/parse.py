@@ -30,6 +30,7 @@ from yeonma.config.settings import (
 )
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.messages import tr
 
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
 NONE_WORDS = ("None", "null")
@@ -133,7 +134,7 @@ def config_from_keywords(
         if name in settings:
             raw_values[name] = RawValue(_without_path_objects(value), name)
         elif name != "config":
-            problems.append(Problem("unknown setting", name, unknown_cure(name, settings, "{}")))
+            problems.append(Problem(tr("unknown setting"), name, unknown_cure(name, settings, "{}")))
     if keywords.get("config") is not None:
         raw_values = {**_from_yaml(str(keywords["config"]), settings, problems), **raw_values}
     return _parse(kind, settings, raw_values, problems, "{}=...")
@@ -170,15 +171,15 @@ def _from_command_line(
         if text is None and remaining and not OPTION.fullmatch(remaining[0]):
             text = remaining.pop(0)
         if name not in settings and name != "config":
-            cure = unknown_cure(name, settings, "--{}") or f"see yeonma {verb} --help"
-            problems.append(Problem("unknown setting", f"--{option[1]}", cure))
+            cure = unknown_cure(name, settings, "--{}") or tr("see yeonma {verb} --help", verb=verb)
+            problems.append(Problem(tr("unknown setting"), f"--{option[1]}", cure))
             continue
         if text is None and name in settings and bool in settings[name].members:
             text = "true"
         if text is None:
-            problems.append(Problem("needs a value", f"--{option[1]}"))
+            problems.append(Problem(tr("needs a value"), f"--{option[1]}"))
         elif name == "config" and name in raw_values:
-            problems.append(Problem("given twice", "--config", "put all settings into one file"))
+            problems.append(Problem(tr("given twice"), "--config", tr("put all settings into one file")))
         else:
             raw_values[name] = RawValue(_with_further_words(settings.get(name), text, remaining), name)
     return raw_values
@@ -215,12 +216,15 @@ def _looks_like_option(argument: str) -> bool:
 def _unexpected(argument: str, settings: Mapping[str, Setting]) -> Problem:
     if _looks_like_option(argument):
         name = argument.lstrip("-").replace("-", "_")
-        cure = f"write --{name}" if name in settings else "settings start with --"
+        cure = f"write --{name}" if name in settings else tr("settings start with --")
     elif "=" in argument and argument.partition("=")[0].replace("-", "_") in settings:
         cure = f"write --{argument}"
     else:
-        cure = "write a list as '[a, b]', and put text with spaces in quotes"
-    return Problem(f"unexpected argument {_shorten(json.dumps(argument, ensure_ascii=False))}", cure=cure)
+        cure = tr("write a list as '[a, b]', and put text with spaces in quotes")
+    return Problem(
+        tr("unexpected argument {argument}", argument=_shorten(json.dumps(argument, ensure_ascii=False))),
+        cure=cure,
+    )
 
 
 def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Problem]) -> dict[str, RawValue]:
@@ -238,9 +242,11 @@ def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Proble
         name = str(key).replace("-", "_")
         if name not in settings:
             cure = unknown_cure(name, settings, "{}")
-            problems.append(Problem(f"unknown setting {_format_value(key)}", place, cure))
+            problems.append(Problem(tr("unknown setting {key}", key=_format_value(key)), place, cure))
         elif name in raw_values:
-            problems.append(Problem(f'"{name}" is given twice', place, "remove one of them"))
+            problems.append(
+                Problem(tr('"{name}" is given twice', name=name), place, tr("remove one of them"))
+            )
         else:
             raw_values[name] = RawValue(value, f"{place}: {name}")
     return raw_values
@@ -252,10 +258,12 @@ def config_text(path: str) -> str:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError:
-        raise UserError("not UTF-8", place=path, cure="save it as UTF-8") from None
+        raise UserError("not UTF-8", place=path, cure=tr("save it as UTF-8")) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot be read: {reason}", place=path, cure="--config takes a YAML file") from None
+        raise UserError(
+            tr("cannot be read: {reason}", reason=reason), place=path, cure=tr("--config takes a YAML file")
+        ) from None
 
 
 # -------------------------------------------------------------------------------- parsing and checks
@@ -281,15 +289,23 @@ def _parse(
             problems.append(_value_problem(settings[name], raw, str(error), error.cure))
     held_out = values.get("val_set_size", 0)
     if held_out > 1 and not float(held_out).is_integer():
-        cure = "give a count, such as 100, or a fraction below 1"
+        cure = tr("give a count, such as 100, or a fraction below 1")
         problems.append(
-            Problem(f"{held_out} is not a number of rows", raw_values["val_set_size"].place, cure)
+            Problem(
+                tr("{held_out} is not a number of rows", held_out=held_out),
+                raw_values["val_set_size"].place,
+                cure,
+            )
         )
     missing = [name for name, setting in settings.items() if setting.required and name not in raw_values]
     if missing:
         pronoun = "them" if missing[1:] else "it"
-        cure = f"write {' '.join(map(syntax.format, missing))}, or set {pronoun} in a --config file"
-        problems.append(Problem("required, but not given", ", ".join(missing), cure))
+        cure = tr(
+            "write {format}, or set {pronoun} in a --config file",
+            format=" ".join(map(syntax.format, missing)),
+            pronoun=pronoun,
+        )
+        problems.append(Problem(tr("required, but not given"), ", ".join(missing), cure))
     if problems:
         raise UserError(problems)
     defaults = {name: setting.default for name, setting in settings.items()}
@@ -316,7 +332,7 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
             return None
         if isinstance(value, str) and set(setting.members) <= {str, NoneType}:
             if not value and not setting.optional:
-                raise InvalidValue("is empty")
+                raise InvalidValue(tr("is empty"))
             _check_utf8(value)
             if setting.check is not None:
                 _check_text(setting.check, value)
@@ -327,7 +343,7 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
             and not (value.startswith("[") and _is_list(value))
         ):
             if not value:
-                raise InvalidValue("is empty")
+                raise InvalidValue(tr("is empty"))
             _check_utf8(value)
             return value
         if isinstance(value, str) and {get_origin(member) for member in setting.members} & {list, dict}:
@@ -337,22 +353,24 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
                 _check_utf8(value)
                 return value
         if isinstance(value, (list, dict)) and len(value) > MAX_ITEMS:
-            raise InvalidValue(f"has more than {MAX_ITEMS:,} items")
+            raise InvalidValue(tr("has more than {max_items:,} items", max_items=MAX_ITEMS))
         if value is None:  # jsonargparse accepts None for every type
-            raise InvalidValue("is not valid")
+            raise InvalidValue(tr("is not valid"))
         try:
             parsed: object = parser.parse_object({setting.name: value}, defaults=False)[setting.name]
         except (ArgumentError, ValueError, OverflowError, RecursionError):  # the last two: huge values
-            raise InvalidValue("is not valid") from None
+            raise InvalidValue(tr("is not valid")) from None
         _check_utf8(parsed)
         if setting.check is not None:
             _check_text(setting.check, str(parsed))
         accepted = setting.range or Range()
         for number in _numbers(parsed):
             if number not in accepted:
-                raise InvalidValue("is out of range")
+                raise InvalidValue(tr("is out of range"))
             if accepted.limit is not None and number > accepted.limit:
-                raise InvalidValue(f"is more than any run can mean (at most {accepted.limit:,})")
+                raise InvalidValue(
+                    tr("is more than any run can mean (at most {limit:,})", limit=accepted.limit)
+                )
         return parsed
 
     return parse_value
@@ -363,10 +381,10 @@ def _check_text(check: Callable[[str], object], text: str) -> None:
         check(text)
     except InvalidLoss as error:
         if "," in text or ":" in text:
-            raise InvalidValue(f"is no sum of losses: {error}", error.cure) from None
-        raise InvalidValue("is not valid") from None
+            raise InvalidValue(tr("is no sum of losses: {error}", error=error), error.cure) from None
+        raise InvalidValue(tr("is not valid")) from None
     except InvalidRanges as error:
-        raise InvalidValue(f"names no layers: {error}", error.cure) from None
+        raise InvalidValue(tr("names no layers: {error}", error=error), error.cure) from None
     except UnknownGpu as error:
         raise InvalidValue(f"names no GPU: {error}", error.cure) from None
 
@@ -382,7 +400,7 @@ def _list_or_mapping(text: str, setting: Setting) -> object:
         value = read_value(text, setting.name)
     except UserError as error:
         if text.startswith(("[", "{")):
-            raise InvalidValue(f"is not valid ({error.problems[0].what})") from None
+            raise InvalidValue(tr("is not valid ({what})", what=error.problems[0].what)) from None
         return text
     return value if isinstance(value, (list, dict)) else text
 
@@ -394,14 +412,14 @@ def _check_utf8(value: object) -> None:
         value = [*value, *value.values()]
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and re.search("[\ud800-\udfff]", item):
-            raise InvalidValue("is not UTF-8 text")
+            raise InvalidValue(tr("is not UTF-8 text"))
 
 
 def _numbers(value: object) -> Iterator[float]:
     """The numbers in a value. Raises InvalidValue for a mapping with a key that is not text."""
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise InvalidValue("is not valid")
+            raise InvalidValue(tr("is not valid"))
         value = list(value.values())
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, (int, float)) and not isinstance(item, bool):
@@ -413,7 +431,9 @@ def _value_problem(setting: Setting, raw: RawValue, reason: str, cure: str = "")
     if cure:
         return Problem(f"{_format_value(value)} {reason}", raw.place, cure)
     if str in setting.members and isinstance(value, (bool, int, float, date)):
-        return Problem(f"{_format_value(value)} is not text", raw.place, "put it in quotes")
+        return Problem(
+            tr("{value} is not text", value=_format_value(value)), raw.place, tr("put it in quotes")
+        )
     cure = f"give {describe(setting)}"
     choices = [
         choice for member in setting.members if get_origin(member) is Literal for choice in get_args(member)

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.shown import has_hidden, many_lines
 
 MAX_FRONT_CHARACTERS = 1 << 20
@@ -35,7 +36,7 @@ def read_items(text: str, name: str) -> Iterator[tuple[object, object, int]]:
         if root is None or root.tag == "tag:yaml.org,2002:null":
             return
         if not isinstance(root, yaml.MappingNode):
-            raise UserError("not a mapping", place=name, cure="write one `setting: value` a line")
+            raise UserError(tr("not a mapping"), place=name, cure=tr("write one `setting: value` a line"))
         _refuse_equal_keys_and_tags(root, name, set())
         _count_values(root, name, {})
         for key_node, value_node in root.value:
@@ -98,8 +99,8 @@ def _yaml_errors_as_user_errors(name: str) -> Iterator[None]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"not YAML: {' '.join(str(error).split())}", place=name) from None
     except (AttributeError, LookupError):  # PyYAML at `!!timestamp x`, `!!bool x`, `!!int ""`
-        problem = "not YAML: a value does not match its tag"
-        raise UserError(problem, place=name, cure="write values without tags") from None
+        problem = tr("not YAML: a value does not match its tag")
+        raise UserError(problem, place=name, cure=tr("write values without tags")) from None
 
 
 def _refuse_equal_keys_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
@@ -110,14 +111,16 @@ def _refuse_equal_keys_and_tags(node: yaml.Node, name: str, seen: set[int]) -> N
     if node.tag not in yaml.SafeLoader.yaml_constructors:
         place = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise UserError(f"the tag {tag} is refused", place=place, cure="write a plain value")
+        raise UserError(tr("the tag {tag} is refused", tag=tag), place=place, cure=tr("write a plain value"))
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                problem = f'"{key.value}" is given twice, first in line {lines[key.value]}'
-                raise UserError(problem, place=f"{name}:{line}", cure="remove one of them")
+                problem = tr(
+                    '"{key}" is given twice, first in line {lines}', key=key.value, lines=lines[key.value]
+                )
+                raise UserError(problem, place=f"{name}:{line}", cure=tr("remove one of them"))
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = line
             _refuse_equal_keys_and_tags(key, name, seen)
@@ -143,8 +146,8 @@ def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
             parts = node.value
         counts[id(node)] = 1 + sum(_count_values(part, name, counts) for part in parts)
     if counts[id(node)] == 0:
-        raise UserError("not YAML: found unconstructable recursive node", place=place)
+        raise UserError(tr("not YAML: found unconstructable recursive node"), place=place)
     if counts[id(node)] > max(MAX_VALUES, len(counts)):  # only aliases make more values than nodes
-        problem = f"its aliases expand to more than {MAX_VALUES:,} values"
-        raise UserError(problem, place=place, cure="write plain values")
+        problem = tr("its aliases expand to more than {max_values:,} values", max_values=MAX_VALUES)
+        raise UserError(problem, place=place, cure=tr("write plain values"))
     return counts[id(node)]

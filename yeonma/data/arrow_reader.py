@@ -14,7 +14,7 @@ from yeonma.data.class_labels import Naming, named, namings_of, notes_of_classes
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN
 from yeonma.errors import Problem, UserError, brief
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 ROWS_A_BATCH = 256
 _ARROW_FILE = b"ARROW1"
@@ -114,7 +114,11 @@ def _arrow_batches(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
 
 
 def _unreadable(what: str, error: Exception, name: str) -> UserError:
-    return UserError(f"not a readable {what} file: {one_line(error)}", place=name, cure=WRITE_AGAIN)
+    return UserError(
+        tr("not a readable {what} file: {error}", what=what, error=one_line(error)),
+        place=name,
+        cure=WRITE_AGAIN,
+    )
 
 
 def _table_rows(table: Any, name: str, rows_before: int, skip_bad: bool) -> Iterator[Record]:
@@ -124,7 +128,7 @@ def _table_rows(table: Any, name: str, rows_before: int, skip_bad: bool) -> Iter
         batches = _valid(table.with_format("arrow").iter(ROWS_A_BATCH))
         yield from _batch_rows(batches, name, skip_bad, rows_before)
     except pa.ArrowException as error:
-        problem = f"the data set cannot be read: {one_line(error)}"
+        problem = tr("the data set cannot be read: {error}", error=one_line(error))
         raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
 
 
@@ -144,8 +148,8 @@ def _batch_rows(batches: Iterator[Any], name: str, skip_bad: bool, rows_before: 
             namings = namings_of(batch.schema.metadata, name)
         duplicates = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
         if duplicates:
-            problem = f'two columns are named "{brief(duplicates[0])}"'
-            raise UserError(problem, place=name, cure="give each column a unique name")
+            problem = tr('two columns are named "{duplicates}"', duplicates=brief(duplicates[0]))
+            raise UserError(problem, place=name, cure=tr("give each column a unique name"))
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError):
@@ -176,11 +180,15 @@ def _unreadable_column(batch: Any, place: str) -> UserError:
         try:
             batch.column(column).to_pylist()
         except UnicodeDecodeError as error:
-            problem = f'text that is not UTF-8 in column "{column}" ({error.reason})'
-            return UserError(problem, place=place, cure="write the file again with UTF-8 text")
+            problem = tr(
+                'text that is not UTF-8 in column "{column}" ({reason})', column=column, reason=error.reason
+            )
+            return UserError(problem, place=place, cure=tr("write the file again with UTF-8 text"))
         except (ValueError, OverflowError) as error:
-            cure = "store them as text, or leave the column out"
-            problem = f'unreadable values in column "{column}" ({one_line(error)})'
+            cure = tr("store them as text, or leave the column out")
+            problem = tr(
+                'unreadable values in column "{column}" ({error})', column=column, error=one_line(error)
+            )
             return UserError(problem, place=place, cure=cure)
     raise AssertionError("every column can be read")
 

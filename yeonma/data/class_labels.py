@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from yeonma.errors import Problem, UserError, brief
+from yeonma.messages import tr
 
 METADATA_KEY = b"huggingface"
 MOST_NAMES = 5
@@ -31,8 +32,8 @@ def namings_of(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, N
         features = json.loads(metadata[METADATA_KEY]).get("info", {}).get("features") or {}
         namings = {str(column): _naming(feature) for column, feature in features.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        problem = f"damaged metadata of the library datasets ({brief(str(error))})"
-        raise UserError(problem, place=name, cure="write the file again") from None
+        problem = tr("damaged metadata of the library datasets ({error})", error=brief(str(error)))
+        raise UserError(problem, place=name, cure=tr("write the file again")) from None
     return {column: naming for column, naming in namings.items() if naming is not None}
 
 
@@ -44,7 +45,7 @@ def named(
         try:
             values[column] = naming(values.get(column))
         except NamelessLabel as fault:
-            cure = "write null where there is no label, or the text itself"
+            cure = tr("write null where there is no label, or the text itself")
             return Problem(f'column "{brief(column)}": {fault}', place, cure)
     return values
 
@@ -52,7 +53,17 @@ def named(
 def notes_of_classes(metadata: Mapping[bytes, bytes] | None, name: str) -> tuple[str, ...]:
     """A line that names the columns whose class numbers are read as names; none if there are none."""
     columns = [f'"{brief(column)}"' for column in namings_of(metadata, name)]
-    return (f"{name}: class labels are read as their names: {', '.join(columns[:10])}",) if columns else ()
+    return (
+        (
+            tr(
+                "{name}: class labels are read as their names: {columns}",
+                name=name,
+                columns=", ".join(columns[:10]),
+            ),
+        )
+        if columns
+        else ()
+    )
 
 
 def _naming(feature: Any) -> Naming | None:
@@ -97,8 +108,8 @@ def _class_name(names: list[Any], value: Any) -> Any:
         return str(names[value])
     shown = ", ".join([str(name) for name in names[:MOST_NAMES]] + ["..."] * (len(names) > MOST_NAMES))
     why = (
-        "stands for a missing label"
+        tr("stands for a missing label")
         if value == -1
-        else f"has no name; the names are {brief(shown) or 'missing'}"
+        else tr("has no name; the names are {value}", value=brief(shown) or "missing")
     )
-    raise NamelessLabel(f"the class label {value} {why}")
+    raise NamelessLabel(tr("the class label {value} {why}", value=value, why=why))

@@ -15,6 +15,7 @@ from yeonma.data.columns import Columns
 from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import kind_of
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 _JSON = re.compile(r"json\((.+)\)", re.DOTALL)
 _INDEX = re.compile(r"\[(\d{1,9})\]")
@@ -107,8 +108,8 @@ def _as_json(value: object, path: str, place: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_refused)
     except (TypeError, ValueError) as error:
-        problem = f'field "{path}" cannot be written as JSON: {error}'
-        raise UserError(problem, place=place, cure="write the value as text") from None
+        problem = tr('field "{path}" cannot be written as JSON: {error}', path=path, error=error)
+        raise UserError(problem, place=place, cure=tr("write the value as text")) from None
 
 
 def _refused(value: object) -> object:

@@ -11,6 +11,7 @@ from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
 from yeonma.data.turns import check_characters, is_turn_list
 from yeonma.errors import Problem, UserError, brief, did_you_mean
+from yeonma.messages import tr
 
 Columns = Mapping[str, str] | None
 """`--columns`: field of the template -> column of the data, if their names differ."""
@@ -108,7 +109,9 @@ def recognise(
     if any(name != text and name.lower() not in ABOUT_A_TEXT for name in names):
         forms = [form for form in forms if form.template != "text"]
     problems = [
-        Problem(f'the data has no column "{column}"', "--columns", _suggestion(column, names))
+        Problem(
+            tr('the data has no column "{column}"', column=column), "--columns", _suggestion(column, names)
+        )
         for column in columns.values()
         if column not in names
     ]
@@ -124,20 +127,37 @@ def recognise(
         ]
         if beside and template in with_turns:
             shown = ", ".join((*(used[column] for column in names if column in used), *beside))
-            reason = f"template {with_turns[template]}, because the columns are {shown}"
+            reason = tr(
+                "template {with_turns}, because the columns are {shown}",
+                with_turns=with_turns[template],
+                shown=shown,
+            )
             return Recognised(with_turns[template], reason)
         shown = ", ".join(used[column] for column in names if column in used)
-        return Recognised(template, f"template {template}, because the columns are {shown}")
+        return Recognised(
+            template,
+            tr("template {template}, because the columns are {shown}", template=template, shown=shown),
+        )
     listed = ", ".join(names) or "none"
     if fitting:
-        problem = f"the columns ({listed}) fit several templates: {', '.join(fitting)}"
-        raise UserError(problem, place="--template", cure="choose one of them")
+        problem = tr(
+            "the columns ({listed}) fit several templates: {fitting}",
+            listed=listed,
+            fitting=", ".join(fitting),
+        )
+        raise UserError(problem, place="--template", cure=tr("choose one of them"))
     if mapped := _with_other_capitals(names, columns, forms):
-        cure = f"give --columns '{{{mapped}}}', or rename the columns"
-        raise UserError(f"the columns ({listed}) fit no built-in template", place="--template", cure=cure)
+        cure = tr("give --columns '{{{mapped}}}', or rename the columns", mapped=mapped)
+        raise UserError(
+            tr("the columns ({listed}) fit no built-in template", listed=listed),
+            place="--template",
+            cure=cure,
+        )
     needs = "; ".join(map(str, forms))
-    cure = f"give a template, or map its fields to your columns with --columns ({needs})"
-    raise UserError(f"the columns ({listed}) fit no built-in template", place="--template", cure=cure)
+    cure = tr("give a template, or map its fields to your columns with --columns ({needs})", needs=needs)
+    raise UserError(
+        tr("the columns ({listed}) fit no built-in template", listed=listed), place="--template", cure=cure
+    )
 
 
 def _with_other_capitals(names: Sequence[str], columns: Mapping[str, str], forms: Sequence[Form]) -> str:
@@ -232,8 +252,8 @@ def row_weight(row: Row, column: str | None) -> float:
         weight = math.nan
     if not math.isfinite(weight) or weight < 0:
         shown = f'"{brief(value)}"' if isinstance(value, str) else described(value)
-        problem = f'field "{column}" is {shown}, not a weight'
-        raise UserError(problem, place=row.place, cure="write a number from 0 up")
+        problem = tr('field "{column}" is {shown}, not a weight', column=column, shown=shown)
+        raise UserError(problem, place=row.place, cure=tr("write a number from 0 up"))
     return weight
 
 
@@ -247,15 +267,18 @@ def kinds_of_numbers(row: Row, columns: Iterable[str]) -> Iterator[tuple[str, st
 
 def _not_text(value: object, column: str, place: str) -> UserError:
     """The error for a value that a template's field cannot show, with a way to show it if there is one."""
-    problem, cure = f'field "{column}" is {described(value)}, not text', "a template's field takes text"
+    problem, cure = (
+        tr('field "{column}" is {value}, not text', column=column, value=described(value)),
+        tr("a template's field takes text"),
+    )
     if isinstance(value, float) or value == []:
-        problem = f'field "{column}" is an empty list' if value == [] else problem
-        cure = "fill it or remove the row"
+        problem = tr('field "{column}" is an empty list', column=column) if value == [] else problem
+        cure = tr("fill it or remove the row")
     elif is_turn_list(value):
-        cure = "turn lists need --template chat"
+        cure = tr("turn lists need --template chat")
     elif isinstance(value, (Mapping, list, tuple)):
         paths = " or ".join(f'"{path}"' for path in (*_path_to_text(value, column), f"json({column})"))
-        cure = f"map the field to {paths} with --columns, in these quotes"
+        cure = tr("map the field to {paths} with --columns, in these quotes", paths=paths)
     return UserError(problem, place=place, cure=cure)
 
 
@@ -288,4 +311,4 @@ def _columns_used(form: Form, names: Sequence[str], columns: Mapping[str, str]) 
 
 
 def _suggestion(column: str, names: Sequence[str]) -> str:
-    return did_you_mean(column, names) or f"it has {', '.join(names) or 'none'}"
+    return did_you_mean(column, names) or tr("it has {value}", value=", ".join(names) or "none")

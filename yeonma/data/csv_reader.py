@@ -16,7 +16,7 @@ from itertools import islice
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN, TextFile, place_after
 from yeonma.errors import Problem, UserError, brief
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 MAX_PROBLEMS = 10
 MAX_HEADER_LINES = 20
@@ -61,7 +61,13 @@ def open_csv(file: TextFile, options: FileOptions, delimiter: str = ",") -> Sour
     found = declared[1] if declared else _found_delimiter(head, delimiter)
     notes = []
     if options.delimiter is None and found != delimiter:
-        notes.append(f"{file.name}: columns are separated by {'a tab' if found == chr(9) else found}")
+        notes.append(
+            tr(
+                "{file}: columns are separated by {found}",
+                file=file.name,
+                found="a tab" if found == chr(9) else found,
+            )
+        )
     delimiter = options.delimiter or found
     line, cells = next(_records(file, delimiter, lines_before), (1, []))
     if not cells:
@@ -85,16 +91,26 @@ def header_of(cells: Sequence[str], name: str, place: str) -> Header:
         ]
         if padded:
             notes.append(
-                f"{name}: blanks around column names are left out: {', '.join(padded[:MAX_PROBLEMS])}"
+                tr(
+                    "{name}: blanks around column names are left out: {padded}",
+                    name=name,
+                    padded=", ".join(padded[:MAX_PROBLEMS]),
+                )
             )
         cells = stripped
     problems = [
-        Problem(f'the header has "{brief(column)}" twice', place, "give each column a unique name")
+        Problem(
+            tr('the header has "{column}" twice', column=brief(column)),
+            place,
+            tr("give each column a unique name"),
+        )
         for column in _twice(cells)[:MAX_PROBLEMS]
     ]
     if not any(cells):
         problems = [
-            Problem("no column has a name", place, "write the names of the columns into the first row")
+            Problem(
+                tr("no column has a name"), place, tr("write the names of the columns into the first row")
+            )
         ]
     if problems:
         raise UserError(problems)
@@ -112,9 +128,11 @@ def unnamed_note(name: str, header: Header, rows: Iterable[Sequence[str]]) -> li
     if not unnamed:
         return []
     columns = (
-        f"column {min(unnamed)}" if len(unnamed) == 1 else f"{len(unnamed)}, the first is {min(unnamed)}"
+        f"column {min(unnamed)}"
+        if len(unnamed) == 1
+        else tr("{unnamed}, the first is {unnamed2}", unnamed=len(unnamed), unnamed2=min(unnamed))
     )
-    return [f"{name}: columns without a name are not read: {columns}"]
+    return [tr("{name}: columns without a name are not read: {columns}", name=name, columns=columns)]
 
 
 def _twice(names: Sequence[str]) -> list[str]:
@@ -164,7 +182,7 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
             fitted = header.fitted(cells)
             if fitted is None:
                 problem = f"{counted(len(cells), 'cell')}; the header has {columns}"
-                cure = "put cells with commas or line breaks in quotes"
+                cure = tr("put cells with commas or line breaks in quotes")
                 wrong = Problem(problem, f"{name}:{line}", cure)
                 if skip_bad:
                     yield wrong.place, wrong
@@ -187,7 +205,7 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
     if problems:
         raise UserError([replace(problem, of_row=has_good) for problem in problems])
     if empty:
-        raise UserError("a header but no rows", place=name, cure="give a file with at least one row")
+        raise UserError(tr("a header but no rows"), place=name, cure=tr("give a file with at least one row"))
 
 
 def _records(file: TextFile, delimiter: str, lines_before: int) -> Iterator[tuple[int, list[str]]]:
@@ -237,8 +255,12 @@ def _quote_problem(text: str, name: str, start: int, delimiter: str, error: csv.
     else:
         return Problem(str(error), f"{name}:{start}", WRITE_AGAIN)
     line, column = place_after(start, 1, text[:opened])
-    problem = "a quote that is never closed"
+    problem = tr("a quote that is never closed")
     if closing >= 0:
         end_line, end_column = place_after(start, 1, text[: closing + 1])
-        problem = f"a quoted cell with text after its closing quote, at {end_line}:{end_column}"
-    return Problem(problem, f"{name}:{line}:{column}", 'close it, and write " inside a quoted cell as ""')
+        problem = tr(
+            "a quoted cell with text after its closing quote, at {end_line}:{end_column}",
+            end_line=end_line,
+            end_column=end_column,
+        )
+    return Problem(problem, f"{name}:{line}:{column}", tr('close it, and write " inside a quoted cell as ""'))

@@ -17,7 +17,7 @@ from yeonma.config.yaml_text import read_items
 from yeonma.data.library_sets import needs_code, unknown_split
 from yeonma.data.readers import KNOWN_FILES, ending_of
 from yeonma.errors import UserError, brief, did_you_mean
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 # Files about the data, often next to it.
 _SIDE_FILES = ("dataset_info.json", "dataset_infos.json", "config.json")
@@ -38,13 +38,13 @@ _DATA_FOLDERS = ("data", *_SPLIT_OF_WORD)
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 # Other tools' endings -> what to do with such a file.
 _CURES = {
-    ".xls": "save it as .xlsx",
-    ".ods": "save it as .xlsx",
-    ".zip": "unpack it",
-    ".bz2": "unpack it",
-    ".xz": "unpack it",
-    ".gz": "unpack it; a text file may stay packed if its name says so, as in rows.jsonl.gz",
-    ".zst": "unpack it; a text file may stay packed if its name says so, as in rows.jsonl.zst",
+    ".xls": tr("save it as .xlsx"),
+    ".ods": tr("save it as .xlsx"),
+    ".zip": tr("unpack it"),
+    ".bz2": tr("unpack it"),
+    ".xz": tr("unpack it"),
+    ".gz": tr("unpack it; a text file may stay packed if its name says so, as in rows.jsonl.gz"),
+    ".zst": tr("unpack it; a text file may stay packed if its name says so, as in rows.jsonl.zst"),
 }
 
 
@@ -83,8 +83,10 @@ def files_of(name: str, path: Path, split: str, config: str | None = None) -> Fo
         found = _files_by_name(name, path, split, scripts)
     endings = sorted({ending_of(file.path) for file in found.files})
     if len(endings) > 1:
-        cure = "keep one format in a folder, or give one file"
-        raise UserError(f"files of several formats: {', '.join(endings)}", place=name, cure=cure)
+        cure = tr("keep one format in a folder, or give one file")
+        raise UserError(
+            tr("files of several formats: {endings}", endings=", ".join(endings)), place=name, cure=cure
+        )
     return FoundFiles(_checked(found.files), (*card.notes, *found.notes))
 
 
@@ -100,9 +102,9 @@ def _files_by_name(name: str, path: Path, split: str, scripts: Sequence[str] = (
         files = _data_files(path, (file for folder in folders for file in folder.rglob("*")))
     if not files:
         below = sorted({file.parent.name for file in _data_files(path, path.glob("*/*"))})
-        cure = f"give {KNOWN_FILES}, or a folder of such files"
-        cure = f"give the folder inside it: {', '.join(below)}" if below else cure
-        raise UserError("a folder without data files", place=name, cure=cure)
+        cure = tr("give {known_files}, or a folder of such files", known_files=KNOWN_FILES)
+        cure = tr("give the folder inside it: {below}", below=", ".join(below)) if below else cure
+        raise UserError(tr("a folder without data files"), place=name, cure=cure)
     by_split: dict[str, list[DataFile]] = {}
     for file in files:
         shown = file.relative_to(path).as_posix()
@@ -110,7 +112,11 @@ def _files_by_name(name: str, path: Path, split: str, scripts: Sequence[str] = (
     splits = sorted(other for other in by_split if other)
     if len(splits) <= 1:
         other_split = splits and splits[0] != _SPLIT_OF_WORD.get(split, split)
-        notes = (f'{name}: its files are those of the split "{splits[0]}"',) if other_split else ()
+        notes = (
+            (tr('{name}: its files are those of the split "{splits}"', name=name, splits=splits[0]),)
+            if other_split
+            else ()
+        )
         every = [file for group in by_split.values() for file in group]
         return FoundFiles(tuple(sorted(every, key=lambda file: file.name)), notes)
     wanted = split if split in by_split else _SPLIT_OF_WORD.get(split, split)
@@ -146,7 +152,9 @@ def _not_read(name: str, split: str, by_split: Mapping[str, Sequence[DataFile]])
     others = [brief(other) for other in sorted(by_split) if other and other != split]
     others += [PurePosixPath(file.name).name for file in by_split.get("", ())]
     count = len(by_split[split])
-    shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+    shown = ", ".join(others[:10]) + (
+        tr(" and {others} more", others=len(others) - 10) if len(others) > 10 else ""
+    )
     return (f'{name}: the split "{split}" is read ({counted(count, "file")}); not {shown}',)
 
 
@@ -186,10 +194,24 @@ class _Card:
             return _Card(tuple(_config(entry) for entry in entries.get("configs") or ()))
         except UserError as error:
             reason = error.problems[0]
-            return _Card(notes=(f"{reason.place}: {reason.what}, so files are chosen by their names",))
+            return _Card(
+                notes=(
+                    tr(
+                        "{place}: {what}, so files are chosen by their names",
+                        place=reason.place,
+                        what=reason.what,
+                    ),
+                )
+            )
         except (AttributeError, KeyError, TypeError):
             return _Card(
-                notes=(f"{name}/{_CARD}: unknown form of configs, so files are chosen by their names",)
+                notes=(
+                    tr(
+                        "{name}/{card}: unknown form of configs, so files are chosen by their names",
+                        name=name,
+                        card=_CARD,
+                    ),
+                )
             )
 
 
@@ -219,23 +241,28 @@ def _chosen_config(name: str, configs: Sequence[_Config], config: str | None) ->
     names = [entry.name for entry in configs]
     if config is not None:
         if config not in names:
-            cure = (
-                did_you_mean(config, names)
-                or f"its README names {', '.join(map(brief, names[:20])) or 'none'}"
+            cure = did_you_mean(config, names) or tr(
+                "its README names {value}", value=", ".join(map(brief, names[:20])) or "none"
             )
-            raise UserError(f'no config "{brief(config)}"', place=name, cure=cure)
+            raise UserError(tr('no config "{config}"', config=brief(config)), place=name, cure=cure)
         return configs[names.index(config)]
     defaults = [entry for entry in configs if entry.is_default or entry.name == "default"] or configs
     if len(defaults) > 1:
-        cure = f"name one: {name}:{brief(defaults[0].name)}"
-        raise UserError(f"several configs: {', '.join(map(brief, names[:20]))}", place=name, cure=cure)
+        cure = tr("name one: {name}:{defaults}", name=name, defaults=brief(defaults[0].name))
+        raise UserError(
+            tr("several configs: {brief}", brief=", ".join(map(brief, names[:20]))), place=name, cure=cure
+        )
     return defaults[0]
 
 
 def _files_of_config(name: str, path: Path, split: str, config: _Config) -> FoundFiles:
     base, place = path / _inside(config.base, f"{name}/{_CARD}"), f"{name}/{_CARD}"
     if not base.is_dir():
-        raise UserError(f'no folder "{brief(config.base)}"', place=place, cure="download the whole data set")
+        raise UserError(
+            tr('no folder "{base}"', base=brief(config.base)),
+            place=place,
+            cure=tr("download the whole data set"),
+        )
     if config.files is None:
         shown = f"{name}/{config.base}" if config.base != "." else name
         return _files_by_name(shown, base, split)
@@ -248,8 +275,14 @@ def _files_of_config(name: str, path: Path, split: str, config: _Config) -> Foun
             files.setdefault(file, DataFile(file, f"{name}/{file.relative_to(path).as_posix()}"))
     if not files:
         patterns = ", ".join(map(brief, config.files[wanted][:5]))
-        cure = "download the whole data set, or name a file"
-        raise UserError(f'no data files for the split "{brief(wanted)}" ({patterns})', place=place, cure=cure)
+        cure = tr("download the whole data set, or name a file")
+        raise UserError(
+            tr(
+                'no data files for the split "{wanted}" ({patterns})', wanted=brief(wanted), patterns=patterns
+            ),
+            place=place,
+            cure=cure,
+        )
     others = [brief(other) for other in config.files if other != wanted]
     count = len(files)
     notes = [f'{name}: the split "{wanted}" is read ({counted(count, "file")}); not {", ".join(others[:10])}']
@@ -260,8 +293,8 @@ def _inside(pattern: str, place: str) -> str:
     """A pattern of files below the folder. Raises UserError for one that leads out of it."""
     path = PurePosixPath(pattern)
     if path.is_absolute() or ".." in path.parts or "://" in pattern or "\0" in pattern:
-        problem = f'"{brief(pattern)}" is not inside the folder'
-        raise UserError(problem, place=place, cure="download its files, and name them with --data_path")
+        problem = tr('"{pattern}" is not inside the folder', pattern=brief(pattern))
+        raise UserError(problem, place=place, cure=tr("download its files, and name them with --data_path"))
     return f"{pattern}/*" if path.name == "**" else pattern  # as in `datasets`, ** are files at any depth
 
 
@@ -269,17 +302,21 @@ def _checked(files: Sequence[DataFile]) -> tuple[DataFile, ...]:
     for file in files:
         status = file.path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError("not a regular file", place=file.name, cure=f"give {KNOWN_FILES}")
+            raise UserError(tr("not a regular file"), place=file.name, cure=f"give {KNOWN_FILES}")
         ending = file.path.suffix.lower()
         if ending == ".py":
             raise needs_code(file.name, file.name)
         if not ending_of(file.path):
-            cure = _CURES.get(ending, f"give {KNOWN_FILES}, or a folder of such files")
-            problem = f"{ending} files cannot be read" if ending else "the file has no ending"
+            cure = _CURES.get(
+                ending, tr("give {known_files}, or a folder of such files", known_files=KNOWN_FILES)
+            )
+            problem = (
+                tr("{ending} files cannot be read", ending=ending) if ending else tr("the file has no ending")
+            )
             raise UserError(problem, place=file.name, cure=cure)
         if status.st_size <= _POINTER_BYTES:
             with file.path.open("rb") as content:
                 if content.read(len(_POINTER)) == _POINTER:
-                    problem = "a pointer of Git LFS, not the data itself"
-                    raise UserError(problem, place=file.name, cure="run `git lfs pull` in its folder")
+                    problem = tr("a pointer of Git LFS, not the data itself")
+                    raise UserError(problem, place=file.name, cure=tr("run `git lfs pull` in its folder"))
     return tuple(files)

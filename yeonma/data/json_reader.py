@@ -13,11 +13,12 @@ from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.data.text_file import CHUNK, WRITE_AGAIN, TextFile, is_stray, place_after
 from yeonma.errors import Problem, UserError, brief, did_you_mean
+from yeonma.messages import tr
 
 MAX_PROBLEMS = 10
 MAX_COLUMNS = 100
 """Columns of lists are read side by side, each through a file of its own."""
-OBJECT, LINES = 'write {"column": "value", ...}', "write one object a line"  # cures
+OBJECT, LINES = 'write {"column": "value", ...}', tr("write one object a line")  # cures
 
 
 def open_json_lines(file: TextFile, options: FileOptions) -> Source:
@@ -39,7 +40,9 @@ def open_json(file: TextFile, options: FileOptions) -> Source:
     if start == "{":
         return _open_objects(file, options)
     if start != "[":
-        raise window.error("a .json file must hold a list of objects: [{...}, ...]", cure="write such a list")
+        raise window.error(
+            tr("a .json file must hold a list of objects: [{{...}}, ...]"), cure=tr("write such a list")
+        )
     if options.part is not None:
         raise _no_parts(file.name, options.part, "a list")
     return Source(partial(_list_rows, file, options))
@@ -104,11 +107,13 @@ def _open_objects(file: TextFile, options: FileOptions) -> Source:
     last_line = window.line
     following = window.next_character()
     if following and following != "{":
-        raise window.error("text after the object", cure="write a list of objects: [{...}, {...}]")
+        raise window.error(
+            tr("text after the object"), cure=tr("write a list of objects: [{{...}}, {{...}}]")
+        )
     if following and first_line == last_line < window.line:
         return _open_lines(file, options)
     if following and options.part is not None:
-        raise _no_parts(file.name, options.part, "several objects")
+        raise _no_parts(file.name, options.part, tr("several objects"))
     return Source(partial(_object_rows, file)) if following else _open_one_object(file, lists, options)
 
 
@@ -118,8 +123,8 @@ def _open_one_object(file: TextFile, by_key: dict[str, _List | None], options: F
     tables = {key: entry for key, entry in lists.items() if entry.holds_objects}
     if part is not None:
         if part not in lists:
-            cure = did_you_mean(part, lists) or f"its lists are {_shown(lists) or 'none'}"
-            raise UserError(f'no list under the key "{brief(part)}"', place=name, cure=cure)
+            cure = did_you_mean(part, lists) or tr("its lists are {value}", value=_shown(lists) or "none")
+            raise UserError(tr('no list under the key "{part}"', part=brief(part)), place=name, cure=cure)
         return Source(partial(_list_rows, file, options, lists[part].start))
     if any(entry.holds_turns for entry in lists.values()):
         return Source(partial(_object_rows, file))
@@ -127,11 +132,13 @@ def _open_one_object(file: TextFile, by_key: dict[str, _List | None], options: F
     if all_lists and len(lengths) == 1 and len(tables) < len(lists):  # cells may be objects
         return _open_columns(file, lists)
     if len(tables) > 1:
-        cure = f"name the one to read: {name}:{next(iter(tables))}"
-        raise UserError(f"several keys hold lists of objects: {_shown(tables)}", place=name, cure=cure)
+        cure = tr("name the one to read: {name}:{tables}", name=name, tables=next(iter(tables)))
+        raise UserError(
+            tr("several keys hold lists of objects: {tables}", tables=_shown(tables)), place=name, cure=cure
+        )
     if tables:
         ((key, entry),) = tables.items()
-        note = f'{name}: the rows are the list under the key "{brief(key)}"'
+        note = tr('{name}: the rows are the list under the key "{key}"', name=name, key=brief(key))
         return Source(partial(_list_rows, file, options, entry.start), (note,))
     if not lists or not all_lists:
         return Source(partial(_object_rows, file))
@@ -142,24 +149,26 @@ def _open_columns(file: TextFile, lists: dict[str, _List]) -> Source:
     name, lengths = file.name, {entry.length for entry in lists.values()}
     if len(lengths) > 1:
         shown = ", ".join(f'"{brief(key)}" {entry.length:,}' for key, entry in list(lists.items())[:10])
-        cure = f"make them equally long, or {LINES}"
-        raise UserError(f"columns of different lengths: {shown}", place=name, cure=cure)
+        cure = tr("make them equally long, or {lines}", lines=LINES)
+        raise UserError(tr("columns of different lengths: {shown}", shown=shown), place=name, cure=cure)
     if len(lists) > MAX_COLUMNS:
-        raise UserError(f"more than {MAX_COLUMNS} columns of lists", place=name, cure=LINES)
+        raise UserError(
+            tr("more than {max_columns} columns of lists", max_columns=MAX_COLUMNS), place=name, cure=LINES
+        )
     if lengths == {0}:
         raise no_rows(name)
     starts = {key: entry.start for key, entry in lists.items()}
-    return Source(partial(_rows_of_columns, file, starts), (f"{name}: its lists are columns",))
+    return Source(partial(_rows_of_columns, file, starts), (tr("{name}: its lists are columns", name=name),))
 
 
 def _shown(keys: dict[str, _List]) -> str:
-    more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+    more = tr(" and {keys} more", keys=len(keys) - 10) if len(keys) > 10 else ""
     return ", ".join(f'"{brief(key)}"' for key in list(keys)[:10]) + more
 
 
 def _no_parts(name: str, part: str, what: str) -> UserError:
-    problem = f'it holds {what}, so it has no key "{brief(part)}"'
-    return UserError(problem, place=name, cure=f"give {name} without :{brief(part)}")
+    problem = tr('it holds {what}, so it has no key "{part}"', what=what, part=brief(part))
+    return UserError(problem, place=name, cure=tr("give {name} without :{part}", name=name, part=brief(part)))
 
 
 # Rows
@@ -167,7 +176,7 @@ def _no_parts(name: str, part: str, what: str) -> UserError:
 
 def _open_lines(file: TextFile, options: FileOptions) -> Source:
     if options.part is not None:
-        raise _no_parts(file.name, options.part, "one object a line")
+        raise _no_parts(file.name, options.part, tr("one object a line"))
     return Source(partial(_rows_of_lines_without_stop if options.skip_bad else _rows_of_lines, file))
 
 
@@ -228,8 +237,8 @@ def _rows_of_lines_without_stop(file: TextFile) -> Iterator[Record]:
 
 def _check_is_no_list(line: str, name: str, number: int) -> None:
     if line.lstrip(SPACE).startswith("["):
-        cure = "name the file .json, or write one object a line"
-        raise UserError("a JSON list in a .jsonl file", place=f"{name}:{number}", cure=cure)
+        cure = tr("name the file .json, or write one object a line")
+        raise UserError(tr("a JSON list in a .jsonl file"), place=f"{name}:{number}", cure=cure)
 
 
 def _list_rows(file: TextFile, options: FileOptions, start: _Position | None = None) -> Iterator[Record]:
@@ -242,14 +251,16 @@ def _list_rows(file: TextFile, options: FileOptions, start: _Position | None = N
         if isinstance(value, dict):
             yield place, value
             continue
-        problem = Problem(f"a row must be an object, not {kind_of(value)}", place, OBJECT, of_row=True)
+        problem = Problem(
+            tr("a row must be an object, not {value}", value=kind_of(value)), place, OBJECT, of_row=True
+        )
         if not options.skip_bad:
             raise UserError([problem])
         yield place, problem
     if empty:
         raise no_rows(name)
     if start is None and window.next_character():
-        raise window.error("text after the list", cure="a .json file must hold one list")
+        raise window.error(tr("text after the list"), cure=tr("a .json file must hold one list"))
 
 
 def _object_rows(file: TextFile) -> Iterator[Record]:
@@ -257,9 +268,11 @@ def _object_rows(file: TextFile) -> Iterator[Record]:
     window, last_line = _Window(file), 0
     while start := window.next_character():
         if start != "{":
-            raise window.error("text after the object", cure="write a list of objects: [{...}, {...}]")
+            raise window.error(
+                tr("text after the object"), cure=tr("write a list of objects: [{{...}}, {{...}}]")
+            )
         if window.line == last_line:
-            raise window.error("a second object on the line", cure=LINES)
+            raise window.error(tr("a second object on the line"), cure=LINES)
         line, value = window.line, window.take_value()
         assert isinstance(value, dict)
         yield f"{file.name}:{line}", value
@@ -277,10 +290,10 @@ def _row_of_line(line: str) -> dict[str, object]:
     at = 0 if line[0] == "{" else len(line) - len(line.lstrip(SPACE))
     value, end = parse(line, at)
     if not isinstance(value, dict):
-        raise Fault(f"a row must be an object, not {kind_of(value)}", at, OBJECT)
+        raise Fault(tr("a row must be an object, not {value}", value=kind_of(value)), at, OBJECT)
     extra = line[end:].lstrip(SPACE)
     if extra:
-        problem = "a second object on the line" if extra[0] == "{" else "text after the object"
+        problem = tr("a second object on the line") if extra[0] == "{" else tr("text after the object")
         raise Fault(problem, len(line) - len(extra), LINES)
     return value
 
@@ -290,8 +303,8 @@ def _line_problem(fault: Fault, name: str, number: int, *, complete: bool) -> Pr
     if not fault.cut:
         return Problem(fault.problem, place, fault.cure)
     if complete:
-        return Problem(f"{fault.problem}: the line ends before its object", place, LINES)
-    return Problem(f"{fault.problem}: the last line is truncated", place, WRITE_AGAIN)
+        return Problem(tr("{problem}: the line ends before its object", problem=fault.problem), place, LINES)
+    return Problem(tr("{problem}: the last line is truncated", problem=fault.problem), place, WRITE_AGAIN)
 
 
 # A window over the text
@@ -347,7 +360,7 @@ class _Window:
                     self._fill()
                     continue
                 if fault.cut:
-                    problem = f"{fault.problem}: the file is truncated"
+                    problem = tr("{problem}: the file is truncated", problem=fault.problem)
                     raise self.error(problem, fault.at, WRITE_AGAIN) from None
                 raise self.error(fault.problem, fault.at, fault.cure) from None
             if end == len(self._text) and not self._ended:  # a number may go on in the next chunk
@@ -430,15 +443,19 @@ def _numbered_values_at(window: _Window) -> _List | None:
 def _take_key(window: _Window, known: Container[str]) -> str:
     """The key at the window, which moves behind its colon. Raises UserError for one of the `known` keys."""
     if window.next_character() != '"':
-        cure = 'write "column": "value", in double quotes, and no comma after the last one'
-        raise _cut_or(window, "not JSON: expecting property name enclosed in double quotes", cure)
+        cure = tr('write "column": "value", in double quotes, and no comma after the last one')
+        raise _cut_or(window, tr("not JSON: expecting property name enclosed in double quotes"), cure)
     before = window.position
     key = str(window.take_value())
     if key in known:
         place = f"{window.name}:{before.line}:{before.column}"
-        raise UserError(f'the key "{brief(key)}" appears twice in one object', place=place, cure="keep one")
+        raise UserError(
+            tr('the key "{key}" appears twice in one object', key=brief(key)),
+            place=place,
+            cure=tr("keep one"),
+        )
     if window.next_character() != ":":
-        raise _cut_or(window, "not JSON: expecting ':' delimiter", 'write "column": "value"')
+        raise _cut_or(window, tr("not JSON: expecting ':' delimiter"), tr('write "column": "value"'))
     window.move(window.at + 1)
     return key
 
@@ -447,8 +464,14 @@ def _separator(window: _Window, closing: str, what: str) -> str:
     """The comma or the closing bracket after an entry; the window moves behind it."""
     separator = window.next_character()
     if separator not in (",", closing):
-        cure = f"put a comma between two {what}s, and {closing} after the last one"
-        raise _cut_or(window, f'not JSON: expecting "," or "{closing}" after a {what}', cure)
+        cure = tr(
+            "put a comma between two {what}s, and {closing} after the last one", what=what, closing=closing
+        )
+        raise _cut_or(
+            window,
+            tr('not JSON: expecting "," or "{closing}" after a {what}', closing=closing, what=what),
+            cure,
+        )
     window.move(window.at + 1)
     return separator
 
@@ -457,4 +480,4 @@ def _cut_or(window: _Window, problem: str, cure: str) -> UserError:
     """The error at the window; at the end of the file, that it is truncated."""
     if window.next_character():
         return window.error(problem, cure=cure)
-    return window.error(f"{problem}: the file is truncated", cure=WRITE_AGAIN)
+    return window.error(tr("{problem}: the file is truncated", problem=problem), cure=WRITE_AGAIN)

@@ -16,6 +16,7 @@ from yeonma.data.splits import SplitSlice, parse_split
 from yeonma.errors import UserError, brief, did_you_mean
 from yeonma.files import file_hash
 from yeonma.hub import check_reachable
+from yeonma.messages import tr
 
 
 def is_saved(path: Path) -> bool:
@@ -38,8 +39,8 @@ def saved_set(name: str, folder: Path, split: str, *, skip_bad: bool = False) ->
             for part in parts
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"the saved data set cannot be read: {one_line(error)}"
-        raise UserError(problem, place=name, cure="save it again with save_to_disk") from None
+        problem = tr("the saved data set cannot be read: {error}", error=one_line(error))
+        raise UserError(problem, place=name, cure=tr("save it again with save_to_disk")) from None
     sources = []
     for table, part in zip(tables, parts, strict=True):
         start, stop = part.bounds(table.num_rows)
@@ -75,14 +76,16 @@ def _hash_of(folder: Path) -> str:
 
 
 def unknown_split(name: str, split: str, splits: Sequence[str]) -> UserError:
-    cure = did_you_mean(split, splits) or "choose one with --data_split"
+    cure = did_you_mean(split, splits) or tr("choose one with --data_split")
     shown = ", ".join(brief(other) for other in splits[:20])
-    return UserError(f'no split "{brief(split)}"; it has {shown}', place=name, cure=cure)
+    return UserError(
+        tr('no split "{split}"; it has {shown}', split=brief(split), shown=shown), place=name, cure=cure
+    )
 
 
 def no_splits(name: str) -> UserError:
-    cure = "give one slice with --data_split, such as train[:1000]"
-    return UserError("it has no splits that could be joined", place=name, cure=cure)
+    cure = tr("give one slice with --data_split, such as train[:1000]")
+    return UserError(tr("it has no splits that could be joined"), place=name, cure=cure)
 
 
 def check_on_hub(data_path: str) -> None:
@@ -98,7 +101,7 @@ def hub_set(data_path: str, split: str, revision: str | None, *, skip_bad: bool 
     name, _, config = data_path.partition(":")
     # `json`, `csv`, ... would read files of the working directory.
     if name in _PACKAGED_DATASETS_MODULES:
-        raise UserError("no such file or folder", place=data_path, cure=f"give {KNOWN_FILES}")
+        raise UserError(tr("no such file or folder"), place=data_path, cure=f"give {KNOWN_FILES}")
     check_on_hub(data_path)
     try:
         table = datasets.load_dataset(name, config or None, split=split, revision=revision)
@@ -112,8 +115,10 @@ def hub_set(data_path: str, split: str, revision: str | None, *, skip_bad: bool 
 
 
 def needs_code(name: str, script: str) -> UserError:
-    cure = "give its data files (.parquet, .jsonl, ...), or on the hub --data_revision refs/convert/parquet"
-    problem = f"the data set needs its own Python code ({script}), which Yeonma never runs"
+    cure = tr(
+        "give its data files (.parquet, .jsonl, ...), or on the hub --data_revision refs/convert/parquet"
+    )
+    problem = tr("the data set needs its own Python code ({script}), which Yeonma never runs", script=script)
     return UserError(problem, place=name, cure=cure)
 
 
@@ -126,20 +131,24 @@ def hub_error(name: str, error: Exception) -> UserError | None:
     if script:
         return needs_code(name, script[1])
     if isinstance(error, FileNotFoundError):
-        cure = "check the name; log in with `hf auth login` if it is private or gated"
-        return UserError(f"no such file, and no such data set on the hub: {text}", place=name, cure=cure)
+        cure = tr("check the name; log in with `hf auth login` if it is private or gated")
+        return UserError(
+            tr("no such file, and no such data set on the hub: {text}", text=text), place=name, cure=cure
+        )
     if "Unknown split" in text:
-        return UserError(text, place=name, cure="choose one with --data_split")
+        return UserError(text, place=name, cure=tr("choose one with --data_split"))
     if "onfig" in text and isinstance(error, ValueError):
-        return UserError(text, place=name, cure="choose one with --data_path name:config")
+        return UserError(text, place=name, cure=tr("choose one with --data_path name:config"))
     if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
-        cure = "check the connection, or download the data set and give its files"
-        return UserError(f"no such local file, and the hub cannot be reached: {text}", place=name, cure=cure)
+        cure = tr("check the connection, or download the data set and give its files")
+        return UserError(
+            tr("no such local file, and the hub cannot be reached: {text}", text=text), place=name, cure=cure
+        )
     if not isinstance(error, (ValueError, datasets.exceptions.DatasetsError)):
         return None
     if error.__cause__ is not None:
         text = f"{text} ({one_line(error.__cause__)})"
-    return UserError(f"the data set cannot be loaded: {text}", place=name)
+    return UserError(tr("the data set cannot be loaded: {text}", text=text), place=name)
 
 
 def _hash(*parts: str) -> str:

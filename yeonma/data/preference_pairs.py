@@ -40,6 +40,7 @@ from yeonma.data.template_syntax import joined
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
 from yeonma.data.turns import ROLES, Role, Turn, tools_of, turn_of, turns_of
 from yeonma.errors import Problem, UserError, brief
+from yeonma.messages import tr
 
 SIDES = ("chosen", "rejected")
 LABEL_COLUMNS = ("label", "kto_tag")
@@ -198,7 +199,7 @@ def _as_turns(recognised: Recognised, rows: Rows, columns: Mapping[str, str]) ->
     beside = [name for name in (*SYSTEM_COLUMNS, *TOOL_COLUMNS) if name in filled_columns(rows)]
     if recognised.template != "prompt-completion" or not beside:
         return recognised
-    reason = recognised.reason.replace("template prompt-completion", "template chat")
+    reason = recognised.reason.replace(tr("template prompt-completion"), tr("template chat"))
     reason = f"{reason}, {', '.join(beside)}"
     return replace(recognised, template="chat", reason=reason, columns=tuple(columns.items()))
 
@@ -206,7 +207,7 @@ def _as_turns(recognised: Recognised, rows: Rows, columns: Mapping[str, str]) ->
 def _with_system_turns(recognised: Recognised, rows: Rows) -> Recognised:
     """The same, with a reason that names the columns of system prompts."""
     names = [name for name in SYSTEM_COLUMNS if name in rows.columns]
-    reason = f"{recognised.reason}; system turns are in {' or '.join(names)}"
+    reason = tr("{reason}; system turns are in {names}", reason=recognised.reason, names=" or ".join(names))
     return replace(recognised, reason=reason) if names else recognised
 
 
@@ -280,8 +281,8 @@ def _split_columns(template: Template, columns: Columns) -> tuple[dict[str, str]
     """The columns of `chosen` and `rejected`, and the mapping of the other fields."""
     columns = dict(columns or {})
     if "answer" in columns or (template.answer_field in columns and not template.is_chat):
-        cure = "name the columns of `chosen` and `rejected`"
-        raise UserError("a pair has two answers", place="--columns", cure=cure)
+        cure = tr("name the columns of `chosen` and `rejected`")
+        raise UserError(tr("a pair has two answers"), place="--columns", cure=cure)
     return {side: columns.pop(side, side) for side in SIDES}, columns
 
 
@@ -299,7 +300,10 @@ def _each_answer(row: Row, column: str) -> tuple[Row, list[str]]:
 
 def _check_answers(row: Row, answers: Mapping[str, str], rejected: Sequence[str]) -> None:
     """Raises UserError unless all answers have a value. `answers`: side -> column; `rejected`: the columns of each."""
-    cure = f"a pair needs both answers ({' and '.join(answers.values())}); fill it or remove the row"
+    cure = tr(
+        "a pair needs both answers ({answers}); fill it or remove the row",
+        answers=" and ".join(answers.values()),
+    )
     if problems := _without_value(row, (answers["chosen"], *rejected), cure):
         raise UserError(problems)
 
@@ -311,7 +315,7 @@ def _without_value(row: Row, columns: Sequence[str], cure: str) -> list[Problem]
         value = row.values.get(name)
         if value is None or value in ([], {}) or (isinstance(value, str) and not value.strip()):
             state = "missing" if name not in row.values else "null" if value is None else "empty"
-            problems.append(Problem(f'field "{name}" is {state}', row.place, cure))
+            problems.append(Problem(tr('field "{name}" is {state}', name=name, state=state), row.place, cure))
     return problems
 
 
@@ -330,9 +334,9 @@ def _label(row: Row, column: str) -> bool:
         ", ".join(word for word, is_good in LABEL_WORDS.items() if is_good == side) for side in (True, False)
     )
     raise UserError(
-        f'field "{column}" is {state if column in row.values else "missing"}',
+        tr('field "{column}" is {state}', column=column, state=state if column in row.values else "missing"),
         place=row.place,
-        cure=f"say whether the answer is desirable: {good}; or not: {bad}",
+        cure=tr("say whether the answer is desirable: {good}; or not: {bad}", good=good, bad=bad),
     )
 
 
@@ -348,15 +352,25 @@ def _labelled_turns(template: Template, row: Row, columns: dict[str, str]) -> Re
         rendered = template.render(row, columns)
     else:
         template.check_columns(columns)
-        cure = f"a labelled answer needs both {column} and {apart}; fill it or remove the row"
+        cure = tr(
+            "a labelled answer needs both {column} and {apart}; fill it or remove the row",
+            column=column,
+            apart=apart,
+        )
         if problems := _without_value(row, (column, apart), cure):
             raise UserError(problems)
         turns = _with_system(row, (*_prompt_turns(row, column), *_answer_turns(row, apart)))
         rendered = Rendered(as_rendered_turns(turns), (), names.index(column), "assistant")
     *prompt, last = rendered.turns
     if last.role != "assistant":
-        what = "the turn list does not end" if apart is None else f'field "{apart}" does not end'
-        raise UserError(f"{what} with an assistant turn", place=row.place, cure="end it with the answer")
+        what = (
+            tr("the turn list does not end")
+            if apart is None
+            else tr('field "{apart}" does not end', apart=apart)
+        )
+        raise UserError(
+            tr("{what} with an assistant turn", what=what), place=row.place, cure=tr("end it with the answer")
+        )
     _refuse_weights([last.turn], row.place)
     rendered = replace(rendered, turns=tuple(prompt), answer=last.pieces, answer_turn=last.turn)
     return _with_tools(template, row, columns, column, rendered)
@@ -386,9 +400,15 @@ def _turn_pair(
         before = _prompt_turns(row, prompt_column)
         if not before and row.values.get(prompt_column) is None and len(sides["chosen"]) < 2:
             raise UserError(
-                f'field "{prompt_columns[0]}" is missing, and the answers are not whole dialogues',
+                tr(
+                    'field "{prompt_columns}" is missing, and the answers are not whole dialogues',
+                    prompt_columns=prompt_columns[0],
+                ),
                 place=row.place,
-                cure=f"give the turns before the answers in {' or '.join(prompt_columns)}",
+                cure=tr(
+                    "give the turns before the answers in {prompt_columns}",
+                    prompt_columns=" or ".join(prompt_columns),
+                ),
             )
         sides = {side: (*before, *turns) for side, turns in sides.items()}
     chosen, rejected = (_with_system(row, turns) for turns in sides.values())
@@ -425,9 +445,13 @@ def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     (first, text), *others = (own | texts).items()
     for other, other_text in others:
         if other_text.strip() != text.strip():
-            where = "the turns begin with another system turn" if own else f'field "{first}" says another'
-            problem = f'field "{other}" is a system prompt, but {where}'
-            raise UserError(problem, place=row.place, cure="keep one of them")
+            where = (
+                tr("the turns begin with another system turn")
+                if own
+                else tr('field "{first}" says another', first=first)
+            )
+            problem = tr('field "{other}" is a system prompt, but {where}', other=other, where=where)
+            raise UserError(problem, place=row.place, cure=tr("keep one of them"))
     return turns if own else (Turn("system", text), *turns)
 
 
@@ -437,8 +461,8 @@ def _with_tools(
     """The row with the tools beside its turns, in columns of their own or in OpenAI's `input`. Raises UserError for
     tools of the rejected answer alone: both answers have one prompt."""
     if is_filled(value_in(row, "rejected_tools")):
-        problem = 'field "rejected_tools": both answers of a pair have the same tools'
-        raise UserError(problem, place=row.place, cure="remove it")
+        problem = tr('field "rejected_tools": both answers of a pair have the same tools')
+        raise UserError(problem, place=row.place, cure=tr("remove it"))
     rendered = template.with_arguments(rendered, row, columns)
     parent = prompt_column.rpartition(".")[0]
     if rendered.tools or not parent:
@@ -450,8 +474,8 @@ def _with_tools(
 def _refuse_weights(turns: Iterable[Turn | None], place: str) -> None:
     """Raises UserError for weights of answers: a preference loss has none."""
     if any(turn is not None and turn.weight not in (None, 1) for turn in turns):
-        problem = "an answer has a weight, which preference data does not use"
-        raise UserError(problem, place=place, cure="remove the weight, or the row")
+        problem = tr("an answer has a weight, which preference data does not use")
+        raise UserError(problem, place=place, cure=tr("remove the weight, or the row"))
 
 
 def _rendered(turns: Sequence[Turn], prompt_turns: int, variant: int, single: bool) -> Rendered:
@@ -471,11 +495,12 @@ def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn], place: str) 
         count -= 1
     first_roles = [turns[count].role for turns in (chosen, rejected)]
     if count == 0 or first_roles != ["assistant", "assistant"]:
-        problem = (
-            f"chosen and rejected differ from turn {count + 1} on, which is not an answer in both: "
-            "their prompts differ"
+        problem = tr(
+            "chosen and rejected differ from turn {count} on, which is not an answer in both: their "
+            "prompts differ",
+            count=count + 1,
         )
-        cure = "give both answers the same turns before them"
+        cure = tr("give both answers the same turns before them")
         raise UserError(problem, place=place, cure=cure)
     return count
 
@@ -487,14 +512,20 @@ def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) ->
     role = sides["chosen"][count - 1].role
     if role in ("assistant", "system"):
         article = "an" if role == "assistant" else "a"
-        problem = f"the prompt of chosen and rejected ends with {article} {role} turn"
-        problems.append(Problem(problem, place, "end it with the turn to answer"))
+        problem = tr(
+            "the prompt of chosen and rejected ends with {article} {role} turn", article=article, role=role
+        )
+        problems.append(Problem(problem, place, tr("end it with the turn to answer")))
     if problems:
         raise UserError(problems)
 
 
 def _wrong_end(side: str, last: Turn, place: str) -> Problem:
-    return Problem(f"{side} ends with a {last.role} turn", place, "end it with an assistant turn")
+    return Problem(
+        tr("{side} ends with a {role} turn", side=side, role=last.role),
+        place,
+        tr("end it with an assistant turn"),
+    )
 
 
 def _prompt_turns(row: Row, column: str) -> tuple[Turn, ...]:
@@ -513,14 +544,18 @@ def _answer_turns(row: Row, column: str) -> tuple[Turn, ...]:
     if isinstance(value, Mapping):
         turn = turn_of(value, column, row.place)
         if turn is None:
-            raise UserError(f'field "{column}" is an empty system turn', place=row.place)
+            raise UserError(tr('field "{column}" is an empty system turn', column=column), place=row.place)
         return (turn,)
     if not isinstance(value, str):
         return turns_of(row, column)
     text = field_text(row, column) or ""
     turns = tuple(_split_dialogue(text)) if _SPEAKER.match(text) else (Turn("assistant", text),)
     if any(not turn.text for turn in turns):
-        raise UserError(f'field "{column}" has an empty turn', place=row.place, cure="remove the row")
+        raise UserError(
+            tr('field "{column}" has an empty turn', column=column),
+            place=row.place,
+            cure=tr("remove the row"),
+        )
     return turns
 
 

@@ -29,6 +29,7 @@ from yeonma.data.arrow_reader import open_table
 from yeonma.data.records import DataSet, Record, Source
 from yeonma.data.strict_json import kind_of
 from yeonma.errors import Problem, UserError, brief
+from yeonma.messages import tr
 
 SETTINGS = ("data_path", "val_data_path")
 """The settings that take rows."""
@@ -36,7 +37,7 @@ FOLDER_VARIABLE = "YEONMA_GIVEN_ROWS"
 """The environment variable with the folder of the files, for the processes that a call starts."""
 ROWS_A_PIECE = 1000
 _LABEL = re.compile(r"<[^<>]+ of \d+ rows?, SHA-256 ([0-9a-f]{12})>")
-_WHAT = "give a path, a list of dicts, a pandas or polars DataFrame, or a datasets.Dataset"
+_WHAT = tr("give a path, a list of dicts, a pandas or polars DataFrame, or a datasets.Dataset")
 
 
 _PATHS = (str, os.PathLike, type(None))
@@ -105,8 +106,8 @@ def given_set(data_path: str) -> DataSet | None:
     folder = os.environ.get(FOLDER_VARIABLE)
     paths = sorted(Path(folder).glob(f"*-{match[1]}*.jsonl")) if folder else []
     if not paths:
-        cure = "call yeonma.sft or yeonma.dpo again with the same data, or write it to a file"
-        raise UserError("this data was given in Python, and lies in no file", place=data_path, cure=cure)
+        cure = tr("call yeonma.sft or yeonma.dpo again with the same data, or write it to a file")
+        raise UserError(tr("this data was given in Python, and lies in no file"), place=data_path, cure=cure)
     setting, _, digest = paths[0].stem.partition("-")
     return DataSet(data_path, digest, (Source(partial(_read, paths[0], setting)),))
 
@@ -130,10 +131,12 @@ def _write(data: Any, setting: str, folder: Path) -> str:
                 file.write(line)
         temporary.rename(folder / f"{setting}-{digest.hexdigest()}.jsonl")
     except OSError as error:
-        problem = f"the rows cannot be written to a temporary file: {error.strerror or error}"
-        raise UserError(problem, place=setting, cure="make room, or choose its folder with TMPDIR") from None
+        problem = tr("the rows cannot be written to a temporary file: {value}", value=error.strerror or error)
+        raise UserError(
+            problem, place=setting, cure=tr("make room, or choose its folder with TMPDIR")
+        ) from None
     if count == 0:
-        raise UserError("no rows", place=setting, cure="give at least one row")
+        raise UserError(tr("no rows"), place=setting, cure=tr("give at least one row"))
     return f"<{kind} of {count} row{'s' * (count > 1)}, SHA-256 {digest.hexdigest()[:12]}>"
 
 
@@ -141,9 +144,11 @@ def _line(values: Any, place: str) -> bytes:
     try:
         return f"{json.dumps(_row(values, place), sort_keys=True)}\n".encode("ascii")
     except RecursionError:
-        raise UserError("too deeply nested", place=place, cure="nest it less deeply") from None
+        raise UserError(tr("too deeply nested"), place=place, cure=tr("nest it less deeply")) from None
     except ValueError:  # Python writes whole numbers of up to 4300 digits
-        raise UserError("a number with too many digits", place=place, cure="write it as text") from None
+        raise UserError(
+            tr("a number with too many digits"), place=place, cure=tr("write it as text")
+        ) from None
 
 
 # Kinds of data
@@ -165,11 +170,13 @@ def _rows_of(data: Any, setting: str) -> tuple[str, Iterable[Any]]:
     """What the data is, for the label, and its rows. Raises UserError for anything else."""
     if (kind := _kind_of(data)) is not None:
         if kind in _CURES:
-            raise UserError(f"what is given is a {kind}", place=setting, cure=_CURES[kind])
+            raise UserError(tr("what is given is a {kind}", kind=kind), place=setting, cure=_CURES[kind])
         return kind, _READERS[kind](data, setting)
     if isinstance(data, (list, tuple)):
         return "list", data
-    raise UserError(f"what is given is of type {type(data).__name__}", place=setting, cure=_WHAT)
+    raise UserError(
+        tr("what is given is of type {name}", name=type(data).__name__), place=setting, cure=_WHAT
+    )
 
 
 def _kind_of(data: object) -> str | None:
@@ -182,8 +189,12 @@ def _pandas_rows(frame: Any, setting: str) -> Iterator[dict[str, Any]]:
     names = _column_names(frame.columns, setting)
     if any(name is not None for name in frame.index.names):
         shown = ", ".join(str(name) for name in frame.index.names)
-        cure = "make it columns with .reset_index(), or drop it with .reset_index(drop=True)"
-        raise UserError(f"the index has a name ({brief(shown)}), and is not read", place=setting, cure=cure)
+        cure = tr("make it columns with .reset_index(), or drop it with .reset_index(drop=True)")
+        raise UserError(
+            tr("the index has a name ({shown}), and is not read", shown=brief(shown)),
+            place=setting,
+            cure=cure,
+        )
     for start in range(0, len(frame), ROWS_A_PIECE):
         piece = frame.iloc[start : start + ROWS_A_PIECE]
         columns = [piece.iloc[:, at].tolist() for at in range(len(names))]
@@ -205,8 +216,8 @@ def _column_names(columns: Iterable[Any], setting: str) -> list[str]:
     names = [str(column) for column in columns]
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
-        problem = f'two columns are named "{brief(twice[0])}"'
-        raise UserError(problem, place=setting, cure="give each column a unique name")
+        problem = tr('two columns are named "{twice}"', twice=brief(twice[0]))
+        raise UserError(problem, place=setting, cure=tr("give each column a unique name"))
     return names
 
 
@@ -217,11 +228,11 @@ _READERS: dict[str, Callable[[Any, str], Iterable[Any]]] = {
 }
 """Package and class -> its rows."""
 _CURES = {
-    "datasets DatasetDict": 'give one of its splits, such as dataset["train"]',
-    "datasets IterableDataset": "give a list of its rows, or save it to a file",
-    "datasets IterableDatasetDict": "give a list of the rows of one split, or save it to a file",
-    "polars LazyFrame": "give what its .collect() returns",
-    "pandas Series": "give a DataFrame: .to_frame()",
+    "datasets DatasetDict": tr('give one of its splits, such as dataset["train"]'),
+    "datasets IterableDataset": tr("give a list of its rows, or save it to a file"),
+    "datasets IterableDatasetDict": tr("give a list of the rows of one split, or save it to a file"),
+    "polars LazyFrame": tr("give what its .collect() returns"),
+    "pandas Series": tr("give a DataFrame: .to_frame()"),
 }
 
 
@@ -232,22 +243,26 @@ def _row(values: Any, place: str) -> dict[str, Any]:
     """A row as JSON has it. Raises UserError at `place` for anything else."""
     if not isinstance(values, Mapping):
         cure = (
-            "give one path, or a folder of files"
+            tr("give one path, or a folder of files")
             if isinstance(values, str)
             else 'write {"column": "value", ...}'
         )
-        raise UserError(f"a row must be a dict, not {kind_of(values)}", place=place, cure=cure)
+        raise UserError(
+            tr("a row must be a dict, not {values}", values=kind_of(values)), place=place, cure=cure
+        )
     row = {}
     for column, value in values.items():
         if not isinstance(column, str):
-            problem = f"a column must have a text as its name, not {brief(repr(column))}"
-            raise UserError(problem, place=place, cure="name the columns with texts")
+            problem = tr("a column must have a text as its name, not {column}", column=brief(repr(column)))
+            raise UserError(problem, place=place, cure=tr("name the columns with texts"))
         try:
             row[column] = plain(value)
         except NotData as fault:
-            problem = f'column "{brief(column)}" holds {fault}, which is no data'
+            problem = tr(
+                'column "{column}" holds {fault}, which is no data', column=brief(column), fault=fault
+            )
             raise UserError(
-                problem, place=place, cure="leave the column out, or write text instead"
+                problem, place=place, cure=tr("leave the column out, or write text instead")
             ) from None
     return row
 
@@ -268,12 +283,12 @@ def plain(value: Any) -> Any:
     for method in ("tolist", "to_list"):  # of NumPy's arrays and scalars; of polars' Series
         if callable(getattr(value, method, None)):
             return plain(getattr(value, method)())
-    raise NotData(f"a value of type {type(value).__name__}")
+    raise NotData(tr("a value of type {name}", name=type(value).__name__))
 
 
 def _plain_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
     if not all(isinstance(key, str) for key in value):
-        raise NotData("a dict with keys that are no text")
+        raise NotData(tr("a dict with keys that are no text"))
     return {str(key): plain(entry) for key, entry in value.items()}
 
 

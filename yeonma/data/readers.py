@@ -13,6 +13,7 @@ from yeonma.data.records import FileOptions, Source
 from yeonma.data.text_file import COMPRESSIONS, TextFile
 from yeonma.data.workbook_reader import open_workbook
 from yeonma.errors import UserError, brief
+from yeonma.messages import tr
 
 _TEXT: dict[str, Callable[[TextFile, FileOptions], Source]] = {
     ".jsonl": open_json_lines,
@@ -27,7 +28,7 @@ _BINARY: dict[str, Callable[[Path, str, FileOptions], Source]] = {
     ".xlsx": open_workbook,
 }
 ENDINGS = (*_TEXT, *_BINARY, *(f"{text}{packed}" for text in _TEXT for packed in COMPRESSIONS))
-KNOWN_FILES = (
+KNOWN_FILES = tr(
     "a .jsonl, .ndjson, .json, .csv or .tsv file (also with .gz or .zst), or a .parquet, .arrow or .xlsx file"
 )
 """What can be read, for messages."""
@@ -52,8 +53,12 @@ def open_file(path: Path, name: str, options: FileOptions) -> Source:
     for packed in COMPRESSIONS:
         ending = ending.removesuffix(packed)
     if options.part is not None and ending not in _WITH_PARTS:
-        cure = "only a key of a .json file or a sheet of an .xlsx file can follow a colon"
-        raise UserError(f'a {ending} file has no part "{brief(options.part)}"', place=name, cure=cure)
+        cure = tr("only a key of a .json file or a sheet of an .xlsx file can follow a colon")
+        raise UserError(
+            tr('a {ending} file has no part "{part}"', ending=ending, part=brief(options.part)),
+            place=name,
+            cure=cure,
+        )
     if ending in _BINARY:
         return _BINARY[ending](path, name, options)
     return _TEXT[ending](TextFile(path, name, options.encoding), options)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from yeonma.errors import Problem, UserError
+from yeonma.messages import tr
 
 Record = tuple[str, Mapping[str, object] | Problem]
 """The place of a record, such as `train.jsonl:41`, and its values; with `skip_bad`, or what is wrong with it."""
@@ -50,4 +51,4 @@ class DataSet:
 
 
 def no_rows(name: str) -> UserError:
-    return UserError("no rows", place=name, cure="give a file with at least one row")
+    return UserError(tr("no rows"), place=name, cure=tr("give a file with at least one row"))

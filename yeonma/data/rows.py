@@ -28,7 +28,7 @@ from yeonma.data.records import DataSet, FileOptions, Source
 from yeonma.data.splits import SplitSlice, parse_split, sliced
 from yeonma.errors import Problem, UserError, brief, did_you_mean
 from yeonma.files import file_hash, user_path
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 ROWS_FOR_COLUMNS = 1000
 MOST_NOTES = 5
@@ -143,7 +143,7 @@ def naming_skip(bad_rows: str) -> Iterator[None]:
         if bad_rows == "skip" or not any(problem.of_row for problem in error.problems):
             raise
         way_out = Problem(
-            "bad rows stop the run", "bad_rows", "--bad_rows skip leaves them out and counts them"
+            tr("bad rows stop the run"), "bad_rows", tr("--bad_rows skip leaves them out and counts them")
         )
         raise UserError([*error.problems, way_out]) from error.__cause__
 
@@ -158,8 +158,8 @@ def _read_errors_as_user_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"cannot be read: {error.strerror or one_line(error)}"
-        raise UserError(problem, place=name, cure="check the file, or write it again") from None
+        problem = tr("cannot be read: {value}", value=error.strerror or one_line(error))
+        raise UserError(problem, place=name, cure=tr("check the file, or write it again")) from None
 
 
 def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,8 +172,12 @@ def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndar
         UserError: `val_set_size` is neither, or no row is left for training.
     """
     if not math.isfinite(val_set_size) or val_set_size < 0 or (val_set_size > 1 and val_set_size % 1):
-        cure = "give a count (1 or more) or a fraction (below 1)"
-        raise UserError(f"{val_set_size} is not a number of rows", place="--val_set_size", cure=cure)
+        cure = tr("give a count (1 or more) or a fraction (below 1)")
+        raise UserError(
+            tr("{val_set_size} is not a number of rows", val_set_size=val_set_size),
+            place="--val_set_size",
+            cure=cure,
+        )
     held_out = int(val_set_size) if val_set_size >= 1 else math.floor(count * val_set_size + 0.5)
     if val_set_size > 0:
         held_out = max(held_out, 1)
@@ -184,7 +188,7 @@ def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndar
             "validation rows of {count} leave nothing to train",
             count=count,
         )
-        raise UserError(problem, place="--val_set_size", cure="hold out fewer rows")
+        raise UserError(problem, place="--val_set_size", cure=tr("hold out fewer rows"))
     keys = np.random.PCG64(seed % 2**64).random_raw(count)
     order = np.argsort(keys, kind="stable").astype(np.int64)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -199,7 +203,9 @@ def _local_path(data_path: str) -> tuple[Path | None, str | None]:
     Raises UserError if it looks like a file but does not exist, and if it cannot be opened.
     """
     if not data_path.strip():
-        raise UserError("no data given", place="--data_path", cure="give a file, a folder or a data set")
+        raise UserError(
+            tr("no data given"), place="--data_path", cure=tr("give a file, a folder or a data set")
+        )
     if (sample := sample_data(data_path)) is not None:
         return sample, None
     if (path := _existing(data_path)) is not None:
@@ -222,8 +228,8 @@ def _existing(written: str) -> Path | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        cure = "give a file or folder that you can read"
-        raise UserError(f"cannot be opened: {error}", place=written, cure=cure) from None
+        cure = tr("give a file or folder that you can read")
+        raise UserError(tr("cannot be opened: {error}", error=error), place=written, cure=cure) from None
     return path
 
 
@@ -238,8 +244,8 @@ def _looks_like_a_path(data_path: str) -> bool:
 
 def _no_such_file(name: str, path: Path) -> UserError:
     near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    cure = did_you_mean(path.name, near) or "check its name"
-    return UserError("no such file or folder", place=name, cure=cure)
+    cure = did_you_mean(path.name, near) or tr("check its name")
+    return UserError(tr("no such file or folder"), place=name, cure=cure)
 
 
 # Sources -> rows
@@ -271,7 +277,7 @@ def _rows(data: DataSet, max_rows: int | None) -> Rows:
             # Reported when the rows are read, with the faults of the rows before it.
         rows_read += rows_of_source
     if rows_read == 0:
-        raise UserError("no rows", place=data.name, cure="give data, or a slice of it, that has rows")
+        raise UserError(tr("no rows"), place=data.name, cure=tr("give data, or a slice of it, that has rows"))
     notes = [*data.notes, *(note for source in sources for note in source.notes)]
     if len(notes) > MOST_NOTES:
         notes = [
@@ -338,8 +344,10 @@ def _options(encoding: str, part: str | None, delimiter: str | None, skip_bad: b
 def _known_delimiter(written: str) -> str:
     delimiter = _DELIMITER_NAMES.get(written, written)
     if len(delimiter) != 1 or delimiter in '"\0\r\n':
-        cure = "give one character, such as ; or |, or tab"
-        raise UserError(f'"{brief(written)}" cannot separate columns', place="--delimiter", cure=cure)
+        cure = tr("give one character, such as ; or |, or tab")
+        raise UserError(
+            tr('"{written}" cannot separate columns', written=brief(written)), place="--delimiter", cure=cure
+        )
     return delimiter
 
 
@@ -350,8 +358,10 @@ def _known_encoding(encoding: str) -> str:
         return codecs.lookup(encoding).name.replace("utf-8-sig", "utf-8")
     except (LookupError, ValueError):
         common = ("utf-8", "cp949", "euc-kr", "utf-16", "latin-1", "shift_jis", "gb18030")
-        cure = did_you_mean(encoding, common) or "give a name such as utf-8, cp949 or utf-16"
-        raise UserError(f'unknown text encoding "{encoding}"', place="--encoding", cure=cure) from None
+        cure = did_you_mean(encoding, common) or tr("give a name such as utf-8, cp949 or utf-16")
+        raise UserError(
+            tr('unknown text encoding "{encoding}"', encoding=encoding), place="--encoding", cure=cure
+        ) from None
 
 
 def _hash(*parts: str) -> str:

@@ -12,6 +12,7 @@ from itertools import chain, islice
 
 from yeonma.data.records import Record, Source
 from yeonma.errors import UserError, brief
+from yeonma.messages import tr
 
 _PART = re.compile(
     r"(?P<name>\w+(?:\.\w+)*)"
@@ -68,22 +69,29 @@ def without_slices(text: str) -> str:
 
 def _part(text: str) -> SplitSlice:
     match = _PART.fullmatch(text)
-    cure = "write train, train[:1000] or train[10%:20%], joined by + if there are several"
+    cure = tr("write train, train[:1000] or train[10%:20%], joined by + if there are several")
     if match is None:
-        raise UserError(f'"{brief(text)}" is no split and no slice of one', place="--data_split", cure=cure)
+        raise UserError(
+            tr('"{text}" is no split and no slice of one', text=brief(text)), place="--data_split", cure=cure
+        )
     try:
         start, stop = (int(match[name]) if match[name] else None for name in ("start", "stop"))
     except ValueError:  # 1__0, or thousands of digits
-        raise UserError(f'"{brief(text)}" has no valid numbers', place="--data_split", cure=cure) from None
+        raise UserError(
+            tr('"{text}" has no valid numbers', text=brief(text)), place="--data_split", cure=cure
+        ) from None
     in_percent = bool(match["start_percent"] or match["stop_percent"])
     rounding = match["rounding"]
     problem = ""
     if in_percent and max(abs(start or 0), abs(stop or 0)) > 100:
-        problem, cure = "more than 100%", "give -100% to 100%"
+        problem, cure = tr("more than 100%"), tr("give -100% to 100%")
     elif rounding is not None and rounding not in ROUNDINGS:
-        problem, cure = f'unknown rounding "{brief(rounding)}"', f"give one of {', '.join(ROUNDINGS)}"
+        problem, cure = (
+            tr('unknown rounding "{rounding}"', rounding=brief(rounding)),
+            tr("give one of {roundings}", roundings=", ".join(ROUNDINGS)),
+        )
     elif rounding is not None and not in_percent:
-        problem, cure = "only slices in per cent are rounded", "leave the rounding out"
+        problem, cure = tr("only slices in per cent are rounded"), tr("leave the rounding out")
     if problem:
         raise UserError(f"{problem} in {brief(text)}", place="--data_split", cure=cure)
     return SplitSlice(match["name"], start, stop, in_percent, rounding or "closest")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 
 from yeonma.errors import brief
+from yeonma.messages import tr
 
 SPACE = " \t\r\n"
 
@@ -45,17 +46,23 @@ def parse(text: str, at: int) -> tuple[object, int]:
         raise Fault(problem, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
     except _DuplicateKey:
         key, second = _second_key(text, at)
-        raise Fault(f'the key "{brief(key)}" appears twice in one object', second, "keep one") from None
+        raise Fault(
+            tr('the key "{key}" appears twice in one object', key=brief(key)), second, tr("keep one")
+        ) from None
     except _NotANumber as constant:
         position = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(constant))
-        raise Fault(f"{constant} is not JSON", position, "write null or a number") from None
+        raise Fault(
+            tr("{constant} is not JSON", constant=constant), position, tr("write null or a number")
+        ) from None
     except _TooLarge as number:
         position = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(number))
-        raise Fault(f"{brief(str(number))} is too large a number", position, "write it as text") from None
+        raise Fault(
+            tr("{number} is too large a number", number=brief(str(number))), position, tr("write it as text")
+        ) from None
     except RecursionError:
-        raise Fault("too deeply nested", at, "nest it less deeply") from None
+        raise Fault(tr("too deeply nested"), at, tr("nest it less deeply")) from None
     except ValueError:  # Python reads whole numbers of up to 4300 digits
-        raise Fault("a number with too many digits", at, "write it as text, in quotes") from None
+        raise Fault(tr("a number with too many digits"), at, tr("write it as text, in quotes")) from None
     if text.find("\\u", at, end) >= 0:
         _check_escapes(text, at, end)
     return value, end
@@ -66,8 +73,8 @@ def kind_of(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
-        return "true or false"
-    named = ((str, "text"), ((int, float), "a number"), (Mapping, "an object"), ((list, tuple), "a list"))
+        return tr("true or false")
+    named = ((str, "text"), ((int, float), "a number"), (Mapping, tr("an object")), ((list, tuple), "a list"))
     return next((kind for types, kind in named if isinstance(value, types)), f"a {type(value).__name__}")
 
 
@@ -90,15 +97,17 @@ def _refuse(constant: str) -> object:
 
 # The beginning of a message of the decoder -> how to cure it.
 _CURES = {
-    "Expecting value": "write text in double quotes, a number, true, false, null, [...] or {...}",
-    "Expecting ',' delimiter": 'put a comma between two entries, and write " inside text as \\"',
-    "Expecting ':' delimiter": 'write "column": "value"',
-    "Expecting property name": 'write "column": "value", in double quotes, and no comma after the last one',
-    "Illegal trailing comma": "remove the comma",
-    "Invalid control character": "write line breaks and tabs inside text as \\n and \\t",
-    "Invalid \\escape": "write the backslash itself as \\\\",
-    "Invalid \\u": "write four hexadecimal digits after \\u",
-    "Unterminated string": "close the text with a double quote",
+    "Expecting value": tr("write text in double quotes, a number, true, false, null, [...] or {{...}}"),
+    "Expecting ',' delimiter": tr('put a comma between two entries, and write " inside text as \\"'),
+    "Expecting ':' delimiter": tr('write "column": "value"'),
+    "Expecting property name": tr(
+        'write "column": "value", in double quotes, and no comma after the last one'
+    ),
+    "Illegal trailing comma": tr("remove the comma"),
+    "Invalid control character": tr("write line breaks and tabs inside text as \\n and \\t"),
+    "Invalid \\escape": tr("write the backslash itself as \\\\"),
+    "Invalid \\u": tr("write four hexadecimal digits after \\u"),
+    "Unterminated string": tr("close the text with a double quote"),
 }
 
 
@@ -121,7 +130,7 @@ _CUT_LITERAL = re.compile(r"(?:t|tr|tru|f|fa|fal|fals|n|nu|nul|-?I[nfity]*|N|Na|
 
 def _cure(error: json.JSONDecodeError) -> str:
     cures = (cure for beginning, cure in _CURES.items() if error.msg.startswith(beginning))
-    return next(cures, "write it as JSON")
+    return next(cures, tr("write it as JSON"))
 
 
 def _at_the_end(text: str, error: json.JSONDecodeError) -> bool:
@@ -161,10 +170,12 @@ def _check_escapes(text: str, at: int, end: int) -> None:
             if match["low"]:
                 raise _lone_surrogate(text, match.start("low"))
         elif text[start : match.end()] == "\\u0000":
-            raise Fault("a NUL character (\\u0000)", start, "remove it")
+            raise Fault("a NUL character (\\u0000)", start, tr("remove it"))
         elif not match["low"]:
             raise _lone_surrogate(text, start)
 
 
 def _lone_surrogate(text: str, at: int) -> Fault:
-    return Fault(f"half a character: {text[at : at + 6]} is a lone surrogate", at, "remove it")
+    return Fault(
+        tr("half a character: {text} is a lone surrogate", text=text[at : at + 6]), at, tr("remove it")
+    )

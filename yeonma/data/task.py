@@ -42,7 +42,7 @@ from yeonma.data.template_syntax import Piece, visible
 from yeonma.data.text_checks import Notes, notes_of
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import user_path
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ PAIRS = Task(
     continues_template=True,
 )
 LABELLED = Task(
-    name="labelled answers",
-    units="labelled answers",
+    name=tr("labelled answers"),
+    units=tr("labelled answers"),
     count=lambda number: counted(number, "labelled answer"),
     recognise=recognise_labelled,
     fields=fields_of_label,
@@ -145,18 +145,30 @@ class Choice:
         """The choice, whose unused columns do not include the one with the rows' weights. Raises UserError if the data
         has no such column."""
         if row_weights is not None and row_weights not in rows.columns:
-            cure = did_you_mean(row_weights, rows.columns) or f"it has {', '.join(rows.columns)}"
-            raise UserError(f'the data has no column "{row_weights}"', place="row_weights", cure=cure)
+            cure = did_you_mean(row_weights, rows.columns) or tr(
+                "it has {columns}", columns=", ".join(rows.columns)
+            )
+            raise UserError(
+                tr('the data has no column "{row_weights}"', row_weights=row_weights),
+                place="row_weights",
+                cure=cure,
+            )
         return replace(self, unused=tuple([name for name in self.unused if name != row_weights]))
 
     @property
     def notes(self) -> list[str]:
         """Lines to print."""
-        unused = f"columns not used: {', '.join(map(visible, self.unused))}" if self.unused else ""
+        unused = (
+            tr("columns not used: {visible}", visible=", ".join(map(visible, self.unused)))
+            if self.unused
+            else ""
+        )
         fields = "" if self.reason else _fields_note(self.template)
         weights = [name for name in self.unused if self.weighs_rows and name in WEIGHT_COLUMNS]
         unused += (
-            f" (--row_weights {weights[0]} makes it the weight of the rows in the loss)" if weights else ""
+            tr(" (--row_weights {weights} makes it the weight of the rows in the loss)", weights=weights[0])
+            if weights
+            else ""
         )
         return [line for line in (self.reason, fields, unused) if line]
 
@@ -180,17 +192,17 @@ def choose_template(
         shape = task.shape(rows, columns) if given.is_chat else {}
         choice = _with_unused(task, Choice(given, {**shape, **(columns or {})} or None), rows)
         if choice.template.is_text and task is not ANSWERS:
-            cure = "use a template with a prompt and an answer"
-            raise UserError("whole texts have no answers to prefer", place="--template", cure=cure)
+            cure = tr("use a template with a prompt and an answer")
+            raise UserError(tr("whole texts have no answers to prefer"), place="--template", cure=cure)
         if "completion" in choice.unused and choice.template.is_chat and "prompt" in (columns or {}).values():
-            cure = f"use --template {WITH_TURNS['prompt-completion']}"
-            raise UserError('the column "completion" would be lost', place="--template", cure=cure)
+            cure = tr("use --template {with_turns}", with_turns=WITH_TURNS["prompt-completion"])
+            raise UserError(tr('the column "completion" would be lost'), place="--template", cure=cure)
         return choice
     if adapter is not None and task.continues_template:
         path = user_path(adapter) / "template.txt"
         template = load_template(str(path)) if path.is_file() else None
         if template and not template.is_chat and not task.missing_columns(template, rows.columns, columns):
-            reason = f"template {path}, from the adapter to continue"
+            reason = tr("template {path}, from the adapter to continue", path=path)
             return _with_unused(task, Choice(template, columns, reason), rows)
     recognised = task.recognise(rows, columns)
     choice = Choice(
@@ -210,15 +222,30 @@ def lost_columns(template: str, lost: Sequence[str], rows: str = "", better: str
 
     `rows`: those that fill them, if the first rows do not. `better`: a built-in template that uses them.
     """
-    held = f", and {'is' if len(lost) == 1 else 'are'} filled in {rows}" if rows else ""
-    cure = f"give --template {better}" if better else f"write a template that has {{{lost[0]}}}"
+    held = (
+        tr(", and {value} filled in {rows}", value="is" if len(lost) == 1 else "are", rows=rows)
+        if rows
+        else ""
+    )
+    cure = (
+        tr("give --template {better}", better=better)
+        if better
+        else tr("write a template that has {{{lost}}}", lost=lost[0])
+    )
     if set(lost) <= set(MEDIA_COLUMNS):
-        cure = "Yeonma trains on text alone: leave out rows that need more"
+        cure = tr("Yeonma trains on text alone: leave out rows that need more")
     return UserError(
-        f"the built-in template {template} does not use the column{'s' * (len(lost) > 1)} "
-        f"{' and '.join(lost)}, which usually belong{'s' * (len(lost) == 1)} to the prompt{held}",
+        tr(
+            "the built-in template {template} does not use the column{value} {lost}, which usually "
+            "belong{value2} to the prompt{held}",
+            template=template,
+            value="s" * (len(lost) > 1),
+            lost=" and ".join(lost),
+            value2="s" * (len(lost) == 1),
+            held=held,
+        ),
         place="--template",
-        cure=f"{cure}; or give --template {template} to train without",
+        cure=tr("{cure}; or give --template {template} to train without", cure=cure, template=template),
     )
 
 
@@ -243,7 +270,13 @@ def _fields_note(template: Template) -> str:
     if re.search(r"</\w+>|\[/\w+\]", border) is None:
         return ""
     last = variant.prompt_fields[-1]
-    return f"{answer} is the answer, {prompt} the prompt; a line [answer] above {{{last}}} makes it part of the answer"
+    return tr(
+        "{answer} is the answer, {prompt} the prompt; a line [answer] above {{{last}}} makes it "
+        "part of the answer",
+        answer=answer,
+        prompt=prompt,
+        last=last,
+    )
 
 
 def _with_unused(task: Task, choice: Choice, rows: Rows) -> Choice:
@@ -270,4 +303,4 @@ def _recognise_answers(rows: Rows, columns: Columns) -> Recognised:
     if not any(isinstance(first.get(name), (list, Mapping)) for name in names):
         return recognised
     reason = recognised.reason.replace(f"template {text}", f"template {turns}")
-    return replace(recognised, template=turns, reason=f"{reason}, and they hold turns")
+    return replace(recognised, template=turns, reason=tr("{reason}, and they hold turns", reason=reason))

@@ -41,6 +41,7 @@ from yeonma.data.template_syntax import (
 )
 from yeonma.data.turns import Turn, is_turn_list, object_of, tools_of, turn_list, with_system
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.messages import tr
 
 BUILT_IN = (
     "title",
@@ -133,15 +134,21 @@ class Template:
         for variant in variants:
             answer = variant.answer_placeholder
             if variant.is_text and len(variants) > 1:
-                raise UserError("[text] has no variants", place=answer.place, cure="remove the others")
+                raise UserError(
+                    tr("[text] has no variants"), place=answer.place, cure=tr("remove the others")
+                )
             if variant.is_turn_list != is_chat:
-                problem = "the answer is [turns] in some variants and not in others"
-                raise UserError(problem, place=answer.place, cure="end all of them with [turns], or none")
+                problem = tr("the answer is [turns] in some variants and not in others")
+                raise UserError(problem, place=answer.place, cure=tr("end all of them with [turns], or none"))
             if answer.field != first and not is_chat:
                 raise UserError(
-                    f'this variant ends with the field "{answer.field}", the first one with "{first}"',
+                    tr(
+                        'this variant ends with the field "{field}", the first one with "{first}"',
+                        field=answer.field,
+                        first=first,
+                    ),
                     place=answer.place,
-                    cure="use the same answer field in all variants",
+                    cure=tr("use the same answer field in all variants"),
                 )
         fields = {name for variant in variants for name in (*variant.prompt_fields, *variant.turn_fields)}
         fields.update(name for variant in variants for name in variant.answer_fields)
@@ -171,9 +178,9 @@ class Template:
             turns = tuple([RenderedTurn(turn.role, _fill(turn.parts, texts)) for turn in variant.turns])
         answer = _fill(variant.answer, texts) if with_answer else ()
         if variant.is_text and not with_answer:
-            cure = "give a text to continue with --prompt"
+            cure = tr("give a text to continue with --prompt")
             raise UserError(
-                "the template trains whole texts: there is no prompt to ask", place=row.place, cure=cure
+                tr("the template trains whole texts: there is no prompt to ask"), place=row.place, cure=cure
             )
         rendered = Rendered(turns, answer, number, variant.answer_role, variant.is_text)
         return self._with_side_columns(rendered, row, columns)
@@ -268,7 +275,7 @@ class Template:
 
     def _missing_column(self, placeholder: Placeholder, names: Sequence[str], columns: Columns) -> Problem:
         column = self._column(placeholder.field, columns)
-        field = "" if column == placeholder.field else f' for the field "{placeholder.field}"'
+        field = "" if column == placeholder.field else tr(' for the field "{field}"', field=placeholder.field)
         return missing_column(column, names, placeholder.place, field)
 
     def _render_turn_list(self, row: Row, columns: Columns, with_answer: bool) -> Rendered:
@@ -326,8 +333,10 @@ class Template:
         text = field_text(row, column) or ""
         for other, other_value in systems[1:]:
             if other_value != value:
-                problem = f'the columns "{column}" and "{other}" have different texts'
-                raise UserError(problem, place=row.place, cure="keep one of them")
+                problem = tr(
+                    'the columns "{column}" and "{other}" have different texts', column=column, other=other
+                )
+                raise UserError(problem, place=row.place, cure=tr("keep one of them"))
         first = rendered.turns[0] if rendered.turns else None
         before = (Turn("system", first.text),) if first is not None and first.role == "system" else ()
         if with_system(before, text, column, row.place) == before:
@@ -345,8 +354,10 @@ class Template:
         offered = self._side_values(TOOL_COLUMNS, row, columns)
         tools = [tools_of(value, column, row.place) for column, value in offered]
         if len(tools) > 1 and tools[0] != tools[1]:
-            problem = f"the columns {' and '.join(TOOL_COLUMNS)} have different tools"
-            raise UserError(problem, place=row.place, cure="keep one of them")
+            problem = tr(
+                "the columns {tool_columns} have different tools", tool_columns=" and ".join(TOOL_COLUMNS)
+            )
+            raise UserError(problem, place=row.place, cure=tr("keep one of them"))
         for column, value in self._side_values((KWARGS_COLUMN,), row, columns):
             rendered = replace(rendered, chat_kwargs=object_of(value, column, row.place))
         return replace(rendered, tools=tools[0]) if tools else rendered
@@ -383,13 +394,21 @@ class Template:
         """Raises UserError for unknown fields, and for a prompt field that shows the answer's column."""
         for name in columns:
             if name not in self.fields and name not in _ANSWER_NAMES and name not in self.side_columns:
-                cure = did_you_mean(name, self.fields) or f"it has {', '.join(sorted(self.fields))}"
-                raise UserError(f'the template has no field "{name}"', place="--columns", cure=cure)
+                cure = did_you_mean(name, self.fields) or tr(
+                    "it has {fields}", fields=", ".join(sorted(self.fields))
+                )
+                raise UserError(
+                    tr('the template has no field "{name}"', name=name), place="--columns", cure=cure
+                )
         answer = self._column(self.answer_field, columns)
         for name in self.fields:
             if name != self.answer_field and self._column(name, columns) == answer and not self.is_chat:
-                problem = f'the column "{answer}" is the answer and also the prompt field "{name}"'
-                raise UserError(problem, place="--columns", cure="the prompt must not show the answer")
+                problem = tr(
+                    'the column "{answer}" is the answer and also the prompt field "{name}"',
+                    answer=answer,
+                    name=name,
+                )
+                raise UserError(problem, place="--columns", cure=tr("the prompt must not show the answer"))
 
     def _missing_fields(self, row: Row, columns: Columns, with_answer: bool) -> UserError:
         """The error for the variant with the fewest missing fields; of several such variants, the last."""
@@ -426,14 +445,20 @@ def load_template(setting: str) -> Template:
         return Template.parse(setting, "--template")
     if os.path.exists(setting):
         raise UserError(
-            "is not a file", place=setting, cure="give a template file, a template text or a built-in name"
+            tr("is not a file"),
+            place=setting,
+            cure=tr("give a template file, a template text or a built-in name"),
         )
     folder = Path(setting).parent
     siblings = [str(path) for path in folder.iterdir() if path.is_file()] if os.path.isdir(folder) else []
-    cure = f"the built-in templates are {', '.join(BUILT_IN)}"
+    cure = tr("the built-in templates are {built_in}", built_in=", ".join(BUILT_IN))
     if suggestion := did_you_mean(setting, [*BUILT_IN, *siblings]):
         cure = f"{cure}; {suggestion}"
-    raise UserError(f'no built-in template and no file is named "{setting}"', place="--template", cure=cure)
+    raise UserError(
+        tr('no built-in template and no file is named "{setting}"', setting=setting),
+        place="--template",
+        cure=cure,
+    )
 
 
 def prompt_text(rendered: Rendered) -> str:
@@ -463,9 +488,9 @@ def as_rendered_turns(turns: Sequence[Turn], before: int = 0) -> tuple[RenderedT
 
 def missing_column(column: str, names: Sequence[str], place: str, field: str = "") -> Problem:
     """The problem that no column of the data is named `column`. `field` is appended to the message."""
-    listed = f"it has {', '.join(map(visible, names))}"
+    listed = tr("it has {visible}", visible=", ".join(map(visible, names)))
     cure = visible(did_you_mean(column, names)) or listed
-    return Problem(f'the data has no column "{column}"{field}', place, cure)
+    return Problem(tr('the data has no column "{column}"{field}', column=column, field=field), place, cure)
 
 
 def field_lengths(rendered: Rendered) -> dict[str, int]:
@@ -538,27 +563,31 @@ def _turns_to_render(
     """
     last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if with_answer and last < 0:
-        problem = f"{column} has no assistant turn: there is nothing to train"
-        raise UserError(problem, place=place, cure="add the answer, or remove the row")
+        problem = tr("{column} has no assistant turn: there is nothing to train", column=column)
+        raise UserError(problem, place=place, cure=tr("add the answer, or remove the row"))
     ends_with_answer = last == len(turns) - 1
     prompt = turns[:last] if with_answer or (turns and ends_with_answer) else turns
     if not prompt and not has_prompt:
-        problem = f"{column} has no turn before the answer"
-        raise UserError(problem, place=place, cure="add the question, or remove the row")
+        problem = tr("{column} has no turn before the answer", column=column)
+        raise UserError(problem, place=place, cure=tr("add the question, or remove the row"))
     if not with_answer and not ends_with_answer and prompt and prompt[-1].role == "system":
-        problem = f"{column} ends with a system turn: there is nothing to answer"
-        raise UserError(problem, place=place, cure="add a user turn")
+        problem = tr("{column} ends with a system turn: there is nothing to answer", column=column)
+        raise UserError(problem, place=place, cure=tr("add a user turn"))
     return turns if with_answer else prompt
 
 
 def _missing_field(row: Row, name: str, column: str, used: str) -> Problem:
-    where = f'field "{name}"' if name == column else f'field "{name}" (column "{column}")'
-    cure = f"the template uses {used}"
+    where = (
+        f'field "{name}"'
+        if name == column
+        else tr('field "{name}" (column "{column}")', name=name, column=column)
+    )
+    cure = tr("the template uses {used}", used=used)
     if column in row.values:
         return Problem(f"{where} is {'null' if row.values[column] is None else 'empty'}", row.place, cure)
     if suggestion := visible(did_you_mean(column, row.values)):
         cure = f"{cure}; {suggestion}"
-    return Problem(f"{where} is missing", row.place, cure)
+    return Problem(tr("{where} is missing", where=where), row.place, cure)
 
 
 # Shortening
@@ -603,9 +632,11 @@ def _read_file(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", place=str(path)) from error
+        raise UserError(tr("cannot be read: {strerror}", strerror=error.strerror), place=str(path)) from error
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError("is not UTF-8", place=f"{path}:{line}", cure="save the template as UTF-8") from error
+        raise UserError(
+            tr("is not UTF-8"), place=f"{path}:{line}", cure=tr("save the template as UTF-8")
+        ) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from unicodedata import category
 
 from yeonma.errors import Problem, UserError
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 _ROLES = ("system", "user", "assistant")
 TURN_LIST, _ANSWER = "turns", "answer"
@@ -103,8 +103,8 @@ def normalised(text: str, name: str) -> str:
     for number, line in enumerate(text.split("\n"), start=1):
         for column, character in enumerate(line, start=1):
             if character == "\0" or "\ud800" <= character <= "\udfff":
-                problem = f"U+{ord(character):04X} is not a text character"
-                raise UserError(problem, place=f"{name}:{number}:{column}", cure="remove it")
+                problem = tr("U+{character:04X} is not a text character", character=ord(character))
+                raise UserError(problem, place=f"{name}:{number}:{column}", cure=tr("remove it"))
     return text
 
 
@@ -154,14 +154,16 @@ def _scan_line(line: str, place: str) -> Iterator[TemplatePart | Problem]:
             yield Piece(line[at], None)
             at += 2
         elif line[at] == "}":
-            yield Problem('"}" without an opening "{"', column_place, 'write "}}" for a literal brace')
+            yield Problem(
+                tr('"}}" without an opening "{{"'), column_place, tr('write "}}}}" for a literal brace')
+            )
             at += 1
         elif line[at] != "{":
             borders = [border for border in (opening, end, len(line)) if border >= 0]
             yield Piece(line[at : min(borders)], None)
             at = min(borders)
         elif end < 0 or at < opening < end:
-            yield Problem('"{" is not closed', column_place, 'write "{{" for a literal brace')
+            yield Problem(tr('"{{" is not closed'), column_place, tr('write "{{{{" for a literal brace'))
             at += 1
         else:
             yield _placeholder(line[at + 1 : end], column_place)
@@ -171,13 +173,19 @@ def _scan_line(line: str, place: str) -> Iterator[TemplatePart | Problem]:
 def _placeholder(name: str, place: str) -> Placeholder | Problem:
     shown, inside = visible(name), name.strip()
     if shown != name:
-        return Problem(f'the field name "{shown}" contains an invisible character', place, "delete it")
+        return Problem(
+            tr('the field name "{shown}" contains an invisible character', shown=shown),
+            place,
+            tr("delete it"),
+        )
     if inside and inside != name:
-        return Problem(f'"{{{name}}}" begins or ends with a space', place, f'write "{{{inside}}}"')
+        return Problem(
+            tr('"{{{name}}}" begins or ends with a space', name=name), place, f'write "{{{inside}}}"'
+        )
     if not inside or name.isdigit() or not all(_allowed_in_name(char) for char in name):
-        rule = "a field is just a column's name (letters, digits, _, - and spaces)"
-        cure = 'write "{{" and "}}" for literal braces'
-        return Problem(f'"{{{name}}}" is not a field: {rule}', place, cure)
+        rule = tr("a field is just a column's name (letters, digits, _, - and spaces)")
+        cure = tr('write "{{{{" and "}}}}" for literal braces')
+        return Problem(tr('"{{{name}}}" is not a field: {rule}', name=name, rule=rule), place, cure)
     return Placeholder(name, place)
 
 
@@ -200,8 +208,12 @@ def _variant(lines: Sequence[_Line], name: str) -> Variant:
     place = lines[0].place if lines else name
     if not placeholders(part for line in lines for part in line.parts):
         doubled = any("{{" in line.text for line in lines)
-        cure = 'write "{document}", with single braces' if doubled else 'name a column, such as "{document}"'
-        raise UserError("the template has no field", place=place, cure=cure)
+        cure = (
+            tr('write "{{document}}", with single braces')
+            if doubled
+            else tr('name a column, such as "{{document}}"')
+        )
+        raise UserError(tr("the template has no field"), place=place, cure=cure)
     first = next(line for line in lines if line.text.strip())
     if first.text.rstrip() == "[text]":
         return _whole_text(lines, first)
@@ -214,30 +226,32 @@ def _whole_text(lines: Sequence[_Line], first: _Line) -> Variant:
     parts = [part for line in lines if line is not first for part in line.parts]
     fields = [part for part in parts if isinstance(part, Placeholder)]
     if len(fields) != 1 or any(isinstance(part, Piece) and part.text.strip() for part in parts):
-        problem = "[text] takes exactly one field and no other text"
-        raise UserError(problem, place=first.place, cure="whole texts are trained without a frame")
+        problem = tr("[text] takes exactly one field and no other text")
+        raise UserError(problem, place=first.place, cure=tr("whole texts are trained without a frame"))
     return Variant((), tuple(fields), None, (), is_text=True)
 
 
 def _plain(lines: Sequence[_Line], place: str) -> Variant:
     marks = [index for index, line in enumerate(lines) if line.text.rstrip() == f"[{_ANSWER}]"]
     if len(marks) > 1:
-        problem = "a second [answer] line"
-        raise UserError(problem, place=lines[marks[1]].place, cure="keep the one where the answer begins")
+        problem = tr("a second [answer] line")
+        raise UserError(problem, place=lines[marks[1]].place, cure=tr("keep the one where the answer begins"))
     if marks:
         before, after = lines[: marks[0]], lines[marks[0] + 1 :]
         prompt, answer = _parts_of([*before, _Line("", place, ())], keep_end=True), _parts_of(after)
         if not placeholders(answer):
             raise UserError(
-                "no field follows [answer]", place=lines[marks[0]].place, cure="add the answer's field"
+                tr("no field follows [answer]"),
+                place=lines[marks[0]].place,
+                cure=tr("add the answer's field"),
             )
     else:
         parts = _parts_of(lines)
         last = max(index for index, part in enumerate(parts) if isinstance(part, Placeholder))
         prompt, answer = parts[:last], parts[last:]
     if all(isinstance(part, Piece) and not part.text.strip() for part in prompt):
-        problem = "the template has an answer but no prompt"
-        raise UserError(problem, place=place, cure="write the prompt before the answer")
+        problem = tr("the template has an answer but no prompt")
+        raise UserError(problem, place=place, cure=tr("write the prompt before the answer"))
     return _checked((FrameTurn(None, prompt),), answer, None)
 
 
@@ -245,10 +259,14 @@ def _with_roles(lines: Sequence[_Line], markers: Sequence[int]) -> Variant:
     for number, line in enumerate(lines):
         word = line.text.strip().strip("[]").lower()
         if line.text.strip() and number < markers[0]:
-            raise UserError("text before the first turn", place=line.place, cure="move it into a turn")
+            raise UserError(
+                tr("text before the first turn"), place=line.place, cure=tr("move it into a turn")
+            )
         if word in _ROLES and number not in markers and line.text.strip().startswith("["):
             raise UserError(
-                f'"{line.text}" does not begin a turn', place=line.place, cure=f'write "[{word}]"'
+                tr('"{text}" does not begin a turn', text=line.text),
+                place=line.place,
+                cure=f'write "[{word}]"',
             )
     ends = [*markers[1:], len(lines)]
     turns = [
@@ -259,13 +277,15 @@ def _with_roles(lines: Sequence[_Line], markers: Sequence[int]) -> Variant:
     if answer.role == TURN_LIST:
         return _checked(tuple(prompt), answer.parts, "assistant", is_turn_list=True)
     if answer.role != "assistant":
-        cure = "end with [assistant] and the answer, or with [turns]"
-        raise UserError(f"the last turn is [{answer.role}]", place=place, cure=cure)
+        cure = tr("end with [assistant] and the answer, or with [turns]")
+        raise UserError(tr("the last turn is [{role}]", role=answer.role), place=place, cure=cure)
     if not placeholders(answer.parts):
-        raise UserError("the last turn has no field, the answer", place=place, cure="add the answer's field")
+        raise UserError(
+            tr("the last turn has no field, the answer"), place=place, cure=tr("add the answer's field")
+        )
     if not prompt:
-        cure = "add a [user] turn before it"
-        raise UserError("the template has an answer but no prompt", place=place, cure=cure)
+        cure = tr("add a [user] turn before it")
+        raise UserError(tr("the template has an answer but no prompt"), place=place, cure=cure)
     return _checked(tuple(prompt), answer.parts, "assistant")
 
 
@@ -275,14 +295,14 @@ def _frame_turn(marker: _Line, lines: Sequence[_Line]) -> FrameTurn:
     if turn.role == TURN_LIST:
         parts = tuple([part for part in turn.parts if isinstance(part, Placeholder) or part.text.strip()])
         if len(parts) != 1 or not isinstance(parts[0], Placeholder):
-            cure = "name the column of turns below it; other text goes into turns of its own"
+            cure = tr("name the column of turns below it; other text goes into turns of its own")
             raise UserError(
-                "[turns] takes exactly one field and no other text", place=marker.place, cure=cure
+                tr("[turns] takes exactly one field and no other text"), place=marker.place, cure=cure
             )
         return FrameTurn(TURN_LIST, parts)
     if not turn.parts:
-        cure = "write its text, or remove the turn"
-        raise UserError(f"the [{turn.role}] turn is empty", place=marker.place, cure=cure)
+        cure = tr("write its text, or remove the turn")
+        raise UserError(tr("the [{role}] turn is empty", role=turn.role), place=marker.place, cure=cure)
     return turn
 
 
@@ -298,8 +318,10 @@ def _checked(
     before = placeholders(part for turn in turns for part in turn.parts)
     for placeholder in before:
         if placeholder.field in answer_fields:
-            problem = f'the prompt shows "{placeholder.field}", which is the answer (the last field)'
-            cure = "remove it from the prompt, or the model learns to copy it"
+            problem = tr(
+                'the prompt shows "{field}", which is the answer (the last field)', field=placeholder.field
+            )
+            cure = tr("remove it from the prompt, or the model learns to copy it")
             raise UserError(problem, place=placeholder.place, cure=cure)
     texts = placeholders(part for turn in turns if turn.role != TURN_LIST for part in turn.parts)
     fields = tuple(dict.fromkeys(placeholder.field for placeholder in texts))

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from yeonma.errors import Problem, UserError
+from yeonma.messages import tr
 
 CHUNK = 1 << 18  # characters, or bytes where bytes are read
 NUL, BOM = "\0", "\ufeff"
 # Joined files leave a byte order mark at the beginning of a line. Within a text it is an invisible space, which gives a
 # warning later.
 _STRAY = re.compile(f"{NUL}|(?:\\A|(?<=[\n\r])){BOM}")
-WRITE_AGAIN = "write the file again"
+WRITE_AGAIN = tr("write the file again")
 COMPRESSIONS = (".gz", ".zst")
 """Endings of compressed text files, after the ending of the text: `rows.jsonl.gz`."""
 
@@ -73,10 +74,14 @@ class TextFile:
         line, column = place_after(line, column, text[: match.start()])
         place = f"{self.name}:{line}:{column}"
         if match[0] == BOM:
-            cure = "remove it; joining files leaves such marks"
-            return Problem("a byte order mark (U+FEFF) in the middle of the file", place, cure)
+            cure = tr("remove it; joining files leaves such marks")
+            return Problem(tr("a byte order mark (U+FEFF) in the middle of the file"), place, cure)
         suggestion = self._unicode_suggestion()
-        cure = f"if that is the file's encoding, give {suggestion}" if suggestion else "remove it"
+        cure = (
+            tr("if that is the file's encoding, give {suggestion}", suggestion=suggestion)
+            if suggestion
+            else tr("remove it")
+        )
         return Problem("a NUL character (U+0000)", place, cure)
 
     @contextmanager
@@ -106,7 +111,9 @@ class TextFile:
             with _unpacked(self.path, ending) as file:
                 yield file
         except (EOFError, OSError, zlib.error) as error:
-            problem = f"a damaged {ending} file: {' '.join(str(error).split())}"
+            problem = tr(
+                "a damaged {ending} file: {error}", ending=ending, error=" ".join(str(error).split())
+            )
             raise UserError(problem, place=self.name, cure=WRITE_AGAIN) from None
 
     def _wrong_bytes(self) -> Problem:
@@ -125,7 +132,10 @@ class TextFile:
                     break
                 offset += len(chunk)
         if not chunk:
-            problem = f"the file ends inside a {self.encoding} character: its last line is truncated"
+            problem = tr(
+                "the file ends inside a {encoding} character: its last line is truncated",
+                encoding=self.encoding,
+            )
             return Problem(problem, f"{self.name}:{line}:{column}", WRITE_AGAIN)
         decoder.setstate(state)
         for byte in chunk:
@@ -134,7 +144,7 @@ class TextFile:
             except UnicodeError:
                 break
             offset += 1
-        problem, cure = f"not {self.encoding} text", self._encoding_cure(offset)
+        problem, cure = tr("not {encoding} text", encoding=self.encoding), self._encoding_cure(offset)
         return Problem(problem, f"{self.name}:{line}:{column}", cure)
 
     def _encoding_cure(self, offset: int) -> str:
@@ -151,8 +161,8 @@ class TextFile:
             if not suggestion and candidate != self.encoding and korean > 10 * text.count("\ufffd"):
                 suggestion = f"--encoding {candidate}"
         if suggestion:
-            return f"if that is the file's encoding, give {suggestion}"
-        return "give the file's encoding, such as --encoding cp949, or save it as UTF-8"
+            return tr("if that is the file's encoding, give {suggestion}", suggestion=suggestion)
+        return tr("give the file's encoding, such as --encoding cp949, or save it as UTF-8")
 
     def _unicode_suggestion(self) -> str:
         """The option for UTF-16 or UTF-32 if the file's first bytes look like it, else an empty string."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from yeonma.data.rows import Row
 from yeonma.data.strict_json import described
 from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -105,7 +105,9 @@ def turns_of(row: Row, column: str) -> tuple[Turn, ...]:
 def turn_list(value: object, column: str, place: str) -> tuple[Turn, ...]:
     """The turns in a value. Raises UserError as `turns_of`."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        problem = f'field "{column}" is {described(value)}, not a list of turns'
+        problem = tr(
+            'field "{column}" is {value}, not a list of turns', column=column, value=described(value)
+        )
         raise UserError(problem, place=place, cure='write [{"role": "user", "content": "..."}, ...]')
     turns: list[Turn] = []
     problems: list[Problem] = []
@@ -121,7 +123,9 @@ def turn_list(value: object, column: str, place: str) -> tuple[Turn, ...]:
     if problems:
         raise UserError(problems)
     if not turns:
-        raise UserError(f'field "{column}" has no turns', place=place, cure="remove the row")
+        raise UserError(
+            tr('field "{column}" has no turns', column=column), place=place, cure=tr("remove the row")
+        )
     return tuple(turns)
 
 
@@ -132,7 +136,7 @@ def turn_of(entry: object, where: str, place: str) -> Turn | None:
         UserError: it is not a turn, its role is unknown, its text is missing or empty, or another key is faulty.
     """
     if not isinstance(entry, Mapping):
-        problem = f"{where} is {described(entry)}, not a turn"
+        problem = tr("{where} is {entry}, not a turn", where=where, entry=described(entry))
         raise UserError(problem, place=place, cure='write {"role": "user", "content": "..."}')
     role_key, text_key = ("from", "value") if entry.get("from") is not None else ("role", "content")
     role = _role(entry.get(role_key), f"{where}.{role_key}", place)
@@ -157,7 +161,11 @@ def turn_of(entry: object, where: str, place: str) -> Turn | None:
         return turn
     if role == "system":
         return None
-    raise UserError(f"{where}.{text_key} is empty", place=place, cure="fill it or remove the row")
+    raise UserError(
+        tr("{where}.{text_key} is empty", where=where, text_key=text_key),
+        place=place,
+        cure=tr("fill it or remove the row"),
+    )
 
 
 def is_turn_list(value: object) -> bool:
@@ -169,8 +177,11 @@ def with_system(turns: Sequence[Turn], text: str, column: str, place: str) -> tu
     if not text.strip() or (turns and turns[0] == Turn("system", text)):
         return tuple(turns)
     if turns and turns[0].role == "system":
-        problem = f'the turns begin with a system turn, and the column "{column}" has another system prompt'
-        raise UserError(problem, place=place, cure="keep one of them")
+        problem = tr(
+            'the turns begin with a system turn, and the column "{column}" has another system prompt',
+            column=column,
+        )
+        raise UserError(problem, place=place, cure=tr("keep one of them"))
     return (Turn("system", text), *turns)
 
 
@@ -187,23 +198,29 @@ def tools_of(value: object, column: str, place: str) -> tuple[dict[str, Any], ..
         try:
             value = json.loads(value)
         except ValueError:
-            raise UserError(f'field "{column}" is text, but not JSON', place=place, cure=cure) from None
+            raise UserError(
+                tr('field "{column}" is text, but not JSON', column=column), place=place, cure=cure
+            ) from None
     if value is None or value == {}:
         return ()
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(
-            f'field "{column}" is {described(value)}, not a list of tools', place=place, cure=cure
+            tr('field "{column}" is {value}, not a list of tools', column=column, value=described(value)),
+            place=place,
+            cure=cure,
         )
     tools = []
     for index, tool in enumerate(value):
         tool = _json_object(tool)
         function = tool if tool is None or "function" not in tool else tool["function"]
         if tool is None or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            problem = f"{column}[{index}] is not the description of a tool"
+            problem = tr("{column}[{index}] is not the description of a tool", column=column, index=index)
             raise UserError(problem, place=place, cure=cure)
         if function is tool and tool.keys() == {"type", "name"}:
-            raise UserError(f"{column}[{index}] has a name alone", place=place, cure=cure)
+            raise UserError(
+                tr("{column}[{index}] has a name alone", column=column, index=index), place=place, cure=cure
+            )
         described_tool = {"type": "function", "function": tool} if function is tool else tool
         tools.append(_without_nulls(described_tool))
     return tuple(tools)
@@ -215,8 +232,8 @@ def object_of(value: object, column: str, place: str) -> dict[str, Any]:
         return {}
     found = _json_object(value)
     if found is None:
-        problem = f'field "{column}" is {described(value)}, not an object'
-        raise UserError(problem, place=place, cure='write {"enable_thinking": false}, for example')
+        problem = tr('field "{column}" is {value}, not an object', column=column, value=described(value))
+        raise UserError(problem, place=place, cure=tr('write {{"enable_thinking": false}}, for example'))
     return _without_nulls(found)
 
 
@@ -226,35 +243,41 @@ def check_characters(text: str, where: str, place: str) -> None:
         problem = (
             f"{where} contains a NUL character (U+0000) after {counted(text.index(chr(0)), 'character')}"
         )
-        raise UserError(problem, place=place, cure="remove it")
+        raise UserError(problem, place=place, cure=tr("remove it"))
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         after = counted(error.start, "character")
         problem = f"{where} contains half a character, the lone surrogate {code}, after {after}"
-        raise UserError(problem, place=place, cure="remove it") from None
+        raise UserError(problem, place=place, cure=tr("remove it")) from None
 
 
 def _role(name: object, where: str, place: str) -> Role:
     if isinstance(name, str) and name in ROLES:
         return ROLES[name]
     if name is None:
-        raise UserError(f"{where} is missing", place=place, cure='a turn has "role" and "content"')
+        raise UserError(
+            tr("{where} is missing", where=where), place=place, cure=tr('a turn has "role" and "content"')
+        )
     shown = f'"{name}"' if isinstance(name, str) else described(name)
-    cure = did_you_mean(str(name), ROLES) or f"roles are {', '.join(ROLES)}"
-    raise UserError(f"{where}: unknown role {shown}", place=place, cure=cure)
+    cure = did_you_mean(str(name), ROLES) or tr("roles are {roles}", roles=", ".join(ROLES))
+    raise UserError(tr("{where}: unknown role {shown}", where=where, shown=shown), place=place, cure=cure)
 
 
 def _content(content: object, where: str, place: str) -> str:
     """The text of a turn: text, or a list of OpenAI's text parts."""
     if content is None:
-        raise UserError(f"{where} is missing", place=place, cure="a turn needs text")
+        raise UserError(tr("{where} is missing", where=where), place=place, cure=tr("a turn needs text"))
     if isinstance(content, str):
         check_characters(content, where, place)
         return content
     if not isinstance(content, Sequence):
-        raise UserError(f"{where} is {described(content)}, not text", place=place, cure="a turn takes text")
+        raise UserError(
+            tr("{where} is {content}, not text", where=where, content=described(content)),
+            place=place,
+            cure=tr("a turn takes text"),
+        )
     texts = []
     for index, part in enumerate(content):
         part_where = f"{where}[{index}]"
@@ -262,9 +285,11 @@ def _content(content: object, where: str, place: str) -> str:
         if not isinstance(part, Mapping) or part_type != "text" or not isinstance(part.get("text"), str):
             other_type = part_type not in (None, "text")
             problem = (
-                f'{part_where} is of type "{part_type}"' if other_type else f"{part_where} is not a text part"
+                tr('{part_where} is of type "{part_type}"', part_where=part_where, part_type=part_type)
+                if other_type
+                else tr("{part_where} is not a text part", part_where=part_where)
             )
-            cure = 'only parts of the form {"type": "text", "text": "..."} can be trained'
+            cure = tr('only parts of the form {{"type": "text", "text": "..."}} can be trained')
             raise UserError(problem, place=place, cure=cure)
         texts.append(_content(part["text"], f"{part_where}.text", place))
     return "".join(texts)
@@ -279,11 +304,11 @@ def _reasoning(entry: Mapping[str, object], role: Role, where: str, place: str) 
         return None
     key, value = next(iter(given.items()))
     if role != "assistant":
-        problem = f"{where}.{key}: only an assistant turn has reasoning"
-        raise UserError(problem, place=place, cure="remove it")
+        problem = tr("{where}.{key}: only an assistant turn has reasoning", where=where, key=key)
+        raise UserError(problem, place=place, cure=tr("remove it"))
     if any(other != value for other in given.values()):
-        problem = f"{where} has different texts in {' and '.join(given)}"
-        raise UserError(problem, place=place, cure="keep one of them")
+        problem = tr("{where} has different texts in {given}", where=where, given=" and ".join(given))
+        raise UserError(problem, place=place, cure=tr("keep one of them"))
     text = _content(value, f"{where}.{key}", place)
     return text if text.strip() else None
 
@@ -295,17 +320,24 @@ def _weight(entry: Mapping[str, object], role: Role, where: str, place: str) -> 
     weights = set()
     for key, value in given.items():
         if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1 or math.isnan(value):
-            problem = f"{where}.{key} is {described(value)}, not a weight"
-            raise UserError(problem, place=place, cure="write true, false or a number from 0 to 1")
+            problem = tr(
+                "{where}.{key} is {value}, not a weight", where=where, key=key, value=described(value)
+            )
+            raise UserError(problem, place=place, cure=tr("write true, false or a number from 0 to 1"))
         weights.add(float(value))
     if len(weights) > 1:
-        problem = f"{where} has different weights in {' and '.join(given)}"
-        raise UserError(problem, place=place, cure="keep one of them")
+        problem = tr("{where} has different weights in {given}", where=where, given=" and ".join(given))
+        raise UserError(problem, place=place, cure=tr("keep one of them"))
     (weight,) = weights
     if role != "assistant":
         if weight > 0 and "weight" not in given:
-            problem = f"{where}.{next(iter(given))}: a {role} turn cannot be trained"
-            cure = "remove it; --train_on_inputs trains whole prompts"
+            problem = tr(
+                "{where}.{given}: a {role} turn cannot be trained",
+                where=where,
+                given=next(iter(given)),
+                role=role,
+            )
+            cure = tr("remove it; --train_on_inputs trains whole prompts")
             raise UserError(problem, place=place, cure=cure)
         return None
     return weight
@@ -317,10 +349,16 @@ def _tool_calls(entry: Mapping[str, object], role: Role, where: str, place: str)
     if not calls and (legacy := entry.get("function_call")):
         calls, key = [legacy], "function_call"
     if isinstance(calls, Mapping) or not isinstance(calls, Sequence) or isinstance(calls, str):
-        problem = f"{where}.{key} is {described(calls)}, not a list of calls"
+        problem = tr(
+            "{where}.{key} is {calls}, not a list of calls", where=where, key=key, calls=described(calls)
+        )
         raise UserError(problem, place=place, cure=_CALL_CURE)
     if calls and role != "assistant":
-        raise UserError(f"{where}.{key}: only an assistant turn calls tools", place=place, cure="remove it")
+        raise UserError(
+            tr("{where}.{key}: only an assistant turn calls tools", where=where, key=key),
+            place=place,
+            cure=tr("remove it"),
+        )
     return tuple(_tool_call(call, f"{where}.{key}[{index}]", place) for index, call in enumerate(calls))
 
 
@@ -330,14 +368,23 @@ _CALL_CURE = 'write [{"type": "function", "function": {"name": "...", "arguments
 def _tool_call(call: object, where: str, place: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise UserError(f"{where} is {described(call)}, not a call", place=place, cure=_CALL_CURE)
+        raise UserError(
+            tr("{where} is {call}, not a call", where=where, call=described(call)),
+            place=place,
+            cure=_CALL_CURE,
+        )
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or not name:
-        raise UserError(f"{where} has no name of a function", place=place, cure=_CALL_CURE)
+        raise UserError(tr("{where} has no name of a function", where=where), place=place, cure=_CALL_CURE)
     values = {} if arguments in (None, "") else _json_object(arguments)
     if values is None:
-        problem = f"{where}: the arguments of {name} are {described(arguments)}, not an object"
-        raise UserError(problem, place=place, cure="write a JSON object, or one as text")
+        problem = tr(
+            "{where}: the arguments of {name} are {arguments}, not an object",
+            where=where,
+            name=name,
+            arguments=described(arguments),
+        )
+        raise UserError(problem, place=place, cure=tr("write a JSON object, or one as text"))
     call_id = call.get("id")
     text = json.dumps(_without_nulls(values) if values is arguments else values, ensure_ascii=False)
     check_characters(text, where, place)
@@ -349,8 +396,10 @@ def _calls_in_text(content: object, where: str, place: str) -> tuple[ToolCall, .
     try:
         value = json.loads(content) if isinstance(content, str) else content
     except ValueError:
-        cure = 'write {"name": "...", "arguments": {...}} as its text'
-        raise UserError(f"{where} is not a tool call in JSON", place=place, cure=cure) from None
+        cure = tr('write {{"name": "...", "arguments": {{...}}}} as its text')
+        raise UserError(
+            tr("{where} is not a tool call in JSON", where=where), place=place, cure=cure
+        ) from None
     calls = value if isinstance(value, list) else [value]
     return tuple(_tool_call(call, f"{where}[{index}]", place) for index, call in enumerate(calls))
 
@@ -362,8 +411,8 @@ def _other_keys(entry: Mapping[str, object], where: str, place: str) -> str:
     try:
         text = json.dumps(others, ensure_ascii=False)
     except (TypeError, ValueError):
-        problem = f"{where} has a key whose value JSON cannot express"
-        raise UserError(problem, place=place, cure="remove it, or write it as text") from None
+        problem = tr("{where} has a key whose value JSON cannot express", where=where)
+        raise UserError(problem, place=place, cure=tr("remove it, or write it as text")) from None
     check_characters(text, where, place)
     return text
 

@@ -19,6 +19,7 @@ from typing import Any
 from yeonma.data.csv_reader import Header, header_of, unnamed_note
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.errors import UserError, brief, did_you_mean, first_line
+from yeonma.messages import tr
 from yeonma.packages import install
 
 _SEEN_ROWS = 100
@@ -45,8 +46,8 @@ def open_workbook(path: Path, name: str, options: FileOptions) -> Source:
         title = visible[0] if options.part is None else options.part
         if title not in sheets:
             shown = ", ".join(f'"{brief(other)}"' for other in sheets)
-            cure = did_you_mean(title, sheets) or f"its sheets are {shown}"
-            raise UserError(f'no sheet "{brief(title)}"', place=name, cure=cure)
+            cure = did_you_mean(title, sheets) or tr("its sheets are {shown}", shown=shown)
+            raise UserError(tr('no sheet "{title}"', title=brief(title)), place=name, cure=cure)
         number, cells = next(_filled_rows(sheets[title], name), (0, []))
         if not number:
             raise no_rows(name)
@@ -58,7 +59,15 @@ def open_workbook(path: Path, name: str, options: FileOptions) -> Source:
         ]
     others = [f'"{brief(other)}"' for other in visible if other != title]
     if others and options.part is None:
-        notes.insert(0, f'{name}: the sheet "{brief(title)}" is read; not {", ".join(others[:10])}')
+        notes.insert(
+            0,
+            tr(
+                '{name}: the sheet "{title}" is read; not {others}',
+                name=name,
+                title=brief(title),
+                others=", ".join(others[:10]),
+            ),
+        )
     return Source(partial(_rows, path, name, title, header), tuple(notes))
 
 
@@ -71,11 +80,11 @@ def _rows(path: Path, name: str, title: str, header: Header) -> Iterator[Record]
             values = {column: cell for column, cell in zip(header.names, padded, strict=True) if column}
             yield _place(name, number), values
     if empty:
-        raise UserError("a header but no rows", place=name, cure="give a file with at least one row")
+        raise UserError(tr("a header but no rows"), place=name, cure=tr("give a file with at least one row"))
 
 
 def _place(name: str, number: int) -> str:
-    return f"{name} sheet row {number}"
+    return tr("{name} sheet row {number}", name=name, number=number)
 
 
 @contextmanager
@@ -84,7 +93,9 @@ def _workbook(path: Path, name: str) -> Iterator[Any]:
     try:
         import openpyxl
     except ImportError:
-        raise UserError("reading .xlsx files needs openpyxl", place=name, cure=install("openpyxl")) from None
+        raise UserError(
+            tr("reading .xlsx files needs openpyxl"), place=name, cure=install("openpyxl")
+        ) from None
     with _faults_as_user_errors(name):
         book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
     try:
@@ -103,8 +114,8 @@ def _faults_as_user_errors(name: str) -> Iterator[None]:
     except (UserError, MemoryError, StopIteration):
         raise
     except Exception as error:
-        cure = "open it in Excel or LibreOffice and save it again as .xlsx, without a password"
-        problem = f"not a readable .xlsx file: {first_line(error) or type(error).__name__}"
+        cure = tr("open it in Excel or LibreOffice and save it again as .xlsx, without a password")
+        problem = tr("not a readable .xlsx file: {value}", value=first_line(error) or type(error).__name__)
         raise UserError(problem, place=name, cure=cure) from None
 
 

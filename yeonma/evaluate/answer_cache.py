@@ -12,6 +12,7 @@ from typing import Any
 
 from yeonma.errors import UserError
 from yeonma.files import disk_errors_as_user_errors, write_all
+from yeonma.messages import tr
 from yeonma.shown import json_text
 
 CacheRecord = Mapping[str, Any]
@@ -28,7 +29,7 @@ class AnswerCache:
     def add(self, key: str, record: CacheRecord) -> None:
         """Append a record with one write, so that it survives a kill. Raises UserError if the disk is full."""
         line = json_text({"key": key, **record}) + "\n"
-        with disk_errors_as_user_errors(self.path.parent, "an answer"):
+        with disk_errors_as_user_errors(self.path.parent, tr("an answer")):
             write_all(self.file, line.encode())
         self.records[key] = record
 
@@ -44,10 +45,12 @@ def open_answer_cache(path: Path) -> Iterator[AnswerCache]:
         records = dict(_read(text))
         file = path.open("ab", buffering=0)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}", place=str(path)) from error
+        raise UserError(
+            tr("cannot be written: {value}", value=error.strerror or error), place=str(path)
+        ) from error
     with file:
         if text and not text.endswith("\n"):
-            with disk_errors_as_user_errors(path.parent, "an answer"):
+            with disk_errors_as_user_errors(path.parent, tr("an answer")):
                 write_all(file, b"\n")
         yield AnswerCache(records, path, file)
 

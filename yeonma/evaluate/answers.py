@@ -26,7 +26,7 @@ from yeonma.evaluate.candidates import Candidate, check_candidate_content, colum
 from yeonma.evaluate.metrics import ScoredAnswer
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.quantization import check_installed
 from yeonma.policy import Policy, build_policy
@@ -77,7 +77,7 @@ def read_rows(source: Rows, limit: int | None) -> list[Row]:
     """The first `limit` rows, or all. Raises UserError if there are none."""
     rows = list(islice(source, limit))
     if not rows:
-        raise UserError("there are no rows", place=source.name, cure="give rows to compare on")
+        raise UserError(tr("there are no rows"), place=source.name, cure=tr("give rows to compare on"))
     return rows
 
 
@@ -120,7 +120,7 @@ def candidate_inputs(
     if problems:
         shown = list(problems.values())[:MAX_PROBLEMS]
         if len(problems) > MAX_PROBLEMS:
-            shown.append(Problem("there are more such problems", settings.data_path))
+            shown.append(Problem(tr("there are more such problems"), settings.data_path))
         raise UserError(shown)
     return inputs
 
@@ -286,8 +286,8 @@ def _losses(policy: Policy, rows: Sequence[Sequence[Example]]) -> list[tuple[flo
     except torch.OutOfMemoryError as error:
         if len(rows) == 1:
             tokens = sum(len(example.token_ids) for example in flat)
-            problem = f"a row of {tokens} tokens does not fit into the device's memory"
-            raise UserError(problem, cure="use --dtype bfloat16 or --device cpu") from error
+            problem = tr("a row of {tokens} tokens does not fit into the device's memory", tokens=tokens)
+            raise UserError(problem, cure=tr("use --dtype bfloat16 or --device cpu")) from error
         half = (len(rows) + 1) // 2
         return [*_losses(policy, rows[:half]), *_losses(policy, rows[half:])]
     counts = [sum(int(example.trained.sum()) for example in examples) for examples in rows]

@@ -31,6 +31,7 @@ from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Log, Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
+from yeonma.messages import tr
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.model.adapter_weights import added_rows
@@ -90,11 +91,15 @@ def open_candidates(settings: CompareSettings, rows: Rows, log: Log = lambda _: 
     specs = [spec.strip() for spec in settings.models]
     if not specs or not all(specs):
         raise UserError(
-            "no models given", place="--models", cure="give one or more models or adapter folders"
+            tr("no models given"), place="--models", cure=tr("give one or more models or adapter folders")
         )
     repeated = {spec for spec in specs if specs.count(spec) > 1}
     if repeated:
-        raise UserError(f"{min(repeated)} is given twice", place="--models", cure="give each model once")
+        raise UserError(
+            tr("{repeated} is given twice", repeated=min(repeated)),
+            place="--models",
+            cure=tr("give each model once"),
+        )
     problems: list[Problem] = []
     opened: list[PromptBuilder | _PlainModel] = []
     for spec in specs:
@@ -104,8 +109,8 @@ def open_candidates(settings: CompareSettings, rows: Rows, log: Log = lambda _: 
             problems += error.problems
     runs = [model for model in opened if isinstance(model, PromptBuilder)]
     if settings.data_set is not None and not any(data_set_names(run.adapter) for run in runs):
-        problem = "no adapter was trained on several data sets"
-        problems += [] if problems else [Problem(problem, "--data_set", "leave it out")]
+        problem = tr("no adapter was trained on several data sets")
+        problems += [] if problems else [Problem(problem, "--data_set", tr("leave it out"))]
     if problems:
         raise UserError(problems)
     first = _first_template(opened, short_names(specs))
@@ -113,7 +118,11 @@ def open_candidates(settings: CompareSettings, rows: Rows, log: Log = lambda _: 
     for spec, name, model in zip(specs, short_names(specs), opened, strict=True):
         if isinstance(model, PromptBuilder):
             is_chosen = settings.data_set is not None and data_set_names(model.adapter)
-            template_of = f"that of its data set {settings.data_set}" if is_chosen else "its own"
+            template_of = (
+                tr("that of its data set {data_set}", data_set=settings.data_set)
+                if is_chosen
+                else tr("its own")
+            )
             candidates.append(Candidate(name, model, str(model.adapter.path), True, template_of))
         else:
             candidates.append(_with_template(spec, name, model, first, settings, rows))
@@ -237,7 +246,9 @@ def _first_template(
 def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
     folder = user_path(spec, "--models")
     if folder.is_dir() and not any(folder.iterdir()):
-        raise UserError("the folder is empty", place=spec, cure="give a model's or an adapter's folder")
+        raise UserError(
+            tr("the folder is empty"), place=spec, cure=tr("give a model's or an adapter's folder")
+        )
     if (folder / "adapter_config.json").is_file() and (folder / MANIFEST).is_file():
         return open_prompt_builder(
             folder,
@@ -290,14 +301,14 @@ def _with_template(
     default = TokenRules(CUTOFF_LEN)
     if model.template is not None:
         template, columns, rules = model.template, model.columns, model.rules or default
-        template_of = "its own"
+        template_of = tr("its own")
     elif settings.template is not None or first is None:
         choice = choose_template(ANSWERS, settings.template, rows, settings.columns)
         template, columns, template_of = choice.template, choice.columns, choice.reason or "--template"
         rules = first.rules if first is not None else default
     else:
         template, columns, rules = first.template, first.columns, first.rules
-        template_of = f"that of {first.owner}"
+        template_of = tr("that of {owner}", owner=first.owner)
     folder = AdapterFolder(
         path=Path(spec),
         base=BaseIdentity(model.source.name, model.source.revision, 0, ""),
@@ -332,12 +343,18 @@ def _check_columns(settings: CompareSettings, candidates: Sequence[Candidate], r
     templates = [candidate.prompt_builder.adapter.template for candidate in candidates]
     for field, column in (settings.columns or {}).items():
         if column not in rows.columns:
-            cure = did_you_mean(column, rows.columns) or f"it has {', '.join(rows.columns)}"
-            raise UserError(f'the data has no column "{column}"', place="--columns", cure=cure)
+            cure = did_you_mean(column, rows.columns) or tr(
+                "it has {columns}", columns=", ".join(rows.columns)
+            )
+            raise UserError(
+                tr('the data has no column "{column}"', column=column), place="--columns", cure=cure
+            )
         if field != "answer" and not any(field in template.fields for template in templates):
             names = ", ".join(sorted({name for template in templates for name in template.fields}))
             raise UserError(
-                f'no template has a field "{field}"', place="--columns", cure=f"they have {names}"
+                tr('no template has a field "{field}"', field=field),
+                place="--columns",
+                cure=tr("they have {names}", names=names),
             )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.data.classification import f1_of_counts, label_counts
+from yeonma.messages import tr
 from yeonma.packages import install
 
 UNSPACED = frozenset(
@@ -51,8 +52,8 @@ def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
     letters = sum(scripts.values()) - scripts[""]
     if scripts["HANGUL"] > SCRIPT_SHARE * letters:
         if find_spec("kiwipiepy") is not None:
-            return MetricTokenizer("morphemes (kiwipiepy)", morphemes, "char")
-        note = f"for ROUGE by morphemes: {install('kiwipiepy')}"
+            return MetricTokenizer(tr("morphemes (kiwipiepy)"), morphemes, "char")
+        note = tr("for ROUGE by morphemes: {install}", install=install("kiwipiepy"))
         return MetricTokenizer("characters", characters, "char", note)
     unspaced = sum(scripts[name] for name in UNSPACED)
     if unspaced > SCRIPT_SHARE * letters:
@@ -186,22 +187,26 @@ ACCURACY = Metric(
     mean,
 )
 MACRO_F1 = Metric("macro_f1", "macro F1", "higher", "mean over the labels of F1", macro_f1)
-LOSS = Metric("loss", "loss", "lower", "per token of the reference answer", mean)
-PERPLEXITY = Metric("perplexity", "perplexity", "lower", "exp of the loss", perplexity, tested=False)
-CHRF = Metric("chrf", "chrF", "higher", "by sacrebleu: chrF2, characters", chrf)
+LOSS = Metric("loss", "loss", "lower", tr("per token of the reference answer"), mean)
+PERPLEXITY = Metric("perplexity", "perplexity", "lower", tr("exp of the loss"), perplexity, tested=False)
+CHRF = Metric("chrf", "chrF", "higher", tr("by sacrebleu: chrF2, characters"), chrf)
 EXACT = Metric(
-    "exact", "exact match", "higher", "% of rows; every character counts, also blanks and line ends", share
+    "exact",
+    tr("exact match"),
+    "higher",
+    tr("% of rows; every character counts, also blanks and line ends"),
+    share,
 )
-TOKENS = Metric("tokens", "tokens", "", "mean length of an answer", mean)
-CHARACTERS = Metric("characters", "characters", "", "mean length of an answer", mean)
+TOKENS = Metric("tokens", "tokens", "", tr("mean length of an answer"), mean)
+CHARACTERS = Metric("characters", "characters", "", tr("mean length of an answer"), mean)
 REPETITION = Metric(
     "repetition",
     "repetition",
     "lower",
-    f"% of {REPETITION_ORDER}-grams of tokens that occurred before",
+    tr("% of {repetition_order}-grams of tokens that occurred before", repetition_order=REPETITION_ORDER),
     share,
 )
-UNENDED = Metric("unended", "cut off", "lower", "% of answers that reached max_new_tokens", share)
+UNENDED = Metric("unended", tr("cut off"), "lower", tr("% of answers that reached max_new_tokens"), share)
 
 
 NOT_BY_ROW = (PERPLEXITY.key, MACRO_F1.key)
@@ -250,7 +255,9 @@ def compute_metrics(
     if scored_rows:
         if has_sacrebleu():
             metrics.append((CHRF, over_all_rows([_chrf_counts(model, scored_references) for model in texts])))
-            bleu_metric = Metric("bleu", "BLEU", "higher", f"by sacrebleu, tokenizer {tokenizer.bleu}", bleu)
+            bleu_metric = Metric(
+                "bleu", "BLEU", "higher", tr("by sacrebleu, tokenizer {bleu}", bleu=tokenizer.bleu), bleu
+            )
             counts = [_bleu_counts(model, scored_references, tokenizer.bleu) for model in texts]
             metrics.append((bleu_metric, over_all_rows(counts)))
         split_references = [tokenizer.split(text) for text in scored_references]

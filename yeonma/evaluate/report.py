@@ -40,7 +40,7 @@ from yeonma.evaluate.metrics import (
     swap_test,
 )
 from yeonma.evaluate.verdict import format_number, format_p, verdict
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
 
@@ -156,10 +156,15 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
     without_reference = sum(text is None for text in comparison.references)
     notes = []
     if without_reference == total:
-        notes.append("No row has a reference answer: the answers can be read, but not scored.")
+        notes.append(tr("No row has a reference answer: the answers can be read, but not scored."))
     elif without_reference:
         notes.append(
-            f"{without_reference} of {total} rows have no reference answer. They count only for lengths and repetition."
+            tr(
+                "{without_reference} of {total} rows have no reference answer. They count only for "
+                "lengths and repetition.",
+                without_reference=without_reference,
+                total=total,
+            )
         )
     for inputs in comparison.inputs:
         name = inputs.candidate.name
@@ -173,12 +178,17 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
     bases = {inputs.candidate.prompt_builder.source.name for inputs in comparison.inputs}
     if len(bases) > 1:
         notes.append(
-            "Models of different bases may split texts into different tokens: compare losses with care."
+            tr("Models of different bases may split texts into different tokens: compare losses with care.")
         )
     if total < 30:
         notes.append(f"With only {counted(total, 'row')}, confidence intervals tend to be too narrow.")
     if without_reference < total and not has_sacrebleu():
-        notes.append(f"BLEU and chrF are missing. To get them: {INSTALL_SACREBLEU}")
+        notes.append(
+            tr(
+                "BLEU and chrF are missing. To get them: {install_sacrebleu}",
+                install_sacrebleu=INSTALL_SACREBLEU,
+            )
+        )
     if tokenizer.note and without_reference < total:
         notes.append(f"ROUGE counts {tokenizer.name}; {tokenizer.note}")
     return notes
@@ -335,18 +345,29 @@ def _print_table(console: Console, report: ComparisonReport) -> None:
 def explain_numbers(report: ComparisonReport) -> list[str]:
     """How the numbers are computed and what they do not show, as sentences for the page."""
     sentences = [
-        f"Confidence intervals are the middle 95% of {report['resamples']:,} bootstrap resamples of the "
-        f"{report['data']['rows']:,} rows (Efron 1979). All models are resampled with the same rows.",
+        tr(
+            "Confidence intervals are the middle 95% of {resamples:,} bootstrap resamples of the "
+            "{rows:,} rows (Efron 1979). All models are resampled with the same rows.",
+            resamples=report["resamples"],
+            rows=report["data"]["rows"],
+        ),
     ]
     tests = [test for metric in report["metrics"] for test in metric["differences"] if test["p"] is not None]
     if tests:
         sentences.append(
-            "p is from a paired randomisation test (Noreen 1989; Riezler & Maxwell 2005): how often a difference at "
-            "least this large appears when the two models' answers are swapped on random rows. It is corrected for the "
-            f"{len(tests)} tests on this page (Holm 1979); as metrics are correlated, the correction is conservative."
+            tr(
+                "p is from a paired randomisation test (Noreen 1989; Riezler & Maxwell 2005): how often "
+                "a difference at least this large appears when the two models' answers are swapped on "
+                "random rows. It is corrected for the {tests} tests on this page (Holm 1979); as metrics "
+                "are correlated, the correction is conservative.",
+                tests=len(tests),
+            )
         )
     sentences.append(
-        "Both assume that the rows are independent samples of future prompts. They do not cover a repeated training "
-        "run with another seed. Overlap metrics do not measure quality: read the rows."
+        tr(
+            "Both assume that the rows are independent samples of future prompts. They do not cover "
+            "a repeated training run with another seed. Overlap metrics do not measure quality: read "
+            "the rows."
+        )
     )
     return sentences

@@ -23,7 +23,7 @@ from yeonma.evaluate.report import (
 )
 from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p
 from yeonma.inspect.inspect_page import COLOURS
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.shown import html, json_text, many_lines
 
 PARTS = Path(__file__).parent / "page_parts"
@@ -49,7 +49,11 @@ BINS = 16
 def page(report: ComparisonReport) -> str:
     """The report as HTML."""
     names = [model["name"] for model in report["models"]]
-    title = " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+    title = (
+        " and ".join(names)
+        if len(names) < 3
+        else tr("{names} and {names2} more", names=names[0], names2=len(names) - 1)
+    )
     style = COLOURS + (PARTS / "report.css").read_text("utf-8")
     script = (PARTS / "report.js").read_text("utf-8")
     data = report["data"]
@@ -161,7 +165,11 @@ def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[st
 
 
 def _interval(ends: Sequence[float] | None) -> str:
-    return f"<small>{format_number(ends[0])} to {format_number(ends[1])}</small>" if ends else ""
+    return (
+        tr("<small>{ends} to {ends2}</small>", ends=format_number(ends[0]), ends2=format_number(ends[1]))
+        if ends
+        else ""
+    )
 
 
 def _difference(metric: Mapping[str, Any], test: Mapping[str, Any]) -> str:
@@ -187,20 +195,20 @@ def _plots(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
             name, about = f"{html(metric['name'])} {ARROWS[metric['better']]}", html(metric["about"])
             yield f'<figure><figcaption>{name} <span class="dim">{about}</span></figcaption>{bars}</figure>'
     lengths = {
-        f"answers of {name}": [len(row["answers"][model]["text"]) for row in report["rows"]]
+        tr("answers of {name}", name=name): [len(row["answers"][model]["text"]) for row in report["rows"]]
         for model, name in enumerate(names)
     }
     colours = [_model_colour(model) for model in range(len(names))]
     references = [len(row["wanted"]) for row in report["rows"] if row["wanted"] is not None]
     if references:
-        lengths["reference answers"] = references
+        lengths[tr("reference answers")] = references
         colours.append("var(--reference)")
     keys = "".join(_legend(list(lengths), colours))
     histograms = _length_histograms(lengths, colours)
     yield f"<figure><figcaption>Length of the texts: {keys}</figcaption>{histograms}</figure>"
     for model, entry in enumerate(report["models"]):
         if entry["curve"]:
-            about = "line: training, points: validation"
+            about = tr("line: training, points: validation")
             yield f"<figure><figcaption>Loss of the run {html(entry['name'])}; {about}</figcaption>"
             yield f"{_loss_curve(entry['curve'], model)}</figure>"
     yield "</div>"
@@ -267,7 +275,7 @@ def _length_histograms(lengths: Mapping[str, Sequence[int]], colours: Sequence[s
         elements.append(svg.line(places, stroke=colours[index], stroke_width=2, **look))
         median = float(np.median(lengths[name])) if len(lengths[name]) else 0.0
         descriptions.append(f"{name} median {median:.0f}")
-    description = f"Lengths in characters: {', '.join(descriptions)}"
+    description = tr("Lengths in characters: {descriptions}", descriptions=", ".join(descriptions))
     return svg.drawing(PLOT_WIDTH, 164, description, elements)
 
 
@@ -287,7 +295,9 @@ def _loss_curve(curve: Mapping[str, Sequence[svg.Point]], model: int) -> str:
         for name, part in curve.items()
         if part
     ]
-    return svg.drawing(PLOT_WIDTH, 164, f"Loss of the run: {', '.join(descriptions)}", elements)
+    return svg.drawing(
+        PLOT_WIDTH, 164, tr("Loss of the run: {descriptions}", descriptions=", ".join(descriptions)), elements
+    )
 
 
 def _axes(x_range: tuple[float, float], y_range: tuple[float, float]) -> svg.Axes:
@@ -312,32 +322,32 @@ def _rows_part(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     yield _select(
         "metric", "metric", [(key, name) for key, name in metrics.items() if key != "unended"], first_metric
     )
-    orders = [("data", "order of the data")]
+    orders = [("data", tr("order of the data"))]
     if several:
-        orders += [("gain", "best change first"), ("loss", "worst change first")]
+        orders += [("gain", tr("best change first")), ("loss", tr("worst change first"))]
     else:
-        orders += [("gain", "best first"), ("loss", "worst first")]
-    yield _select("order", "sort by", orders, "data")
+        orders += [("gain", tr("best first")), ("loss", tr("worst first"))]
+    yield _select("order", tr("sort by"), orders, "data")
     if len(names) > 2:
         choices = [(str(model), name) for model, name in enumerate(names)]
-        yield _select("from", "change from", choices, "0")
+        yield _select("from", tr("change from"), choices, "0")
         yield _select("to", "to", choices, "1")
-    filters = [("all", "all rows")]
+    filters = [("all", tr("all rows"))]
     if several:
         filters += [
             ("gained", "better"),
             ("lost", "worse"),
-            ("different", "different answers"),
-            ("same", "identical answers"),
+            ("different", tr("different answers")),
+            ("same", tr("identical answers")),
         ]
-    filters += [("right", "exact match")] if "exact" in metrics else []
-    filters += [("cut", "cut off"), ("unwanted", "no reference answer")]
+    filters += [("right", tr("exact match"))] if "exact" in metrics else []
+    filters += [("cut", tr("cut off")), ("unwanted", tr("no reference answer"))]
     yield _select("filter", "show", filters, "all")
     has_reference = any(row["wanted"] is not None for row in report["rows"])
-    marks = [("wanted", "from the reference")] if has_reference else []
+    marks = [("wanted", tr("from the reference"))] if has_reference else []
     marks += [("first", f"from {names[0]}")] if several else []
     default_marks = marks[0][0] if marks else "none"
-    yield _select("marks", "highlight differences", [*marks, ("none", "none")], default_marks)
+    yield _select("marks", tr("highlight differences"), [*marks, ("none", "none")], default_marks)
     yield '<label>search<input id="search" type="search" autocomplete="off"></label></div>'
     yield '<p id="count" class="dim" role="status" aria-live="polite"></p>'
     yield "<noscript><p>The list of rows needs JavaScript. report.json has the same rows.</p></noscript>"

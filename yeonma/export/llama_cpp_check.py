@@ -13,6 +13,7 @@ from pathlib import Path
 
 from yeonma.adapter.prompt_builder import PromptBuilder
 from yeonma.errors import Log
+from yeonma.messages import tr
 from yeonma.tokenization.chat_template_export import trials
 
 PACKAGE = "xllamacpp"
@@ -55,12 +56,20 @@ def check_prompts(gguf: Path, prompt_builder: PromptBuilder, log: Log) -> None:
         return
     ids = _ids(gguf, messages)
     if ids is None:
-        log("llama.cpp's server does not start with the chat template in this file: send it whole prompts")
+        log(
+            tr("llama.cpp's server does not start with the chat template in this file: send it whole prompts")
+        )
         return
     same = sum(one == expected for one, (_, expected) in zip(ids, tried, strict=True))
-    log(f"llama.cpp's server gives the prompt ids of training on {same} of {len(tried)} trial rows")
+    log(
+        tr(
+            "llama.cpp's server gives the prompt ids of training on {same} of {tried} trial rows",
+            same=same,
+            tried=len(tried),
+        )
+    )
     if same < len(tried):
-        log("send it whole prompts where they differ: `yeonma inspect` shows them")
+        log(tr("send it whole prompts where they differ: `yeonma inspect` shows them"))
 
 
 def _ids(gguf: Path, messages: list[list[dict[str, object]]]) -> list[list[int] | None] | None:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import add_lora_of, added_rows, load_weights, plain_layer
 from yeonma.model.load import (
@@ -103,7 +104,7 @@ def merge_by_shard(
     config = load_config(source)
     model = outline(config, source)
     if model is None:
-        raise NeedsWholeModel("it cannot be built without its weights")
+        raise NeedsWholeModel(tr("it cannot be built without its weights"))
     stored = stored_tensors(files)
     tensors = whole_tensors(files, published, transposed_weights(model))
     renamed = _names_in_model(model, tensors)
@@ -123,7 +124,7 @@ def merge_by_shard(
             merged.add(renamed[name])
         writer.add(name, tensor if is_whole else tensor.to(dtype))
     if missing := sorted(layers.keys() - merged):
-        raise NeedsWholeModel(f"its files have no {missing[0]}")
+        raise NeedsWholeModel(tr("its files have no {missing}", missing=missing[0]))
     writer.finish()
     remove_quantization(config)
     config.architectures = config.architectures or [type(model).__name__]
@@ -152,10 +153,10 @@ def _adapter_on(model: Any, adapter: str) -> Any:
     """The adapter with its weights on a base without. PEFT alone would put the adapter on the meta device too."""
     header = read_header(adapter)
     if added_rows(model, adapter, header):
-        raise NeedsWholeModel("the adapter has tokens of its own")
+        raise NeedsWholeModel(tr("the adapter has tokens of its own"))
     peft_model = add_lora_of(model, adapter, header=header)
     if any(hasattr(module, "original_module") for module in peft_model.modules()):
-        raise NeedsWholeModel("the adapter has whole modules, or rows of the embedding")
+        raise NeedsWholeModel(tr("the adapter has whole modules, or rows of the embedding"))
     for module in peft_model.modules():
         if hasattr(module, "get_base_layer"):
             for name, child in module.named_children():
@@ -168,14 +169,16 @@ def _adapter_on(model: Any, adapter: str) -> Any:
 def _merged(layer: Any, tensor: torch.Tensor, name: str, source: BaseSource) -> torch.Tensor:
     base = layer.get_base_layer()
     if tuple(getattr(base, "weight", torch.empty(0)).shape) != tuple(tensor.shape):
-        raise NeedsWholeModel(f"its files arrange {name} differently")
+        raise NeedsWholeModel(tr("its files arrange {name} differently", name=name))
     meta_weight = base.weight
     base.weight = nn.Parameter(tensor.clone(), requires_grad=False)
     layer.merge()  # with safe_merge PEFT would round twice: the product, then the sum
     result: torch.Tensor = base.weight.data
     base.weight = meta_weight
     if not result.isfinite().all():
-        raise UserError(f"NaN or infinity in {name} after merging the adapter", place=source.name)
+        raise UserError(
+            tr("NaN or infinity in {name} after merging the adapter", name=name), place=source.name
+        )
     return result
 
 

@@ -47,7 +47,7 @@ from yeonma.export.merge_weights import (
 from yeonma.files import files_in, move_into_place, staging_folder
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.adapter_weights import check_fits, load_adapter
 from yeonma.model.language_part import absent_parameters
 from yeonma.model.load import (
@@ -120,11 +120,14 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
     )
     source = prompt_builder.source
     if prompt_builder.adapter.is_whole:
-        cure = "give the adapter's folder"
+        cure = tr("give the adapter's folder")
         if prompt_builder.adapter.is_full:
-            what, cure = "all of its weights were trained: there is no adapter to merge", "use it as it is"
+            what, cure = (
+                tr("all of its weights were trained: there is no adapter to merge"),
+                tr("use it as it is"),
+            )
             raise UserError(what, place=settings.adapter_dir, cure=cure)
-        raise UserError("it is merged already", place=settings.adapter_dir, cure=cure)
+        raise UserError(tr("it is merged already"), place=settings.adapter_dir, cure=cure)
     config = load_config(source)
     published = published_weights(config, source)
     model = outline(config, source)
@@ -210,7 +213,7 @@ def merge(plan: MergePlan, output: Path, log: Log) -> Agreement:
     if plan.prompt_builder.remark:
         log(plan.prompt_builder.remark)
     needed = plan.size_bytes + ALLOWANCE_BYTES
-    with staging_folder(output, "the merged model", needed, needed_bytes=needed) as folder:
+    with staging_folder(output, tr("the merged model"), needed, needed_bytes=needed) as folder:
         unmerged, base_logits = _answers_unmerged(plan)
         _write_model(plan, folder, log)
         merged = _answers_merged(plan, folder, unmerged)
@@ -246,11 +249,17 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
             plan.weights_dtype,
         )
     except NeedsWholeModel as reason:
-        log(f"loading the whole base into memory: {reason}")
+        log(tr("loading the whole base into memory: {reason}", reason=reason))
         formats = {tensor.dtype for tensor in stored_tensors(plan.files).values()} & FORMATS.keys()
         if plan.published is None and len(formats) > 1:
             written = str(plan.weights_dtype).removeprefix("torch.")
-            log(f"its files have weights in {' and '.join(sorted(formats))}; all are written in {written}")
+            log(
+                tr(
+                    "its files have weights in {formats}; all are written in {written}",
+                    formats=" and ".join(sorted(formats)),
+                    written=written,
+                )
+            )
         for path in files_in(folder):
             path.unlink()
         base = load_base(source, torch.device("cpu"), plan.weights_dtype, whole=True)
@@ -306,7 +315,12 @@ def _dequantised_from(plan: MergePlan) -> str:
     base, dtype = plan.prompt_builder.source.name, str(plan.weights_dtype).removeprefix("torch.")
     published = markdown(str(plan.published))
     name = hub_name(base) or Path(base).name
-    return f" {code(name)} is published as {published}; its weights were dequantised and are {dtype} here."
+    return tr(
+        " {name} is published as {published}; its weights were dequantised and are {dtype} here.",
+        name=code(name),
+        published=published,
+        dtype=dtype,
+    )
 
 
 def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
@@ -334,7 +348,10 @@ def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
             "",
             *code_block(adapter.template.text.rstrip("\n")),
             "",
-            "`chat_template.jinja` contains it: one user message holds the field, several come as a JSON object.",
+            tr(
+                "`chat_template.jinja` contains it: one user message holds the field, several come as a "
+                "JSON object."
+            ),
             "",
         ]
     return "\n".join(lines)
@@ -352,8 +369,8 @@ def _answers_merged(plan: MergePlan, folder: Path, unmerged: GreedyAnswers) -> G
     if plan.samples is not None:
         now = prompts_now(plan.samples, adapter.template, adapter.columns, tokenizer, adapter.rules)
         if now != [row.prompt_ids for row in plan.samples.rows]:
-            what = "its tokenizer does not give the token ids of training"
-            cure = f"check it with `yeonma verify {adapter.path}`"
+            what = tr("its tokenizer does not give the token ids of training")
+            cure = tr("check it with `yeonma verify {path}`", path=adapter.path)
             raise UserError(what, place=str(adapter.path), cure=cure)
     model = load_base(source, plan.device, plan.compute_dtype)
     own = greedy_answers(model, tokenizer, plan.prompts, prompt_builder.stop_ids)
@@ -362,23 +379,50 @@ def _answers_merged(plan: MergePlan, folder: Path, unmerged: GreedyAnswers) -> G
 
 def _report(plan: MergePlan, agreement: Agreement, log: Log) -> None:
     has_rows = plan.samples is not None and plan.samples.rows
-    prompts = f"{agreement.rows} sample rows" if has_rows else "the template's own text (no sample rows)"
+    prompts = (
+        tr("{rows} sample rows", rows=agreement.rows)
+        if has_rows
+        else tr("the template's own text (no sample rows)")
+    )
     if not plan.prompt_builder.adapter.has_template:
-        prompts = f"{agreement.rows} plain texts (no template)"
+        prompts = tr("{rows} plain texts (no template)", rows=agreement.rows)
     weights_dtype, compute_dtype = (
         str(dtype).removeprefix("torch.") for dtype in (plan.weights_dtype, plan.compute_dtype)
     )
-    log(f"merged in {weights_dtype}; compared with the unmerged model on {prompts}, in {compute_dtype}:")
     log(
-        f"  largest difference of a logit {agreement.max_difference:.2g}, rounding explains up to "
-        f"{agreement.tolerance:.2g}; the adapter itself changes up to {agreement.adapter_effect:.2g}"
+        tr(
+            "merged in {weights_dtype}; compared with the unmerged model on {prompts}, in {compute_dtype}:",
+            weights_dtype=weights_dtype,
+            prompts=prompts,
+            compute_dtype=compute_dtype,
+        )
     )
-    diverging = f"; others diverge between tokens {agreement.max_gap:.2g} apart" if agreement.max_gap else ""
-    log(f"  {agreement.same_answers} of {agreement.rows} greedy answers are the same{diverging}")
+    log(
+        tr(
+            "  largest difference of a logit {max_difference:.2g}, rounding explains up to "
+            "{tolerance:.2g}; the adapter itself changes up to {adapter_effect:.2g}",
+            max_difference=agreement.max_difference,
+            tolerance=agreement.tolerance,
+            adapter_effect=agreement.adapter_effect,
+        )
+    )
+    diverging = (
+        tr("; others diverge between tokens {max_gap:.2g} apart", max_gap=agreement.max_gap)
+        if agreement.max_gap
+        else ""
+    )
+    log(
+        tr(
+            "  {same_answers} of {rows} greedy answers are the same{diverging}",
+            same_answers=agreement.same_answers,
+            rows=agreement.rows,
+            diverging=diverging,
+        )
+    )
     if agreement.adapter_effect <= agreement.tolerance:
-        log("  the adapter changes so little that these rows cannot show whether it was merged")
+        log(tr("  the adapter changes so little that these rows cannot show whether it was merged"))
     if not agreement.is_close:
-        log("the merged model does not answer as the adapter on its base does: nothing was written")
+        log(tr("the merged model does not answer as the adapter on its base does: nothing was written"))
 
 
 @dataclass(frozen=True)
@@ -422,7 +466,9 @@ def greedy_answers(
     try:
         answers = generate(model, tokenizer, prompts, sampling, by_forest=False)
     except torch.OutOfMemoryError as error:
-        raise UserError("the model does not fit into the device's memory", cure="use --device cpu") from error
+        raise UserError(
+            tr("the model does not fit into the device's memory"), cure=tr("use --device cpu")
+        ) from error
     token_ids = tuple(answer.token_ids for answer in answers)
     return GreedyAnswers(token_ids, logits_along(model, prompts, token_ids))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from yeonma.data.template import Template
 from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.shown import one_line
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.conversation import Conversation
@@ -51,19 +52,22 @@ def _escaped(text: str) -> str:
 
 def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, list[str]]:
     if template.takes_turns:
-        return None, ["no TEMPLATE: Ollama uses the chat template in the GGUF file, if it recognises it"]
+        return None, [tr("no TEMPLATE: Ollama uses the chat template in the GGUF file, if it recognises it")]
     filled = [(variant, _names(variant.prompt_fields)) for variant in template.variants]
     usable = [(variant, names) for variant, names in filled if names is not None]
     if not usable:
         fields = ", ".join(
             dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields)
         )
-        remark = f"Ollama cannot fill the template's several fields ({fields}): send the whole prompt as text"
+        remark = tr(
+            "Ollama cannot fill the template's several fields ({fields}): send the whole prompt as text",
+            fields=fields,
+        )
         return "{{ .Prompt }}", [remark]
     remarks = []
     if len(usable) < len(filled):
         fields = ", ".join(usable[0][0].prompt_fields)
-        remarks.append(f"Ollama can use only the template's variants with {fields}")
+        remarks.append(tr("Ollama can use only the template's variants with {fields}", fields=fields))
     plain = next((entry for entry in usable if SYSTEM not in entry[1].values()), None)
     system = next((entry for entry in usable if SYSTEM in entry[1].values()), None)
     try:

@@ -14,9 +14,10 @@ from typing import Any
 from yeonma.errors import Problem
 from yeonma.export.private_paths import homes_in, names_in, paths_in, replace_name, without_private
 from yeonma.export.secret_scan import find_secrets, plain_readings
+from yeonma.messages import tr
 
-HIDE = "remove it, or hide it with --hide_paths true"
-REVOKE = "remove it, and revoke it where it is used"
+HIDE = tr("remove it, or hide it with --hide_paths true")
+REVOKE = tr("remove it, and revoke it where it is used")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from yeonma.export.secret_forms import FORMS, KEYED
+from yeonma.messages import tr
 
 SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$")
 """Environment variables whose values are searched for literally."""
@@ -81,7 +82,7 @@ def _of_environment(data: bytes, environment: Mapping[str, str]) -> Iterator[Sec
         if SECRET_NAMES.search(name) and len(value) >= MIN_SECRET_LENGTH:
             sought = value.encode("utf-8", "surrogateescape")
             if (at := data.find(sought)) >= 0:
-                yield Secret(at, f"the value of ${name}", sought)
+                yield Secret(at, tr("the value of ${name}", name=name), sought)
 
 
 _WORD_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.+/=:~@|%\\-"
@@ -136,7 +137,7 @@ _PRIVATE_KEY = re.compile(rb"-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY(?: BLOCK)?-
 
 def _private_keys(data: bytes) -> Iterator[Secret]:
     for match in _PRIVATE_KEY.finditer(data):
-        yield Secret(match.start(), "a private key", data[match.start() : match.end() + 40])
+        yield Secret(match.start(), tr("a private key"), data[match.start() : match.end() + 40])
 
 
 _SCHEME = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,30}\Z")
@@ -151,7 +152,7 @@ def _of_addresses(data: bytes) -> Iterator[Secret]:
         if match and _SCHEME.search(data, max(0, at - 31), at):
             user, password = match[1], match[2]
             if not (is_placeholder(password) or _are_plain_words(user, password)):
-                yield Secret(at, "a password in a URL", match[0])
+                yield Secret(at, tr("a password in a URL"), match[0])
         at = data.find(b"://", at + 3)
 
 
@@ -171,11 +172,11 @@ def _of_headers(data: bytes) -> Iterator[Secret]:
     for match in _at_each(b"authorization", _HEADER, data):
         value = match[1]
         if looks_random(value) and not _has_plain_words(value):
-            yield Secret(match.start(), "a key in an HTTP header", value)
+            yield Secret(match.start(), tr("a key in an HTTP header"), value)
     for match in _at_each(b"-u", _USER_OPTION, data) if b"curl" in data else ():
         is_curl = data.rfind(b"curl", max(0, match.start() - _CURL_COMMAND_LENGTH), match.start()) >= 0
         if is_curl and not (is_placeholder(match[2]) or _are_plain_words(match[1], match[2])):
-            yield Secret(match.start(), "a login of curl", match[0])
+            yield Secret(match.start(), tr("a login of curl"), match[0])
 
 
 _KUBERNETES = re.compile(rb"kind:[ \t]{0,9}[\"']?secret\b", re.IGNORECASE)
@@ -202,7 +203,7 @@ def _of_kubernetes(data: bytes) -> Iterator[Secret]:
         start = max(0, match.start() - _KUBERNETES_REACH)
         near = _KUBERNETES_DATA.search(data, start, match.end() + _KUBERNETES_REACH)
         if near and not is_placeholder(near[0]):
-            yield Secret(match.start(), "a Kubernetes secret", near[0])
+            yield Secret(match.start(), tr("a Kubernetes secret"), near[0])
 
 
 _ASSIGNMENT = re.compile(
@@ -261,13 +262,13 @@ def _secret_name(name: bytes, value: bytes) -> str | None:
         for service in _services(word):
             own = value.rstrip(b"./,")
             if len(own) in KEYED[service] and (own.isdigit() or looks_random(own, changes_in=8)):
-                return f"a key of {service}"
+                return tr("a key of {service}", service=service)
     if not (known & _SECRET_WORDS or any(word.endswith(_SECRET_ENDINGS) for word in words)):
         return None
     if known & _HARMLESS_WORDS or words[-1] in _HARMLESS_LAST_WORDS:
         return None
     is_secret = len(value) >= MIN_VALUE_LENGTH and looks_random(value) and not _has_plain_words(value)
-    return "a secret beside its name" if is_secret else None
+    return tr("a secret beside its name") if is_secret else None
 
 
 _SERVICES = tuple(sorted(KEYED))

@@ -24,7 +24,7 @@ from yeonma.generation.logit_rules import LogitRules, TokenMask
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.generation.token_scores import ScoreLog
 from yeonma.generation.unfinished import REPLACEMENT, unfinished_bytes
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.sharding import is_sharded
@@ -138,7 +138,7 @@ def _decode_all(
 
 def _out_of_memory(tokens: int) -> UserError:
     problem = f"a prompt of {counted(tokens, 'token')} and its answer do not fit into the device's memory"
-    return UserError(problem, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu")
+    return UserError(problem, cure=tr("lower --max_new_tokens, or use --dtype bfloat16 or --device cpu"))
 
 
 def answer_alone(

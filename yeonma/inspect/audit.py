@@ -19,6 +19,7 @@ from yeonma.config.settings import PreferenceSettings
 from yeonma.data.template import Template
 from yeonma.data.text_checks import script_names
 from yeonma.inspect.label_counts import LabelCounts, label_counts_of
+from yeonma.messages import tr
 from yeonma.tokenization.dataset import (
     LISTED_ROWS,
     Dataset,
@@ -345,7 +346,9 @@ def _part_audit(
     dropped = store.dropped_turns[positions]
     shortened = np.unique(store.row_numbers[positions][(cut > 0) | (dropped > 0)])
     unknown = _rows_with(store, positions, unknown_id) if unknown_id is not None else rows[:0]
-    unknown_warning = rows_warning("unknown", unknown, "rows with text that the tokenizer has no tokens for")
+    unknown_warning = rows_warning(
+        "unknown", unknown, tr("rows with text that the tokenizer has no tokens for")
+    )
     return PartAudit(
         name=part.rows.name,
         rows=len(rows),

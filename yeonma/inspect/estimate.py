@@ -19,6 +19,7 @@ from yeonma.batch.micro_batches import MicroBatchSurvey, survey_micro_batches
 from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import UserError
 from yeonma.inspect.forecast import Alternative, Forecast
+from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.attention.backend import MIN_CAPABILITY
 from yeonma.model.kernels.linear import Dense, frozen_linear
@@ -147,7 +148,7 @@ def _in_words(setup: MemorySetup) -> str:
     if setup.published is None:
         return ""
     held = setup.published.held(setup.quantization, str(setup.dtype).removeprefix("torch."))
-    return f"published as {setup.published}: {held}"
+    return tr("published as {published}: {held}", published=setup.published, held=held)
 
 
 def _process_bytes(device_type: str) -> int:
@@ -214,7 +215,7 @@ class _Trial:
         return Alternative(
             name=", ".join(map(str, changes)),
             peak_bytes=memory.peak,
-            note=", ".join(dict.fromkeys([*(["the same result"] if is_same else []), *notes])),
+            note=", ".join(dict.fromkeys([*([tr("the same result")] if is_same else []), *notes])),
             same_result=is_same,
         )
 
@@ -241,7 +242,7 @@ def _changes(trial: _Trial) -> list[_Change]:
         add(
             "gradient_checkpointing",
             "true",
-            "about a third more time",
+            tr("about a third more time"),
             same_result=True,
             gradient_checkpointing=True,
         )
@@ -249,7 +250,7 @@ def _changes(trial: _Trial) -> list[_Change]:
         add(
             "shard",
             "true",
-            "slower: layers are gathered when used",
+            tr("slower: layers are gathered when used"),
             same_result=True,
             sharded=True,
         )
@@ -271,13 +272,13 @@ def _changes(trial: _Trial) -> list[_Change]:
     is_packed = setup.published is not None and setup.published.stays_packed
     if setup.lora is not None and setup.quantization == "none" and not setup.sharded and not is_packed:
         if setup.has_fp8 and not (isinstance(setup.lora, load.LoraShape) and setup.lora.use_dora):
-            add("quantization", "fp8", "changes the result", quantization="fp8")
+            add("quantization", "fp8", tr("changes the result"), quantization="fp8")
         add("quantization", "int8", "changes the result, needs bitsandbytes", quantization="int8")
         add("quantization", "nf4", "changes the result, needs bitsandbytes", quantization="nf4")
     changes += _cutoffs(trial, one_by_one)
     if setup.lora is None:
         lora = lora_shape(LoraSettings())
-        add("train", "lora", "trains an adapter, not the weights", lora=lora)
+        add("train", "lora", tr("trains an adapter, not the weights"), lora=lora)
     return changes
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from yeonma.config.gpus import Gpu
+from yeonma.messages import tr
 from yeonma.model.targets import Coverage, PartCoverage
 from yeonma.train.memory_parts import Memory
 
@@ -183,37 +184,65 @@ def forecast_lines(
     """(name, value) lines for display. `units`: what a step consists of, such as `pairs`. `savings`: the settings that
     are named beside the parts of memory."""
     lines = [
-        ("parameters", f"{forecast.parameters_trained:,} trained, {forecast.parameters_frozen:,} frozen"),
-        *([("base weights", forecast.published)] if forecast.published else []),
-        ("adapter on", str(forecast.adapter))
-        if forecast.adapter is not None
-        else ("training", "all weights"),
-        ("steps", f"{forecast.steps:,} ({forecast.epochs:.2f} epochs, {forecast.tokens:,} tokens)"),
         (
-            "heaviest micro-batch",
+            "parameters",
+            tr(
+                "{parameters_trained:,} trained, {parameters_frozen:,} frozen",
+                parameters_trained=forecast.parameters_trained,
+                parameters_frozen=forecast.parameters_frozen,
+            ),
+        ),
+        *([(tr("base weights"), forecast.published)] if forecast.published else []),
+        (tr("adapter on"), str(forecast.adapter))
+        if forecast.adapter is not None
+        else ("training", tr("all weights")),
+        (
+            "steps",
+            tr(
+                "{steps:,} ({epochs:.2f} epochs, {tokens:,} tokens)",
+                steps=forecast.steps,
+                epochs=forecast.epochs,
+                tokens=forecast.tokens,
+            ),
+        ),
+        (
+            tr("heaviest micro-batch"),
             f"{forecast.heaviest_units} {units}, {forecast.heaviest_tokens:,} tokens",
         ),
-        ("peak memory", f"{size(forecast.memory.peak)} on {forecast.device}, {forecast.dtype}"),
+        (tr("peak memory"), f"{size(forecast.memory.peak)} on {forecast.device}, {forecast.dtype}"),
     ]
     parts = {name: value for name, value in asdict(forecast.memory).items() if name != "loading" and value}
     lines += [(f"  {name}", size(value)) for name, value in parts.items()]
     if forecast.memory.loading > forecast.memory.training:
-        lines.append(("  while loading", size(forecast.memory.loading)))
+        lines.append((tr("  while loading"), size(forecast.memory.loading)))
     lines += [(f"  with {other.name}", f"{size(other.peak_bytes)} ({other.note})") for other in savings]
     time, price = forecast.time, forecast.price
     if time is not None:
         source = {
-            "probe": "measured on real steps",
-            "rate": "roughly, from the device's speed",
+            "probe": tr("measured on real steps"),
+            "rate": tr("roughly, from the device's speed"),
             "data sheet": f"from the data sheet, at an assumed {DATA_SHEET_PARTS[1]:.0%} of its rate",
         }[time.measured_by]
         spread = f"{duration(time.seconds_low)} to {duration(time.seconds_high)}"
         lines.append(("time", f"{duration(time.seconds)} ({spread}), {source}"))
         lines.append(("speed", f"{time.tokens_per_second:,.0f} tokens/s"))
     if price is not None:
-        lines.append(("price", f"{price.of_the_run:,.2f} at {price.per_hour:g} an hour"))
-        per_hour = f"{price.tokens_per_hour:,} tokens, {price.epochs_per_hour:.2f} epochs"
-        lines.append(("an hour buys", per_hour))
+        lines.append(
+            (
+                "price",
+                tr(
+                    "{of_the_run:,.2f} at {per_hour:g} an hour",
+                    of_the_run=price.of_the_run,
+                    per_hour=price.per_hour,
+                ),
+            )
+        )
+        per_hour = tr(
+            "{tokens_per_hour:,} tokens, {epochs_per_hour:.2f} epochs",
+            tokens_per_hour=price.tokens_per_hour,
+            epochs_per_hour=price.epochs_per_hour,
+        )
+        lines.append((tr("an hour buys"), per_hour))
     return lines
 
 

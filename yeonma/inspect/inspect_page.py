@@ -18,6 +18,7 @@ from yeonma.inspect.terminal import (
     printable,
     weight_text,
 )
+from yeonma.messages import tr
 from yeonma.shown import html
 from yeonma.tokenization.explain import TextSpan, View
 
@@ -75,14 +76,17 @@ def page(
         f"<title>{html(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html(title)}</h1>",
         *[f'<p class="verdict">{html(text)}</p>' for name, text in forecast if name == VERDICT],
-        f'<p class="legend">{"".join(_legend())}'
-        '<label><input type="checkbox" id="borders"> token borders; hover over a token for its id</label></p>',
+        tr(
+            '<p class="legend">{legend}<label><input type="checkbox" id="borders"> token borders; '
+            "hover over a token for its id</label></p>",
+            legend="".join(_legend()),
+        ),
     ]
     for view in views:
         kind = ' class="left-out"' if view.left_out is not None else ""
         lines.append(f"<h2{kind}>{html(heading_of(view))}</h2>")
         lines.append(f"<pre>{''.join(_spans(view))}</pre>")
-    lines += ["<h1>The data set</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
+    lines += [tr("<h1>The data set</h1>"), f"<pre>{escape(_audit_text(audit))}</pre>"]
     lines += [f"<p>model: {html(remark)}</p>" for remark in remarks]
     parts = [("trained", audit.train), ("validation", audit.validation)]
     for one in audit.sets:

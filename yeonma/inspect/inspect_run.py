@@ -36,6 +36,7 @@ from yeonma.inspect.terminal import (
     print_views,
 )
 from yeonma.inspect.verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
+from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.targets import Coverage
 from yeonma.run_folder.checkpoint import write_text_atomically
@@ -98,7 +99,7 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     selection = select_rows(options.rows, max(one.train.store.counts.rows for one in dataset.sets))
     audit = _audit(config, prepared)
     forecast, adapter = _forecast(options, config, source, prepared, target, memory_bytes)
-    lines = [("adapter on", str(adapter))] if adapter is not None else []
+    lines = [(tr("adapter on"), str(adapter))] if adapter is not None else []
     verdict = None
     if forecast is not None:
         verdict = verdict_of(forecast, target, memory_bytes)
@@ -181,7 +182,7 @@ def _forecast(
         try:
             forecast = estimate(config, source, prepared, target=target, processes=processes)
         except UserError as error:
-            log_line(f"no forecast: {error}")
+            log_line(tr("no forecast: {error}", error=error))
             return None, adapter
     peak = forecast.memory.peak
     if outcome_of(peak, memory_bytes, target.device.type) in ("may not fit", "does not fit"):
@@ -197,7 +198,13 @@ def _forecast(
         from yeonma.inspect.probe import probe_run
 
         probe = probe_run(config, source, prepared, log_line)
-        log_line(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
+        log_line(
+            tr(
+                "{steps} real steps: at most {peak_memory_bytes:.2f} GB in this process",
+                steps=probe.steps,
+                peak_memory_bytes=probe.peak_memory_bytes / 1e9,
+            )
+        )
         return timed_by_probe(forecast, probe.tokens_per_second, options.price), forecast.adapter
     if target.gpu is not None:
         return timed_by_data_sheet(forecast, target.gpu, options.price), forecast.adapter

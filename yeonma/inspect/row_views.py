@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.shown import json_text
 from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.explain import View, bad_row_view, explain
@@ -45,7 +46,9 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
         if not 1 <= first <= last <= count:
             missing = last if first <= last else f"{first}-{last}"
             raise UserError(
-                f"there is no row {missing}", place="--rows", cure=f"the data has rows 1 to {count}"
+                tr("there is no row {missing}", missing=missing),
+                place="--rows",
+                cure=tr("the data has rows 1 to {count}", count=count),
             )
         numbers.update(range(first, last + 1))
     return RowSelection(frozenset(numbers))
@@ -58,8 +61,8 @@ def row_ranges(rows: str | None) -> list[tuple[int, int]]:
     for part in () if rows is None or rows.strip() in ("all", "none") else rows.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
         if match is None:
-            cure = "give numbers such as 17,40 or 5-8, or all"
-            raise UserError(f'there is no row "{part.strip()}"', place="--rows", cure=cure)
+            cure = tr("give numbers such as 17,40 or 5-8, or all")
+            raise UserError(tr('there is no row "{part}"', part=part.strip()), place="--rows", cure=cure)
         ranges.append((int(match[1]), int(match[2] or match[1])))
     return ranges
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
 from yeonma.inspect.label_counts import label_lines
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.tokenization.dataset import format_rows
 from yeonma.tokenization.explain import SpanKind, TextSpan, View
@@ -85,7 +85,7 @@ def print_views(console: Console, views: Iterable[View], *, tokens: bool) -> Non
 def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     """Print the audit. With `bars`, it has a heading and histograms of lengths."""
     if bars:
-        _print(console, ("── the data set ──", "bold"))
+        _print(console, (tr("── the data set ──"), "bold"))
     for source in audit.sources:
         for line in _source_lines(source):
             _print(console, line)
@@ -108,7 +108,7 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
         _print(console, (f"! {audit.overlap}", "yellow"))
     for remark in audit.warnings:
         _print(console, (f"! {remark}", "yellow"))
-    _print(console, ("per epoch: ", "bold"), _epoch(audit))
+    _print(console, (tr("per epoch: "), "bold"), _epoch(audit))
     _print(console, ("computation: ", "bold"), _saving(audit))
 
 
@@ -147,9 +147,14 @@ def _print(console: Console, *parts: str | tuple[str, str]) -> None:
 def _legend(console: Console) -> Text:
     if console.color_system is None:
         named = ", ".join(WORDS[kind] for kind in NAMED_BY_MARKS)
-        return Text(f"«trained answer and end token»  ⟨cut text⟩  ⟦name: {named}⟧  ×0.5 weight in the loss")
+        return Text(
+            tr(
+                "«trained answer and end token»  ⟨cut text⟩  ⟦name: {named}⟧  ×0.5 weight in the loss",
+                named=named,
+            )
+        )
     kinds = [Text(WORDS[kind], STYLES[kind]) for kind in SHOWN_IN_LEGEND]
-    return Text("  ").join([*kinds, Text.assemble(("×0.5", WEIGHT_STYLE), " weight in the loss")])
+    return Text("  ").join([*kinds, Text.assemble(("×0.5", WEIGHT_STYLE), tr(" weight in the loss"))])
 
 
 def heading_of(view: View) -> str:
@@ -158,7 +163,7 @@ def heading_of(view: View) -> str:
     row = f"{view.data_set} row {view.row}" if view.data_set else f"row {view.row}"
     parts = [row, view.place, *([view.role] if view.role is not None else [])]
     if view.left_out is not None:
-        parts.append(f"left out: {view.left_out}")
+        parts.append(tr("left out: {left_out}", left_out=view.left_out))
     else:
         parts.append(f"{counted(len(view.token_ids), 'token')}, {trained:,} trained")
     if view.cut_characters:
@@ -167,7 +172,7 @@ def heading_of(view: View) -> str:
     if view.dropped_turns:
         parts.append(f"{counted(view.dropped_turns, 'old turn')} dropped")
     if view.straddles:
-        parts.append("answer tokenised separately: its first token would merge with the prompt")
+        parts.append(tr("answer tokenised separately: its first token would merge with the prompt"))
     if view.special_text:
         parts.append(f"{counted(view.special_text, 'special-token text')} encoded as ordinary text")
     if view.is_held_out:
@@ -239,8 +244,12 @@ def _one_line(text: str) -> str:
 
 
 def _source_lines(source: AuditedSource) -> Iterator[str | tuple[str, str]]:
-    left_out = f", {source.left_out:,} left out" if source.left_out else ", none left out"
-    left_out += f" ({source.identical:,} with two equal answers)" if source.identical else ""
+    left_out = (
+        tr(", {left_out:,} left out", left_out=source.left_out) if source.left_out else tr(", none left out")
+    )
+    left_out += (
+        tr(" ({identical:,} with two equal answers)", identical=source.identical) if source.identical else ""
+    )
     yield f"{source.name}: {counted(source.rows, 'row')} read{left_out}; template {source.template}"
     for fault in source.bad_rows:
         yield f"  bad rows, {fault}", "red"
@@ -255,14 +264,22 @@ def _source_lines(source: AuditedSource) -> Iterator[str | tuple[str, str]]:
 def _print_mixture(console: Console, audit: Audit) -> None:
     part = audit.train
     line = f"{counted(part.rows, 'row')}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
-    _print(console, ("all data sets: ", "bold"), line)
+    _print(console, (tr("all data sets: "), "bold"), line)
     _print_lengths(console, part)
 
 
 def _print_lengths(console: Console, part: PartAudit) -> None:
     for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
-        spread = f"{lengths.least:,} to {lengths.most:,} tokens, median {lengths.median:,}"
-        _print(console, f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
+        spread = tr(
+            "{least:,} to {most:,} tokens, median {median:,}",
+            least=lengths.least,
+            most=lengths.most,
+            median=lengths.median,
+        )
+        _print(
+            console,
+            tr("  {name}: {spread}, 95% have at most {p95:,}", name=name, spread=spread, p95=lengths.p95),
+        )
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
@@ -277,11 +294,11 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
         summary = f"{part.shortened:,} shortened, {' and '.join(cuts)}"
         _print(console, (f"  {summary} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
     else:
-        _print(console, "  none shortened")
+        _print(console, tr("  none shortened"))
     if len(part.variants) > 1:
         variants = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
         _print(console, f"  template {', '.join(variants)}")
-    _print(console, f"  answers in {_scripts(part)}")
+    _print(console, tr("  answers in {part}", part=_scripts(part)))
     for entry in label_lines(part.answer_labels) if part.answer_labels is not None else ():
         text, style = (entry, "") if isinstance(entry, str) else entry
         _print(console, (f"  {text}", style))
@@ -296,10 +313,23 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
 
 
 def _bias(bias: Bias, pairs: int) -> str:
-    means = f"{bias.chosen_mean:.0f} tokens on average against {bias.rejected_mean:.0f}"
-    shares = f"in {bias.chosen_longer / pairs:.0%} of pairs, the rejected one in {bias.rejected_longer / pairs:.0%}"
-    warning = ": a model can learn length alone from this" if _leans(bias, pairs) else ""
-    return f"length: the chosen answer is longer {shares}; {means}{warning}"
+    means = tr(
+        "{chosen_mean:.0f} tokens on average against {rejected_mean:.0f}",
+        chosen_mean=bias.chosen_mean,
+        rejected_mean=bias.rejected_mean,
+    )
+    shares = tr(
+        "in {chosen_longer:.0%} of pairs, the rejected one in {rejected_longer:.0%}",
+        chosen_longer=bias.chosen_longer / pairs,
+        rejected_longer=bias.rejected_longer / pairs,
+    )
+    warning = tr(": a model can learn length alone from this") if _leans(bias, pairs) else ""
+    return tr(
+        "length: the chosen answer is longer {shares}; {means}{warning}",
+        shares=shares,
+        means=means,
+        warning=warning,
+    )
 
 
 def _leans(bias: Bias, pairs: int) -> bool:
@@ -310,7 +340,7 @@ def _leans(bias: Bias, pairs: int) -> bool:
 def _scripts(part: PartAudit) -> str:
     entries = []
     for scripts in part.scripts[:4]:
-        names = " + ".join(scripts.names) or "no letters"
+        names = " + ".join(scripts.names) or tr("no letters")
         rows = (
             f" ({format_rows(scripts.rows, scripts.count, most=3)})"
             if scripts.count * 20 <= part.rows
@@ -318,13 +348,13 @@ def _scripts(part: PartAudit) -> str:
         )
         entries.append(f"{names}: {scripts.count:,}{rows}")
     more = len(part.scripts) - len(entries)
-    return ", ".join(entries) + (f" and {more} more mixtures" if more else "")
+    return ", ".join(entries) + (tr(" and {more} more mixtures", more=more) if more else "")
 
 
 def _histograms(part: PartAudit) -> Table:
     table = Table(box=None, padding=(0, 4, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("  prompt tokens: rows")
-    table.add_column("  answer tokens: rows")
+    table.add_column(tr("  prompt tokens: rows"))
+    table.add_column(tr("  answer tokens: rows"))
     table.add_row(_histogram(part.prompt_tokens), _histogram(part.answer_tokens))
     return table
 
@@ -344,7 +374,11 @@ def _histogram(lengths: Lengths) -> Table:
 
 
 def _epoch(audit: Audit) -> str:
-    tokens = f"{audit.tokens_per_epoch:,} tokens, {audit.trained_tokens_per_epoch:,} of them trained"
+    tokens = tr(
+        "{tokens_per_epoch:,} tokens, {trained_tokens_per_epoch:,} of them trained",
+        tokens_per_epoch=audit.tokens_per_epoch,
+        trained_tokens_per_epoch=audit.trained_tokens_per_epoch,
+    )
     return f"{counted(audit.steps_per_epoch, 'step')}, {tokens}; whole run: {counted(audit.steps, 'step')}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from yeonma.data.strict_json import SPACE, Fault, described, parse
 from yeonma.errors import Problem, UserError, brief
 from yeonma.files import user_path
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -25,9 +25,9 @@ MAX_BYTES = 16 << 20
 MAX_RANK = 1 << 20
 MAX_SHOWN = 8
 """Keys that one message names."""
-SAVE_AGAIN = (
-    "load it with PEFT on its base, and give the folder that `merge_and_unload().save_pretrained(...)` writes as a "
-    "base model"
+SAVE_AGAIN = tr(
+    "load it with PEFT on its base, and give the folder that "
+    "`merge_and_unload().save_pretrained(...)` writes as a base model"
 )
 _NO_WEIGHTS_OF_THEIR_OWN = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
 _NOT_MERGED = (*_NO_WEIGHTS_OF_THEIR_OWN, "ADAPTION_PROMPT", "XLORA", "POLY")
@@ -63,8 +63,13 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         if name in _KEYS:
             wanted = _KEYS[name](value)
             if wanted is not None:
-                what = f'"{name}" is {brief(_shown(value))}, but must be {wanted}'
-                problems.append(Problem(what, str(path), "download it again, or save it again with PEFT"))
+                what = tr(
+                    '"{name}" is {value}, but must be {wanted}',
+                    name=name,
+                    value=brief(_shown(value)),
+                    wanted=wanted,
+                )
+                problems.append(Problem(what, str(path), tr("download it again, or save it again with PEFT")))
             elif value is not None:
                 keys[name] = value
         elif name not in _WITHOUT_EFFECT and not _is_nothing(value):
@@ -87,31 +92,39 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    cure = "download it again, or save it again with PEFT"
+    cure = tr("download it again, or save it again with PEFT")
     try:
         if not path.is_file():
             raise UserError(
-                f"{CONFIG_FILE} is missing", place=str(path.parent), cure="give an adapter's folder"
+                tr("{config_file} is missing", config_file=CONFIG_FILE),
+                place=str(path.parent),
+                cure=tr("give an adapter's folder"),
             )
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise UserError(f"more than {MAX_BYTES >> 20} MB", place=str(path), cure=cure)
+            raise UserError(
+                tr("more than {max_bytes} MB", max_bytes=MAX_BYTES >> 20), place=str(path), cure=cure
+            )
         text = content.decode("utf-8-sig")
         value, end = parse(text, len(text) - len(text.lstrip(SPACE)))
         if text[end:].strip(SPACE):
-            raise Fault("more text after the object", end)
+            raise Fault(tr("more text after the object"), end)
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", place=str(path)) from error
+        raise UserError(
+            tr("cannot be read ({strerror})", strerror=error.strerror), place=str(path)
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"not valid JSON (not UTF-8, at byte {error.start + 1})", place=str(path), cure=cure
+            tr("not valid JSON (not UTF-8, at byte {start})", start=error.start + 1),
+            place=str(path),
+            cure=cure,
         ) from None
     except Fault as fault:
-        what = f"not valid JSON ({fault.problem}, at character {fault.at + 1})"
+        what = tr("not valid JSON ({problem}, at character {at})", problem=fault.problem, at=fault.at + 1)
         raise UserError(what, place=str(path), cure=cure) from None
     if not isinstance(value, dict):
-        raise UserError("not a JSON object", place=str(path), cure=cure)
+        raise UserError(tr("not a JSON object"), place=str(path), cure=cure)
     return value
 
 
@@ -119,40 +132,52 @@ def _check_kind(content: Mapping[str, Any], path: Path) -> None:
     """Raises UserError unless it is LoRA of a causal language model, as PEFT writes it."""
     kind, task = content.get("peft_type"), content.get("task_type")
     if kind is None:
-        what = "it has no peft_type, so PEFT did not write it"
+        what = tr("it has no peft_type, so PEFT did not write it")
         if "lora_parameters" in content or "fine_tune_type" in content:
-            what += ", but MLX, whose adapters Yeonma does not read"
-        raise UserError(what, place=str(path), cure="give an adapter in PEFT's format")
+            what += tr(", but MLX, whose adapters Yeonma does not read")
+        raise UserError(what, place=str(path), cure=tr("give an adapter in PEFT's format"))
     if kind != "LORA":
         cure = (
-            SAVE_AGAIN if kind not in _NOT_MERGED else "answer with PEFT itself: this kind cannot be merged"
+            SAVE_AGAIN
+            if kind not in _NOT_MERGED
+            else tr("answer with PEFT itself: this kind cannot be merged")
         )
-        what = f"it is an adapter of PEFT's kind {brief(_shown(kind))}, and Yeonma uses LORA alone"
+        what = tr(
+            "it is an adapter of PEFT's kind {kind}, and Yeonma uses LORA alone", kind=brief(_shown(kind))
+        )
         raise UserError(what, place=str(path), cure=cure)
     if task not in (None, "CAUSAL_LM"):
-        what = f"it was trained for the task {brief(_shown(task))}, and Yeonma uses CAUSAL_LM alone"
-        raise UserError(what, place=str(path), cure="give an adapter of a model that writes text")
+        what = tr(
+            "it was trained for the task {task}, and Yeonma uses CAUSAL_LM alone", task=brief(_shown(task))
+        )
+        raise UserError(what, place=str(path), cure=tr("give an adapter of a model that writes text"))
 
 
 def _not_supported(name: str, value: object, path: Path) -> Problem:
     shown = f'"{brief(name, 60)}": {brief(_shown(value), 60)}'
     if name in _REFUSED:
-        return Problem(f"it has {shown}, which {_REFUSED[name]}", str(path), SAVE_AGAIN)
-    return Problem(f"it has {shown}, a key that Yeonma does not know", str(path), SAVE_AGAIN)
+        return Problem(
+            tr("it has {shown}, which {refused}", shown=shown, refused=_REFUSED[name]), str(path), SAVE_AGAIN
+        )
+    return Problem(tr("it has {shown}, a key that Yeonma does not know", shown=shown), str(path), SAVE_AGAIN)
 
 
 def _together(keys: Mapping[str, Any], path: Path) -> list[Problem]:
     """What is wrong with keys that are right by themselves."""
     what = None
     if keys.get("r") is None:
-        what = 'it has no "r", the rank'
+        what = tr('it has no "r", the rank')
     elif isinstance(keys.get("target_modules"), str) and keys.get("layers_to_transform") is not None:
-        what = "layers_to_transform does not go with target_modules as an expression"
+        what = tr("layers_to_transform does not go with target_modules as an expression")
     elif keys.get("layers_pattern") and keys.get("layers_to_transform") is None:
-        what = "layers_pattern needs layers_to_transform"
+        what = tr("layers_pattern needs layers_to_transform")
     elif keys.get("target_modules") is None and not keys.get("target_parameters"):
-        what = "it names no target_modules"
-    return [] if what is None else [Problem(what, str(path), "download it again, or save it again with PEFT")]
+        what = tr("it names no target_modules")
+    return (
+        []
+        if what is None
+        else [Problem(what, str(path), tr("download it again, or save it again with PEFT"))]
+    )
 
 
 def _shown(value: object) -> str:
@@ -168,11 +193,11 @@ def _is_nothing(value: object) -> bool:
 
 
 def _text(value: object) -> str | None:
-    return None if value is None or isinstance(value, str) else "text or null"
+    return None if value is None or isinstance(value, str) else tr("text or null")
 
 
 def _flag(value: object) -> str | None:
-    return None if value is None or isinstance(value, bool) else "true or false"
+    return None if value is None or isinstance(value, bool) else tr("true or false")
 
 
 def _is_whole(value: object, least: int, most: int) -> bool:
@@ -180,7 +205,11 @@ def _is_whole(value: object, least: int, most: int) -> bool:
 
 
 def _rank(value: object) -> str | None:
-    return None if _is_whole(value, 1, MAX_RANK) else f"a whole number from 1 to {MAX_RANK}"
+    return (
+        None
+        if _is_whole(value, 1, MAX_RANK)
+        else tr("a whole number from 1 to {max_rank}", max_rank=MAX_RANK)
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -190,11 +219,11 @@ def _is_number(value: object) -> bool:
 
 
 def _alpha(value: object) -> str | None:
-    return None if _is_number(value) else "a number below 2**63"
+    return None if _is_number(value) else tr("a number below 2**63")
 
 
 def _dropout(value: Any) -> str | None:
-    return None if _is_number(value) and 0 <= value < 1 else "a number from 0 to below 1"
+    return None if _is_number(value) and 0 <= value < 1 else tr("a number from 0 to below 1")
 
 
 def _are_names(value: object) -> bool:
@@ -203,16 +232,16 @@ def _are_names(value: object) -> bool:
 
 def _targets(value: object) -> str | None:
     fits = value is None or (isinstance(value, str) and value) or _are_names(value)
-    return None if fits else "a list of names, or an expression"
+    return None if fits else tr("a list of names, or an expression")
 
 
 def _names(value: object) -> str | None:
-    return None if value is None or _are_names(value) else "a list of names"
+    return None if value is None or _are_names(value) else tr("a list of names")
 
 
 def _plain_names(value: object) -> str | None:
     fits = value is None or (_are_names(value) and all(_is_path(name) for name in value))  # type: ignore[attr-defined]
-    return None if fits else "a list of modules' names"
+    return None if fits else tr("a list of modules' names")
 
 
 def _is_path(name: str) -> bool:
@@ -222,17 +251,17 @@ def _is_path(name: str) -> bool:
 def _layers(value: object) -> str | None:
     listed = value if isinstance(value, list) else [value]
     fits = value is None or all(_is_whole(one, 0, 2**31) for one in listed)
-    return None if fits else "a layer's number, or a list of them"
+    return None if fits else tr("a layer's number, or a list of them")
 
 
 def _ranks(value: object) -> str | None:
     fits = value is None or (isinstance(value, dict) and all(_rank(one) is None for one in value.values()))
-    return None if fits else "an object of names and ranks"
+    return None if fits else tr("an object of names and ranks")
 
 
 def _alphas(value: object) -> str | None:
     fits = value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
-    return None if fits else "an object of names and numbers"
+    return None if fits else tr("an object of names and numbers")
 
 
 def _tokens(value: object) -> str | None:
@@ -241,20 +270,25 @@ def _tokens(value: object) -> str | None:
     fits = names and all(
         isinstance(ids, list) and ids and all(_is_whole(number, 0, 2**31) for number in ids) for ids in lists
     )
-    return None if value is None or fits else "a list of token ids, or an object of modules and such lists"
+    return (
+        None if value is None or fits else tr("a list of token ids, or an object of modules and such lists")
+    )
 
 
 def _one_of(*words: str) -> Callable[[object], str | None]:
-    return lambda value: None if value is None or value in words else f"one of {', '.join(words)}"
+    return lambda value: (
+        None if value is None or value in words else tr("one of {words}", words=", ".join(words))
+    )
 
 
 def _start(value: object) -> str | None:
     """`init_lora_weights`. Some starts also change the base, by an amount that the adapter's file does not hold."""
     if value is None or isinstance(value, bool) or value in ("gaussian", "eva", "orthogonal"):
         return None
-    return (
-        "true, false, gaussian, eva or orthogonal, because other starts change the base's own weights (PEFT's "
-        "path_initial_model_for_weight_conversion saves an adapter without that change)"
+    return tr(
+        "true, false, gaussian, eva or orthogonal, because other starts change the base's own "
+        "weights (PEFT's path_initial_model_for_weight_conversion saves an adapter without that "
+        "change)"
     )
 
 

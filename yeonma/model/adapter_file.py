@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from yeonma.errors import Problem, UserError, brief
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.model.adapter_config import (
     CONFIG_FILE,
     PICKLED_FILE,
@@ -23,7 +24,7 @@ from yeonma.model.adapter_config import (
 )
 
 NUMBERS_AT_ONCE = 1 << 22
-DOWNLOAD = "download the adapter again, or save it again with PEFT"
+DOWNLOAD = tr("download the adapter again, or save it again with PEFT")
 _EXPONENTS = {
     "F64": ("<u8", 0x7FF << 52),
     "F32": ("<u4", 0xFF << 23),
@@ -59,19 +60,25 @@ def read_header(folder: str | Path) -> dict[str, StoredTensor]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except (SafetensorError, ValueError, RecursionError) as error:
-        what = f"truncated or damaged ({brief(str(error))})"
-        raise UserError(what, place=str(path), cure="download it again") from error
+        what = tr("truncated or damaged ({error})", error=brief(str(error)))
+        raise UserError(what, place=str(path), cure=tr("download it again")) from error
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror or error})", place=str(path)) from error
+        raise UserError(
+            tr("cannot be read ({value})", value=error.strerror or error), place=str(path)
+        ) from error
     tensors = {
         name: StoredTensor(one["dtype"], tuple(one["shape"]), 8 + size + one["data_offsets"][0])
         for name, one in header.items()
         if name != "__metadata__"
     }
     if not tensors:
-        raise UserError("there are no tensors in it", place=str(path), cure=DOWNLOAD)
+        raise UserError(tr("there are no tensors in it"), place=str(path), cure=DOWNLOAD)
     if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype not in _EXPONENTS):
-        what = f"{some(odd)} is stored as {tensors[odd[0]].dtype}, which is no number format of an adapter"
+        what = tr(
+            "{odd} is stored as {dtype}, which is no number format of an adapter",
+            odd=some(odd),
+            dtype=tensors[odd[0]].dtype,
+        )
         raise UserError(what, place=str(path), cure=DOWNLOAD)
     return tensors
 
@@ -81,8 +88,13 @@ def _check_there(path: Path) -> None:
         return
     folder = path.parent
     if (folder / PICKLED_FILE).is_file():
-        what = f"the weights are pickled ({PICKLED_FILE}), which can run code when loaded"
-        cure = "if you trust them, load the adapter once with PEFT and save_pretrained() it to a new folder"
+        what = tr(
+            "the weights are pickled ({pickled_file}), which can run code when loaded",
+            pickled_file=PICKLED_FILE,
+        )
+        cure = tr(
+            "if you trust them, load the adapter once with PEFT and save_pretrained() it to a new folder"
+        )
         raise UserError(what, place=str(folder), cure=cure)
     others = (
         sorted(name.name for name in folder.glob("*") if name.suffix in (".gguf", ".npz"))
@@ -90,10 +102,16 @@ def _check_there(path: Path) -> None:
         else []
     )
     if others:
-        what = f"there is no {WEIGHTS_FILE}, only {brief(others[0])}, which PEFT did not write"
-        raise UserError(what, place=str(folder), cure="give an adapter in PEFT's format")
+        what = tr(
+            "there is no {weights_file}, only {others}, which PEFT did not write",
+            weights_file=WEIGHTS_FILE,
+            others=brief(others[0]),
+        )
+        raise UserError(what, place=str(folder), cure=tr("give an adapter in PEFT's format"))
     raise UserError(
-        f"{WEIGHTS_FILE} is missing", place=str(folder), cure="give an adapter saved as safetensors"
+        tr("{weights_file} is missing", weights_file=WEIGHTS_FILE),
+        place=str(folder),
+        cure=tr("give an adapter saved as safetensors"),
     )
 
 
@@ -124,21 +142,21 @@ def check_adapter_files(folder: str | Path) -> AdapterConfig:
     tensors = read_header(folder)
     biases = sorted(name for name in tensors if name.endswith(".bias"))
     if config.trains_biases and biases:
-        what = f'it has "bias", which changes the base\'s own biases ({some(biases)})'
+        what = tr('it has "bias", which changes the base\'s own biases ({biases})', biases=some(biases))
         raise UserError(what, place=config.place, cure=SAVE_AGAIN)
     ranks = [config.keys["r"], *config.keys.get("rank_pattern", {}).values()]
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     if max(ranks) > largest:  # before PEFT makes layers of this rank
-        what = f"it has the rank {max(ranks)}, and no tensor is as large"
+        what = tr("it has the rank {ranks}, and no tensor is as large", ranks=max(ranks))
         raise UserError(what, place=config.place, cure=DOWNLOAD)
     if bad := not_finite(folder, tensors):
         place = str(config.folder / WEIGHTS_FILE)
         raise UserError(
             [
                 Problem(
-                    f"NaN or infinity in {some(bad)}",
+                    tr("NaN or infinity in {bad}", bad=some(bad)),
                     place,
-                    "use an earlier checkpoint, or download it again",
+                    tr("use an earlier checkpoint, or download it again"),
                 )
             ]
         )
@@ -148,7 +166,7 @@ def check_adapter_files(folder: str | Path) -> AdapterConfig:
 def some(names: Sequence[str]) -> str:
     """The first of the names, and how many more there are."""
     shown = ", ".join(brief(name, 120) for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return shown + (tr(" and {names} more", names=len(names) - 3) if len(names) > 3 else "")
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.adapter_config import SAVE_AGAIN, WEIGHTS_FILE, read_adapter_config
 from yeonma.model.adapter_file import (
     DOWNLOAD,
@@ -65,17 +65,17 @@ def load_additional_adapter(peft_model: Any, folder: str, name: str) -> None:
     header = read_header(folder)
     base = peft_model.get_base_model()
     if added_rows(base, folder, header) > 0:
-        what = "it has tokens of its own, so its base has more rows than that of the other adapters"
-        raise UserError(what, place=folder, cure="load it by itself")
+        what = tr("it has tokens of its own, so its base has more rows than that of the other adapters")
+        raise UserError(what, place=folder, cure=tr("load it by itself"))
     with _misfits_as_user_errors(folder, base):
         config, exact = _config_for(base, folder, header)
         others = [set(one.target_parameters or ()) for one in peft_model.peft_config.values()]
         own = set(config.target_parameters or ())
         if own and any(other and other != own for other in others):
-            what = (
+            what = tr(
                 "its adapters are on other parameters of experts or routers than those of the first adapter"
             )
-            raise UserError(what, place=folder, cure="load them one by one")
+            raise UserError(what, place=folder, cure=tr("load them one by one"))
         config.inference_mode = True
         with exact_targets() if exact else nullcontext():
             peft_model.add_adapter(name, config)
@@ -139,7 +139,9 @@ def load_weights(peft_model: Any, folder: str | Path, name: str = "default") -> 
         for key in header:
             tensor = file.get_tensor(key)
             if not tensor.isfinite().all():
-                raise UserError(f"NaN or infinity in {key}", place=str(path), cure="download it again")
+                raise UserError(
+                    tr("NaN or infinity in {key}", key=key), place=str(path), cure=tr("download it again")
+                )
             if key in copies:
                 _check_copy(peft_model, key, tensor, file, path)
             else:
@@ -199,7 +201,7 @@ def add_rows(model: Any, header: Mapping[str, StoredTensor], folder: str) -> Non
     rows: int = model.get_input_embeddings().weight.shape[0]
     different = {stored for _, stored in _embedding_rows(model, header)} - {rows + count}
     if count < 0 or different:
-        what = f"its embedding has {rows + count} rows, the base's {rows}"
+        what = tr("its embedding has {rows} rows, the base's {rows2}", rows=rows + count, rows2=rows)
         raise UserError(what, place=folder, cure=_other_base(folder, model))
     resize_embeddings(model, rows + count)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -243,16 +245,18 @@ def _check_token_indices(model: Any, config: Any, folder: str) -> None:
     highest = max((number for ids in listed for number in ids), default=-1)
     rows = model.get_input_embeddings().weight.shape[0]
     if highest >= rows:
-        what = f"it trains the token {highest}, and the base has {rows} rows"
+        what = tr("it trains the token {highest}, and the base has {rows} rows", highest=highest, rows=rows)
         raise UserError(what, place=folder, cure=_other_base(folder, model))
 
 
 def _check_dropout(config: Any, dropout: float, folder: str) -> None:
     if dropout > 0 and config.target_parameters:
-        what = (
-            f"PEFT has none for parameters, and the adapter in {folder} is on {config.target_parameters[0]}"
+        what = tr(
+            "PEFT has none for parameters, and the adapter in {folder} is on {target_parameters}",
+            folder=folder,
+            target_parameters=config.target_parameters[0],
         )
-        raise UserError(what, place="lora_dropout", cure="use --lora_dropout 0")
+        raise UserError(what, place="lora_dropout", cure=tr("use --lora_dropout 0"))
 
 
 def expected_shapes(peft_model: Any, name: str = "default") -> dict[str, tuple[int, ...]]:
@@ -279,9 +283,9 @@ def _check_tensors(
     if own != expected and _as_peft_renames(peft_model, own, name) != expected:
         cure = _other_base(folder, peft_model)
         if left_out(peft_model):
-            cure += (
-                "; of a checkpoint that also reads images or sound, an adapter has to be on the language model alone, "
-                "with its names in the whole checkpoint"
+            cure += tr(
+                "; of a checkpoint that also reads images or sound, an adapter has to be on the language "
+                "model alone, with its names in the whole checkpoint"
             )
         raise UserError(misfits(own, expected, str(user_path(folder) / WEIGHTS_FILE), cure))
     return copies
@@ -296,11 +300,17 @@ def misfits(stored: Shapes, expected: Shapes, place: str, cure: str) -> list[Pro
         what = f"{len(missing)} of {counted(len(expected), 'tensor')} {are} missing: {some(missing)}"
         problems.append(Problem(what, place, cure))
     if extra:
-        what = f"the base has no layer for {len(extra)} of its tensors: {some(extra)}"
+        what = tr(
+            "the base has no layer for {extra} of its tensors: {extra2}", extra=len(extra), extra2=some(extra)
+        )
         problems.append(Problem(what, place, cure))
     both = expected.keys() & stored.keys()
     if wrong := sorted(key for key in both if tuple(expected[key]) != tuple(stored[key])):
-        first = f"shape {tuple(stored[wrong[0]])}, but the base needs {tuple(expected[wrong[0]])}"
+        first = tr(
+            "shape {stored}, but the base needs {expected}",
+            stored=tuple(stored[wrong[0]]),
+            expected=tuple(expected[wrong[0]]),
+        )
         have = "has" if len(wrong) == 1 else "have"
         of_all = f"{len(wrong)} of {counted(len(expected), 'tensor')}"
         what = f"{of_all} {have} another shape: {some(wrong)}; the first has {first}"
@@ -348,7 +358,7 @@ def _check_copy(
     if own is not None:
         original = file.get_tensor(own)
         if not torch.equal(tensor, original):
-            what = f"{key} differs from {own}"
+            what = tr("{key} differs from {own}", key=key, own=own)
             raise UserError(what, place=str(path), cure=DOWNLOAD)
         return
     module, _, leaf = key.removeprefix(PREFIX).rpartition(".")
@@ -361,7 +371,7 @@ def _check_copy(
         ((weight.to(tensor.dtype) == tensor) | (weight == tensor.to(weight.dtype))).all()
     )
     if not is_same:
-        what = f"it changes the base's own {module}, beside the adapter"
+        what = tr("it changes the base's own {module}, beside the adapter", module=module)
         raise UserError(what, place=str(path), cure=SAVE_AGAIN)
 
 
@@ -400,8 +410,8 @@ def _other_base(folder: str | Path, model: Any) -> str:
     named = read_adapter_config(folder).base
     base = getattr(model, "name_or_path", None)
     if named is not None and named != base:
-        return f"give the base model that it was trained on, {named}, or another adapter"
-    return "give the base model that it was trained on, or download the adapter again"
+        return tr("give the base model that it was trained on, {named}, or another adapter", named=named)
+    return tr("give the base model that it was trained on, or download the adapter again")
 
 
 @contextmanager
@@ -414,7 +424,11 @@ def _misfits_as_user_errors(folder: str, model: Any) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         trained_on = read_adapter_config(folder).base
         raise UserError(
-            f"the adapter was trained on {trained_on} and does not fit {getattr(model, 'name_or_path', 'the base')}",
+            tr(
+                "the adapter was trained on {trained_on} and does not fit {model}",
+                trained_on=trained_on,
+                model=getattr(model, "name_or_path", tr("the base")),
+            ),
             place=folder,
-            cure="give the base model that the adapter was trained on",
+            cure=tr("give the base model that the adapter was trained on"),
         ) from error

@@ -19,6 +19,7 @@ from typing import Any
 
 from yeonma.errors import Log, UserError, brief
 from yeonma.files import default_cache_dir, file_hash
+from yeonma.messages import tr
 from yeonma.model.source import BaseSource
 from yeonma.model.weight_files import file_of, weight_files
 from yeonma.model.weight_sums import MODULO, SHA256, WeightSums
@@ -85,7 +86,13 @@ def changes(then: BaseContent, now: BaseContent) -> list[str]:
     found += config_changes(then, now.config_values, now.config)
     if sorted(then.eos_token_id) != sorted(now.eos_token_id):
         before, after = (_end_tokens(content) for content in (then, now))
-        found.append(f"generation_config.json: eos_token_id was {before} and is now {after}")
+        found.append(
+            tr(
+                "generation_config.json: eos_token_id was {before} and is now {after}",
+                before=before,
+                after=after,
+            )
+        )
     return found + _changed_files(then.code, now.code)
 
 
@@ -98,7 +105,12 @@ def config_changes(then: BaseContent, values: Mapping[str, Any], file_sha256: st
     if then.config_values.get(MODEL_TYPE) != values.get(MODEL_TYPE):
         keys = [MODEL_TYPE]  # which explains all others
     return [
-        f"config.json: {key} was {_shown(then.config_values, key)} and is now {_shown(values, key)}"
+        tr(
+            "config.json: {key} was {config_values} and is now {values}",
+            key=key,
+            config_values=_shown(then.config_values, key),
+            values=_shown(values, key),
+        )
         for key in keys
         if then.config_values.get(key) != values.get(key)
     ]
@@ -106,7 +118,7 @@ def config_changes(then: BaseContent, values: Mapping[str, Any], file_sha256: st
 
 def listed(found: list[str]) -> str:
     """Differences as part of a sentence."""
-    more = f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""
+    more = tr(" and {found} more", found=len(found) - MOST_SHOWN) if len(found) > MOST_SHOWN else ""
     return "; ".join(found[:MOST_SHOWN]) + more
 
 
@@ -115,21 +127,30 @@ def _changed_files(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]
     for name in sorted({*then, *now}):
         before, after = then.get(name), now.get(name)
         if before is None:
-            found.append(f"{name} is new")
+            found.append(tr("{name} is new", name=name))
         elif after is None:
-            found.append(f"{name} is missing")
+            found.append(tr("{name} is missing", name=name))
         elif before != after:
-            found.append(f"{name} had SHA-256 {before[:12]}... and has {after[:12]}... now")
+            found.append(
+                tr(
+                    "{name} had SHA-256 {before}... and has {after}... now",
+                    name=name,
+                    before=before[:12],
+                    after=after[:12],
+                )
+            )
     return found
 
 
 def _end_tokens(content: BaseContent) -> str:
-    return ", ".join(map(str, sorted(content.eos_token_id))) or "not set"
+    return ", ".join(map(str, sorted(content.eos_token_id))) or tr("not set")
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
     return (
-        brief(json.dumps(values[key], ensure_ascii=False), SHOWN_CHARACTERS) if key in values else "not set"
+        brief(json.dumps(values[key], ensure_ascii=False), SHOWN_CHARACTERS)
+        if key in values
+        else tr("not set")
     )
 
 
@@ -184,9 +205,15 @@ def reading_content(
             thread.join(SLOW_SECONDS)  # wakes up for signals
             if thread.is_alive() and files.reading and not is_slow:
                 is_slow = True
-                log(f"reading the weights of {source.name} for their SHA-256")
+                log(tr("reading the weights of {source} for their SHA-256", source=source.name))
         if is_slow and files.not_kept:
-            log(f"it cannot be kept in {files.folder} ({files.not_kept}): the next command reads them again")
+            log(
+                tr(
+                    "it cannot be kept in {folder} ({not_kept}): the next command reads them again",
+                    folder=files.folder,
+                    not_kept=files.not_kept,
+                )
+            )
         (result,) = results
         if isinstance(result, BaseException):
             raise result

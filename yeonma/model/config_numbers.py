@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from yeonma.errors import Problem, brief
+from yeonma.messages import tr
 
-CURE = "use the config.json that belongs to the weights"
+CURE = tr("use the config.json that belongs to the weights")
 _MOST_LEVELS = 8
 _MOST_ITEMS = 10_000
 """Of a list of numbers, such as one for each layer."""
@@ -85,32 +86,37 @@ def _fault(key: str, value: Any) -> str:
         least, most = _COUNTS[key]
         values = value if isinstance(value, list) else [value]
         if len(values) > _MOST_ITEMS:
-            return f"a list of {len(values):,} numbers"
+            return tr("a list of {values:,} numbers", values=len(values))
         for one in values:
             if one is None:
                 if key in _NULL and not isinstance(value, list):
-                    return "null, where a whole number belongs"
+                    return tr("null, where a whole number belongs")
             elif isinstance(one, bool) or not isinstance(one, int):
-                return f"{_shown(one)}, where a whole number belongs"
+                return tr("{one}, where a whole number belongs", one=_shown(one))
             elif not least <= one <= most:
-                return f"{_shown(one)}; it is a whole number from {least:,} to {most:,}"
+                return tr(
+                    "{one}; it is a whole number from {least:,} to {most:,}",
+                    one=_shown(one),
+                    least=least,
+                    most=most,
+                )
     elif key in _POSITIVE:
         if value is not None and not _is_positive(value):
-            return f"{_shown(value)}, where a positive number belongs"
+            return tr("{value}, where a positive number belongs", value=_shown(value))
     elif key in _POSITIVE_LISTS:
         if not isinstance(value, list) or len(value) > _MOST_ITEMS or not all(map(_is_positive, value)):
-            return f"{_shown(value)}, where a list of positive numbers belongs"
+            return tr("{value}, where a list of positive numbers belongs", value=_shown(value))
     elif key in _FLAGS:
         if value is not None and not isinstance(value, bool):
-            return f"{_shown(value)}, where true or false belongs"
+            return tr("{value}, where true or false belongs", value=_shown(value))
     elif key in _TEXTS:
         if not isinstance(value, str):
-            return f"{_shown(value)}, where a text belongs"
+            return tr("{value}, where a text belongs", value=_shown(value))
     elif key in _PARTS:
         if value is not None and not isinstance(value, Mapping):
-            return f"{_shown(value)}, where an object belongs"
+            return tr("{value}, where an object belongs", value=_shown(value))
     elif isinstance(value, float) and math.isnan(value):
-        return "NaN, which is no number"
+        return tr("NaN, which is no number")
     return ""
 
 
@@ -122,7 +128,7 @@ def _is_positive(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**30:
-        return "a number of more than 30 digits"
+        return tr("a number of more than 30 digits")
     text = repr(value) if not isinstance(value, list | dict) else type(value).__name__
     return brief(text, 60)
 
@@ -139,7 +145,13 @@ def _number(level: Mapping[str, Any], *keys: str) -> int | None:
 def _relations(level: Mapping[str, Any]) -> list[str]:
     heads, shared = _number(level, "num_attention_heads"), _number(level, "num_key_value_heads")
     if heads and shared and shared > 0 and heads > 0 and heads % shared:
-        return [f"num_key_value_heads: {shared}, which does not divide num_attention_heads {heads}"]
+        return [
+            tr(
+                "num_key_value_heads: {shared}, which does not divide num_attention_heads {heads}",
+                shared=shared,
+                heads=heads,
+            )
+        ]
     return []
 
 
@@ -173,15 +185,21 @@ def _product(*factors: int | None, over: int = 1) -> int | None:
 
 def generation_problems(config: Mapping[str, Any], place: str) -> list[Problem]:
     """What is wrong with the token ids of a generation_config.json; the rest of it is not used."""
-    cure = "use the generation_config.json that belongs to the model, or remove it"
+    cure = tr("use the generation_config.json that belongs to the model, or remove it")
     found = []
     for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
         value = config.get(key)
         ids = value if isinstance(value, list) else [value]
         if len(ids) > _MOST_ITEMS:
-            found.append(Problem(f"{key}: a list of {len(ids):,} numbers", place, cure))
+            found.append(Problem(tr("{key}: a list of {ids:,} numbers", key=key, ids=len(ids)), place, cure))
         elif value is not None and not all(
             isinstance(one, int) and not isinstance(one, bool) and -1 <= one < 10**8 for one in ids
         ):
-            found.append(Problem(f"{key}: {_shown(value)}, where the number of a token belongs", place, cure))
+            found.append(
+                Problem(
+                    tr("{key}: {value}, where the number of a token belongs", key=key, value=_shown(value)),
+                    place,
+                    cure,
+                )
+            )
     return found

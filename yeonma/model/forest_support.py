@@ -18,7 +18,7 @@ import torch
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.errors import first_line
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.logprobs import (
@@ -87,8 +87,9 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
             if logprobs is None:
                 continue
             difference = distance(logprobs, expected)
-            why_not = (
-                f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
+            why_not = tr(
+                "a forest and the same sequences one by one differ by {difference:.1e} in log-probability",
+                difference=difference,
             )
             if not difference <= tolerance:  # true for NaN
                 continue
@@ -97,9 +98,10 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
                     border_forest = _forest_of(model, border_sequences)
                     logprobs_near_borders = trained_logprobs(model, border_forest, None, capability)
                 difference = distance(logprobs_near_borders, expected_near_borders)
-                why_not = (
-                    f"sequences on both sides of a border of the model differ by {difference:.1e} in log-probability"
-                    " from the same sequences one by one"
+                why_not = tr(
+                    "sequences on both sides of a border of the model differ by {difference:.1e} in "
+                    "log-probability from the same sequences one by one",
+                    difference=difference,
                 )
                 if not difference <= tolerance:
                     continue
@@ -107,9 +109,10 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
                 forest_of_tree = _forest_of(model, tree, units=[0] * len(tree))
                 logprobs_of_tree = trained_logprobs(model, forest_of_tree, None, capability)
                 difference = distance(logprobs_of_tree, torch.cat(expected_of_tree))
-                why_not = (
-                    f"its recurrent layers differ by {difference:.1e} in log-probability between a forest and the same"
-                    " sequences one by one"
+                why_not = tr(
+                    "its recurrent layers differ by {difference:.1e} in log-probability between a forest and "
+                    "the same sequences one by one",
+                    difference=difference,
                 )
                 if not difference <= tree_tolerance:
                     continue
@@ -233,7 +236,11 @@ def _try_forest(
         )
     except Exception as error:  # a model's code may raise anything
         recover(model)
-        return f"its code does not accept a forest ({type(error).__name__}: {first_line(error)})", None
+        return tr(
+            "its code does not accept a forest ({name}: {error})",
+            name=type(error).__name__,
+            error=first_line(error),
+        ), None
     reason = _unsupported_layers(model.config.get_text_config(), windows, recurrences)
     return (reason, None) if reason else ("", logprobs)
 
@@ -273,11 +280,12 @@ def _unsupported_layers(config: Any, windows: dict[int, int | None], recurrences
         kinds = ["sliding_attention" if has_window else "full_attention"] * layers
     unsupported = sorted(set(kinds) - ATTENDING - RECURRENT - WITHOUT_CONTEXT)
     if unsupported:
-        return f"it has {', '.join(unsupported)} layers"
+        return tr("it has {unsupported} layers", unsupported=", ".join(unsupported))
     attending, recurrent = (sum(kind in own for kind in kinds) for own in (ATTENDING, RECURRENT))
     if recurrences < recurrent:
-        return (
-            f"its {' and '.join(sorted(RECURRENT & set(kinds)))} layers have recurrences that take no forests"
+        return tr(
+            "its {recurrent} layers have recurrences that take no forests",
+            recurrent=" and ".join(sorted(RECURRENT & set(kinds))),
         )
     if len(windows) < attending:
         bypass = "bypasses" if attending - len(windows) == 1 else "bypass"
@@ -285,7 +293,7 @@ def _unsupported_layers(config: Any, windows: dict[int, int | None], recurrences
             f"{attending - len(windows)} of its {counted(layers, 'layer')} {bypass} the registered attention"
         )
     if any(kind == "sliding_attention" and windows.get(i) is None for i, kind in enumerate(kinds)):
-        return "its sliding-window layers use their own mask"
+        return tr("its sliding-window layers use their own mask")
     return ""
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.quantized import Fp8Weight, packed_weight
 
 ROWS = 4
@@ -30,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 ROUNDED_TOLERANCE = 0.15
 """Where activations and gradients are rounded to 8 bits."""
 EXPERTS_TOLERANCE = 0.3
-WRONG = "gives a gradient that is not that of its product"
+WRONG = tr("gives a gradient that is not that of its product")
 
 
 def check_input_gradients(model: nn.Module, name: str) -> None:
@@ -43,9 +44,15 @@ def check_input_gradients(model: nn.Module, name: str) -> None:
         problem = _problem_of_experts(layer, draw) if _is_experts(layer) else _problem(layer, draw)
         if problem:
             weight = packed_weight(layer)
-            held = f", weights as {type(weight).__name__}" if weight is not None else ""
-            what = f"{path} ({type(layer).__name__}{held}) {problem}, so that LoRA would train on wrong gradients"
-            raise UserError(what, place=name, cure="give the unquantised model, and --quantization nf4")
+            held = tr(", weights as {name}", name=type(weight).__name__) if weight is not None else ""
+            what = tr(
+                "{path} ({name}{held}) {problem}, so that LoRA would train on wrong gradients",
+                path=path,
+                name=type(layer).__name__,
+                held=held,
+                problem=problem,
+            )
+            raise UserError(what, place=name, cure=tr("give the unquantised model, and --quantization nf4"))
 
 
 def _one_of_each_kind(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -103,7 +110,7 @@ def _problem(layer: Any, draw: torch.Generator) -> str:
         return ""
     linear = y.detach() - bias if bias is not None else y.detach()
     if not _goes_back(y, linear) or x.grad is None:
-        return "gives no gradient"
+        return tr("gives no gradient")
     gradient, rows = x.grad.float(), x.detach().float()
     by_input, by_output = (gradient * rows).sum(1), linear.float().square().sum(1)
     largest = gradient.norm(dim=1) * rows.norm(dim=1) + by_output  # a sum of one number may be all rounding
@@ -144,7 +151,7 @@ def _problem_of_experts(layer: Any, draw: torch.Generator) -> str:
         return ""
     upstream = torch.randn(y.shape, generator=draw).to(device)
     if not _goes_back(y, upstream) or x.grad is None:
-        return "give no gradient"
+        return tr("give no gradient")
     gradient, rows = x.grad.float(), x.detach()
     for fraction in STEPS:
         step = fraction * rows.float().norm() / gradient.norm().clamp(min=1e-30)

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.reading_class import class_with
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ class AbsentTower(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> None:
         """Raises UserError: the model calls its tower for text too."""
-        what = f"it needs its {self.path} to read text, and Yeonma loads the language model alone"
-        raise UserError(what, place="base_model", cure="take another base model")
+        what = tr(
+            "it needs its {path} to read text, and Yeonma loads the language model alone", path=self.path
+        )
+        raise UserError(what, place="base_model", cure=tr("take another base model"))
 
 
 def multimodal_class(config: Any) -> Any:

@@ -31,6 +31,7 @@ from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import Problem, UserError, first_line
+from yeonma.messages import tr
 from yeonma.model.config_numbers import CURE
 from yeonma.model.device_check import CURE_WITHOUT_CUDA, NO_CUDA
 from yeonma.model.language_part import build_empty, multimodal_class, without_towers
@@ -216,7 +217,11 @@ def _check_size(config: Any, source: BaseSource) -> None:
     if bytes_there and (model := outline(config, source)) is not None:
         numbers = sum(parameter.numel() for parameter in model.parameters())
         if numbers > 4 * bytes_there + 10**6:
-            problem = f"it asks for {numbers:,} numbers, but the weights have {bytes_there:,} bytes"
+            problem = tr(
+                "it asks for {numbers:,} numbers, but the weights have {bytes_there:,} bytes",
+                numbers=numbers,
+                bytes_there=bytes_there,
+            )
             raise UserError(problem, place=str(folder / "config.json"), cure=CURE)
 
 
@@ -227,16 +232,22 @@ def _check_can_be_built(config: Any, source: BaseSource) -> None:
     except Exception as error:
         reason = first_line(error) or type(error).__name__
         place = str(Path(source.name) / "config.json") if Path(source.name).is_dir() else source.name
-        raise UserError(f"no model can be built from it ({reason})", place=place, cure=CURE) from error
+        raise UserError(
+            tr("no model can be built from it ({reason})", reason=reason), place=place, cure=CURE
+        ) from error
 
 
 def _cannot_load(part: str, source: BaseSource, error: Exception) -> UserError:
     first, _, second = str(error).strip().partition("\n")
     reason = f"{first} {second.strip()}".splitlines()[0].strip() if first.endswith(":") else first
-    cure = "check the name, your network and, for a gated model, `hf auth login`"
+    cure = tr("check the name, your network and, for a gated model, `hf auth login`")
     if Path(source.name).is_dir():
-        cure = "give the folder of a complete model, with its tokenizer"
-    return UserError(f"cannot load the model's {part} ({reason})", place=source.name, cure=cure)
+        cure = tr("give the folder of a complete model, with its tokenizer")
+    return UserError(
+        tr("cannot load the model's {part} ({reason})", part=part, reason=reason),
+        place=source.name,
+        cure=cure,
+    )
 
 
 def pick_device(device: str) -> torch.device:
@@ -258,7 +269,9 @@ def pick_dtype(dtype: str, device: torch.device, *, has_bfloat16: bool | None = 
             return torch.float32
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if dtype == "bfloat16" and not has_bfloat16:
-        raise UserError("the device has no bfloat16", place="dtype", cure="use --dtype float32 or float16")
+        raise UserError(
+            tr("the device has no bfloat16"), place="dtype", cure=tr("use --dtype float32 or float16")
+        )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
@@ -313,7 +326,9 @@ def load_base(
             )
     except SafetensorError as error:
         raise UserError(
-            f"the weights cannot be read ({error})", place=source.name, cure="download them again"
+            tr("the weights cannot be read ({error})", error=error),
+            place=source.name,
+            cure=tr("download them again"),
         ) from error
     except (OSError, ValueError) as error:
         raise _cannot_load("weights", source, error) from error
@@ -359,8 +374,8 @@ def _load_dequantised(
     `options` say so. `pack_experts`: hold experts in MXFP4 as they are. `whole`: with its towers."""
     empty = outline(config, source)
     if empty is None:
-        what = f"its weights are {published}, and it cannot be built without them"
-        raise UserError(what, place=source.name, cure="give the unquantised model")
+        what = tr("its weights are {published}, and it cannot be built without them", published=published)
+        raise UserError(what, place=source.name, cure=tr("give the unquantised model"))
     model_class, files = type(empty), weight_files(source)
     pack_experts = pack_experts and published.method == "mxfp4"
     tensors = whole_tensors(files, published, transposed_weights(empty), pack_experts=pack_experts)
@@ -419,13 +434,20 @@ def _check_complete(loading_info: Mapping[str, Any], name: str) -> None:
     """Raises UserError for missing or misshapen weights, which transformers would initialise at random."""
     missing = sorted(loading_info["missing_keys"])
     if missing:
-        raise UserError(f"the weights lack {_some(missing)}", place=name, cure="download them again")
+        raise UserError(
+            tr("the weights lack {missing}", missing=_some(missing)),
+            place=name,
+            cure=tr("download them again"),
+        )
     shapes = [
         f"{key} {tuple(stored)} for {tuple(expected)}"
         for key, stored, expected in sorted(loading_info["mismatched_keys"])
     ]
     if shapes:
-        raise UserError(f"the weights do not have the shapes of config.json: {_some(shapes)}", place=name)
+        raise UserError(
+            tr("the weights do not have the shapes of config.json: {shapes}", shapes=_some(shapes)),
+            place=name,
+        )
 
 
 def check_finite(model: nn.Module, name: str) -> None:
@@ -445,7 +467,9 @@ def check_finite(model: nn.Module, name: str) -> None:
     not_finite = [key for key, flag in zip(frozen, flags, strict=True) if flag]
     if not_finite:
         raise UserError(
-            f"NaN or infinity in {_some(not_finite)}", place=name, cure="download the weights again"
+            tr("NaN or infinity in {not_finite}", not_finite=_some(not_finite)),
+            place=name,
+            cure=tr("download the weights again"),
         )
 
 
@@ -456,7 +480,7 @@ def _is_not_finite(weight: torch.Tensor) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (tr(" and {names} more", names=len(names) - 3) if len(names) > 3 else "")
 
 
 def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> None:
@@ -469,7 +493,7 @@ def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> N
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        what, cure = "this model's code keeps all activations", "use --gradient_checkpointing false"
+        what, cure = tr("this model's code keeps all activations"), tr("use --gradient_checkpointing false")
         raise UserError(what, place="gradient_checkpointing", cure=cure) from error
     if checkpointing == "selective":
         from transformers.modeling_layers import GradientCheckpointingLayer  # imports torch's compiler
@@ -505,9 +529,13 @@ def check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocabulary:
         raise UserError(
-            f"the tokenizer has ids up to {highest}, the model's embedding only {vocabulary} rows",
+            tr(
+                "the tokenizer has ids up to {highest}, the model's embedding only {vocabulary} rows",
+                highest=highest,
+                vocabulary=vocabulary,
+            ),
             place=name,
-            cure="use the model's own tokenizer",
+            cure=tr("use the model's own tokenizer"),
         )
 
 
@@ -564,11 +592,15 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
         with exact_targets():
             peft_model: Any = get_peft_model(model, config)
     except (TypeError, OverflowError, RuntimeError) as error:  # sizes beyond PyTorch's integers
-        problem = f"an adapter of rank {shape.r} cannot be created ({str(error).splitlines()[0]:.100})"
-        raise UserError(problem, place="lora_r", cure="lower it") from error
+        problem = tr(
+            "an adapter of rank {r} cannot be created ({error:.100})",
+            r=shape.r,
+            error=str(error).splitlines()[0],
+        )
+        raise UserError(problem, place="lora_r", cure=tr("lower it")) from error
     except ValueError as error:  # PEFT refuses some layers of some models
-        problem = f"PEFT cannot put LoRA on these layers ({first_line(error)})"
-        raise UserError(problem, place="lora_target_modules", cure="name others") from error
+        problem = tr("PEFT cannot put LoRA on these layers ({error})", error=first_line(error))
+        raise UserError(problem, place="lora_target_modules", cure=tr("name others")) from error
     check_token_rows(model, shape.new_token_ids)
     if whole:
         begin_whole_modules(model, whole, shared=peft_model.peft_config["default"].ensure_weight_tying)
@@ -582,8 +614,8 @@ def _check_head(reached: Sequence[TargetLayer]) -> None:
     """Raises UserError for a head with an adapter, whose rows PEFT cannot train beside it."""
     for layer in reached:
         if layer.part == HEAD:
-            what = f"{layer.path} has an adapter, and PEFT trains no rows of it beside that"
-            cure = f"leave {layer.leaf} out of lora_target_modules, or leave out new_tokens"
+            what = tr("{path} has an adapter, and PEFT trains no rows of it beside that", path=layer.path)
+            cure = tr("leave {leaf} out of lora_target_modules, or leave out new_tokens", leaf=layer.leaf)
             raise UserError(what, place="new_tokens", cure=cure)
 
 
@@ -592,15 +624,17 @@ def _check_parameters(reached: Sequence[TargetLayer], shape: LoraShape) -> None:
     within = [layer for layer in reached if layer.kind != "linear"]
     problems = []
     for name, is_set, cure in (
-        ("lora_dropout", shape.dropout > 0, "use --lora_dropout 0"),
-        ("use_dora", shape.use_dora, "leave out use_dora"),
+        ("lora_dropout", shape.dropout > 0, tr("use --lora_dropout 0")),
+        ("use_dora", shape.use_dora, tr("leave out use_dora")),
     ):
         if within and is_set:
             parts = " and ".join(dict.fromkeys(layer.part for layer in within))
-            what = (
-                f"PEFT has none for the {parts} ({within[0].parameter}), whose adapter is added to the weight"
+            what = tr(
+                "PEFT has none for the {parts} ({parameter}), whose adapter is added to the weight",
+                parts=parts,
+                parameter=within[0].parameter,
             )
-            leave = "use --lora_experts false" if shape.experts else "name other layers"
+            leave = tr("use --lora_experts false") if shape.experts else tr("name other layers")
             problems.append(Problem(what, name, f"{cure}, or {leave}"))
     if problems:
         raise UserError(problems)

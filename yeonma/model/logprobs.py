@@ -17,6 +17,7 @@ from torch import nn
 from yeonma.batch.batch import Batch
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.attention.backend import Capability, ForestLayout
 from yeonma.model.attention.dispatch import layout
 from yeonma.model.kernels.linear import float32_product, product
@@ -89,8 +90,14 @@ def batch_logprobs(
     """
     positions, longest = model_positions(model.config), int(batch.lengths_E.max())
     if positions is not None and longest > positions:
-        what = f"an example has {longest} tokens, but the model only {positions} positions"
-        raise UserError(what, place="cutoff_len", cure=f"shorten it to {positions} tokens")
+        what = tr(
+            "an example has {longest} tokens, but the model only {positions} positions",
+            longest=longest,
+            positions=positions,
+        )
+        raise UserError(
+            what, place="cutoff_len", cure=tr("shorten it to {positions} tokens", positions=positions)
+        )
     return example_logprobs(
         model,
         support,

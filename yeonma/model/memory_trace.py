@@ -18,6 +18,7 @@ import torch
 
 from yeonma.batch.forest import Forest
 from yeonma.errors import UserError, first_line
+from yeonma.messages import tr
 from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import layout
 from yeonma.model.attention.varlen import VARLEN, VarlenLayout
@@ -101,7 +102,9 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
         for parameter in trained:
             parameter.grad = None
         kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
-        what = f"this model's memory cannot be forecast ({kind}{first_line(error)})"
+        what = tr(
+            "this model's memory cannot be forecast ({kind}{error})", kind=kind, error=first_line(error)
+        )
         raise UserError(what, place="base_model") from error
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     record.add(gradients, counted=False)
@@ -266,8 +269,11 @@ def _recording(record: _TracedStorage) -> AbstractContextManager[object]:
     try:
         from torch.utils._python_dispatch import TorchDispatchMode
     except ImportError as error:
-        problem = f"PyTorch {torch.__version__} does not allow tracing the operators that a model calls"
-        cure = "install the version of PyTorch in requirements.txt, or replace auto by values"
+        problem = tr(
+            "PyTorch {version} does not allow tracing the operators that a model calls",
+            version=torch.__version__,
+        )
+        cure = tr("install the version of PyTorch in requirements.txt, or replace auto by values")
         raise UserError(problem, place="memory", cure=cure) from error
 
     class Recording(TorchDispatchMode):

@@ -12,11 +12,12 @@ from dataclasses import replace
 
 from yeonma.bounded import expressions
 from yeonma.errors import UserError, brief
+from yeonma.messages import tr
 
 BOUNDS = replace(expressions.EXPRESSION, seconds=2)
 MAX_LENGTH = 2_000
 """Characters of one expression."""
-CURE = "name the layers instead, or save the adapter again with their names"
+CURE = tr("name the layers instead, or save the adapter again with their names")
 _NAME = re.compile(r"(?:\.\*)?(?:\\\.|[\w.-])+")
 """A name, perhaps with escaped dots, perhaps after anything at all: matching it takes no time."""
 
@@ -34,7 +35,11 @@ def names_of(patterns: Sequence[str], names: Sequence[str], place: str) -> list[
     found = []
     for pattern in patterns:
         if len(pattern) > MAX_LENGTH:
-            what = f"the expression {brief(pattern)} has {len(pattern):,} characters"
+            what = tr(
+                "the expression {pattern} has {pattern2:,} characters",
+                pattern=brief(pattern),
+                pattern2=len(pattern),
+            )
             raise UserError(what, place=place, cure=CURE)
         if is_name(pattern):
             matched = [re.fullmatch(pattern, name) is not None for name in names]

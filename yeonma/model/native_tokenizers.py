@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.source import BaseSource
 from yeonma.model.weight_files import file_of
 from yeonma.packages import install
@@ -62,7 +63,9 @@ def check_tokenizer_package(path: Path) -> None:
     package = _package_of(path)
     if find_spec(package) is None:
         on_pypi = package.replace("_", "-")
-        what = f"the tokenizer is this file alone, and the package {on_pypi} is not installed"
+        what = tr(
+            "the tokenizer is this file alone, and the package {on_pypi} is not installed", on_pypi=on_pypi
+        )
         raise UserError(what, place=str(path), cure=install(on_pypi))
 
 
@@ -92,8 +95,8 @@ def read_native_tokenizer(path: Path, tokenizer: Any) -> Any:
         return _with_settings(converted, pieces, path.parent / TOKENIZER_CONFIG)
     if _is_same(tokenizer.backend_tokenizer, pieces):
         return tokenizer
-    what = "the tokenizer is this file alone, and its conversion does not give the ids of sentencepiece"
-    raise UserError(what, place=str(path), cure="give a copy of the model with tokenizer.json")
+    what = tr("the tokenizer is this file alone, and its conversion does not give the ids of sentencepiece")
+    raise UserError(what, place=str(path), cure=tr("give a copy of the model with tokenizer.json"))
 
 
 def _plain(pieces: Any) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.reading_class import class_with
 from yeonma.model.targets import PLACE, ROUTED, TargetLayer
 from yeonma.model.whole_weights import PACKED_BYTES, unpack_mxfp4
@@ -74,10 +75,11 @@ def check_not_adapted(model: nn.Module, reached: Sequence[TargetLayer]) -> None:
     is_packed = any(hasattr(getattr(layer, NAMES[0]), "quant_state") for layer in _experts(model))
     path = next((layer.path for layer in reached if layer.part == ROUTED), None)
     if is_packed and path is not None:
-        what = (
-            f"it reaches {path}, whose weights are held in 4 bits as they are published and take no adapter"
+        what = tr(
+            "it reaches {path}, whose weights are held in 4 bits as they are published and take no adapter",
+            path=path,
         )
-        cure = "use --lora_experts false, or leave out --quantization, which holds the experts whole"
+        cure = tr("use --lora_experts false, or leave out --quantization, which holds the experts whole")
         raise UserError(what, place=PLACE, cure=cure)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from yeonma.errors import UserError, brief
+from yeonma.messages import tr
 from yeonma.model.adapter_config import read_adapter_config
 from yeonma.model.language_part import left_out_paths
 from yeonma.model.name_patterns import is_name, names_of
@@ -159,8 +160,8 @@ def _without_expressions(model: Any, keys: Mapping[str, Any], place: str) -> dic
         without = matches[excluded] if excluded is not None else set[str]()
         changed["target_modules"] = sorted(matches[targets] - without)
         if not changed["target_modules"]:
-            what = f"the expression {brief(targets)} matches no layer of the base"
-            cure = "give the base model that the adapter was trained on"
+            what = tr("the expression {targets} matches no layer of the base", targets=brief(targets))
+            cure = tr("give the base model that the adapter was trained on")
             raise UserError(what, place=place, cure=cure)
     if excluded is not None:
         changed["exclude_modules"] = sorted(matches[excluded]) or None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from yeonma.errors import UserError
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def check_fits(tokens: int, max_new_tokens: int, positions: int | None, place: s
     """Raises UserError if a prompt of so many tokens and its answer exceed the model's positions."""
     if positions is not None and tokens + max_new_tokens > positions:
         what = f"{counted(tokens, 'token')} and {max_new_tokens} new ones exceed the model's {positions} positions"
-        raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
+        raise UserError(what, place=place, cure=tr("shorten it, or lower max_new_tokens"))
 
 
 def _kind(parameters: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from yeonma.config.settings import Quantization
 from yeonma.config.yaml_text import read_front_matter
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.packages import install
 
 Method = Literal["bitsandbytes", "fp8", "mxfp4", "compressed-tensors"]
@@ -81,11 +82,15 @@ class Published:
     def held(self, quantization: Quantization, dtype: str) -> str:
         """How the weights are held in memory, in words."""
         if self.stays_packed:
-            return "held in these bits"
+            return tr("held in these bits")
         if self.method == "mxfp4" and quantization != "none":
-            return f"experts held in these bits, dense layers in {quantization}"
-        held = f"held in {dtype}" if quantization == "none" else f"dense layers held in {quantization}"
-        return f"dequantised as they are read, {held}"
+            return tr("experts held in these bits, dense layers in {quantization}", quantization=quantization)
+        held = (
+            tr("held in {dtype}", dtype=dtype)
+            if quantization == "none"
+            else tr("dense layers held in {quantization}", quantization=quantization)
+        )
+        return tr("dequantised as they are read, {held}", held=held)
 
     def record(self) -> dict[str, Any]:
         """What yeonma.json records."""
@@ -108,7 +113,11 @@ def published_in(config: Mapping[str, Any], place: str, unquantised: str | None 
     try:
         return reader(found)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        problem = f"its quantisation by {method} is not described as Yeonma knows it ({error})"
+        problem = tr(
+            "its quantisation by {method} is not described as Yeonma knows it ({error})",
+            method=method,
+            error=error,
+        )
         raise UserError(problem, place=place, cure=_cure(place, unquantised)) from error
 
 
@@ -147,8 +156,8 @@ def published_in_folder(folder: Path) -> Published | None:
 def check_not_packed(published: Published | None, quantization: Quantization, place: str) -> None:
     """Raises UserError for a base to quantise whose weights stay packed as they are published."""
     if published is not None and published.stays_packed and quantization != "none":
-        problem = f"{place} is quantised already: {published}"
-        cure = "leave it out: the weights are held in these bits, or give the unquantised model"
+        problem = tr("{place} is quantised already: {published}", place=place, published=published)
+        cure = tr("leave it out: the weights are held in these bits, or give the unquantised model")
         raise UserError(problem, place=f"quantization {quantization}", cure=cure)
 
 
@@ -158,15 +167,23 @@ def check_settings(
     """As `check_not_packed`, and raises UserError for packed weights to shard."""
     check_not_packed(published, quantization, place)
     if published is not None and published.stays_packed and shard:
-        problem = f"quantised weights cannot be sharded in this version, and those of {place} are {published}"
-        raise UserError(problem, place="shard", cure="leave it out, or give the unquantised model")
+        problem = tr(
+            "quantised weights cannot be sharded in this version, and those of {place} are {published}",
+            place=place,
+            published=published,
+        )
+        raise UserError(problem, place="shard", cure=tr("leave it out, or give the unquantised model"))
 
 
 def check_package(published: Published, place: str) -> None:
     """Raises UserError if the package that reads the weights is not installed."""
     package = published.method
     if package in ("bitsandbytes", "compressed-tensors") and find_spec(package.replace("-", "_")) is None:
-        problem = f"its weights are {published}, and the package {package} is not installed"
+        problem = tr(
+            "its weights are {published}, and the package {package} is not installed",
+            published=published,
+            package=package,
+        )
         raise UserError(problem, place=place, cure=install(package))
 
 
@@ -197,20 +214,27 @@ def _method(found: Mapping[str, Any]) -> str:
         return method.lower()
     if "config_groups" in found:
         return "compressed-tensors"
-    return "mlx" if "group_size" in found and "bits" in found else "an unnamed method"
+    return "mlx" if "group_size" in found and "bits" in found else tr("an unnamed method")
 
 
 def _not_read(method: str, found: Mapping[str, Any], place: str, unquantised: str | None) -> UserError:
     bits = next((found[key] for key in ("bits", "w_bit", "nbits") if isinstance(found.get(key), int)), None)
-    size = f" in {bits} bits" if bits else ""
-    problem = f"its weights are quantised by {_NAMES.get(method, method)}{size}, which Yeonma does not read"
+    size = tr(" in {bits} bits", bits=bits) if bits else ""
+    problem = tr(
+        "its weights are quantised by {method}{size}, which Yeonma does not read",
+        method=_NAMES.get(method, method),
+        size=size,
+    )
     return UserError(problem, place=place, cure=_cure(place, unquantised))
 
 
 def _cure(place: str, unquantised: str | None) -> str:
     if unquantised is None:
-        return "give the unquantised model, and --quantization nf4 if it is too large"
-    return f"give {unquantised}, which it was made from, and --quantization nf4 if that is too large"
+        return tr("give the unquantised model, and --quantization nf4 if it is too large")
+    return tr(
+        "give {unquantised}, which it was made from, and --quantization nf4 if that is too large",
+        unquantised=unquantised,
+    )
 
 
 def _bitsandbytes(found: Mapping[str, Any]) -> Published:
@@ -219,22 +243,22 @@ def _bitsandbytes(found: Mapping[str, Any]) -> Published:
     kind = found.get("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
         raise ValueError(f"bnb_4bit_quant_type is {kind!r:.50}")
-    about = "double quantisation" if found.get("bnb_4bit_use_double_quant") else ""
+    about = tr("double quantisation") if found.get("bnb_4bit_use_double_quant") else ""
     return Published("bitsandbytes", kind, 4, about, found)
 
 
 def _fp8(found: Mapping[str, Any]) -> Published:
     block = found.get("weight_block_size")
     if block is None:
-        return Published("fp8", "fp8", 8, "one scale per weight", found)
+        return Published("fp8", "fp8", 8, tr("one scale per weight"), found)
     rows, columns = (int(size) for size in block)
     if rows < 1 or columns < 1:
         raise ValueError(f"weight_block_size is {block!r:.50}")
-    return Published("fp8", "fp8", 8, f"blocks of {rows} x {columns}", found)
+    return Published("fp8", "fp8", 8, tr("blocks of {rows} x {columns}", rows=rows, columns=columns), found)
 
 
 def _mxfp4(found: Mapping[str, Any]) -> Published:
-    return Published("mxfp4", "mxfp4", 4, "blocks of 32", found)
+    return Published("mxfp4", "mxfp4", 4, tr("blocks of 32"), found)
 
 
 def _compressed_tensors(found: Mapping[str, Any]) -> Published:

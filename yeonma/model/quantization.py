@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from yeonma.config.settings import Optimizer, Quantization
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.packages import install
 
 MIN_8_BIT_NUMEL, BLOCK = 4096, 256
@@ -33,15 +34,17 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def _check_bitsandbytes(place: str) -> None:
     if find_spec("bitsandbytes") is None:
-        raise UserError("bitsandbytes is not installed", place=place, cure=install("bitsandbytes"))
+        raise UserError(tr("bitsandbytes is not installed"), place=place, cure=install("bitsandbytes"))
 
 
 def check_quantization(quantization: Quantization, *, shard: bool, use_dora: bool) -> None:
     """Raises UserError for settings that exclude each other, and if a package is missing."""
     check_installed(quantization)
     if quantization != "none" and shard:
-        problem = "quantised weights cannot be sharded in this version"
-        raise UserError(problem, place=f"quantization {quantization}", cure="leave out shard or quantization")
+        problem = tr("quantised weights cannot be sharded in this version")
+        raise UserError(
+            problem, place=f"quantization {quantization}", cure=tr("leave out shard or quantization")
+        )
     if quantization == "fp8" and use_dora:
-        problem = "DoRA needs the unquantised weights, which fp8 does not keep"
-        raise UserError(problem, place="quantization fp8", cure="use int8 or nf4, or leave out use_dora")
+        problem = tr("DoRA needs the unquantised weights, which fp8 does not keep")
+        raise UserError(problem, place="quantization fp8", cure=tr("use int8 or nf4, or leave out use_dora"))

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from yeonma.config.settings import Quantization
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.kernels.linear import Weight, frozen_linear, product
 from yeonma.model.published import Published
 
@@ -148,8 +149,8 @@ def _dequantise_4bit(
 def check_layers(model: Any, quantization: Quantization, name: str) -> None:
     """Raises UserError if the model has no layer that can be quantised."""
     if quantization != "none" and not quantised_layers(model, quantization):
-        problem = f"{name} has no dense layers that it supports"
-        cure = "use int8 or nf4" if quantization == "fp8" else "leave it out"
+        problem = tr("{name} has no dense layers that it supports", name=name)
+        cure = tr("use int8 or nf4") if quantization == "fp8" else tr("leave it out")
         raise UserError(problem, place=f"quantization {quantization}", cure=cure)
 
 

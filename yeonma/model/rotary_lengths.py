@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from yeonma.messages import tr
 from yeonma.model.position_limits import length_borders
 
 TRIAL_BORDER = 24
@@ -66,7 +67,7 @@ def split_by_length(model: Any) -> str:
     for module in modules:
         if not _is_split(module):
             module.forward = partial(_split, module, module.forward)
-    return "" if modules else "code of its own picks rotary frequencies by the length of the sequence"
+    return "" if modules else tr("code of its own picks rotary frequencies by the length of the sequence")
 
 
 def _length_dependent(model: nn.Module) -> Iterator[Any]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
@@ -73,12 +74,15 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
 def _check_trained(model: nn.Module) -> None:
     """Raises UserError for weights that FSDP2 cannot train in shards."""
     if numbers := [name for name, weight in model.named_parameters() if weight.ndim == 0]:
-        what = f"{numbers[0]} is a single number, which cannot be sharded and trained"
-        raise UserError(what, place="shard", cure="leave it out, or use --train lora")
+        what = tr("{numbers} is a single number, which cannot be sharded and trained", numbers=numbers[0])
+        raise UserError(what, place="shard", cure=tr("leave it out, or use --train lora"))
     formats = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
     if len(formats) > 1:
-        what = f"the model holds its weights in {' and '.join(sorted(formats))}, which cannot be trained in shards"
-        raise UserError(what, place="shard", cure="use --dtype float32")
+        what = tr(
+            "the model holds its weights in {formats}, which cannot be trained in shards",
+            formats=" and ".join(sorted(formats)),
+        )
+        raise UserError(what, place="shard", cure=tr("use --dtype float32"))
 
 
 def _return_freed_memory() -> None:

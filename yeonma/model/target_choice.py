@@ -8,6 +8,7 @@ from typing import Any
 
 from yeonma.config.layer_ranges import as_ranges, layer_ranges, layers_in, layers_lacking
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.targets import (
     AUDIO,
     HEAD,
@@ -55,8 +56,8 @@ def chosen_layers(model: Any, choice: TargetChoice) -> list[TargetLayer]:
         left = [layer for layer in reached if layer not in without]
         if not left:
             names = ", ".join(dict.fromkeys(layer.leaf for layer in reached))
-            what = f"it leaves no layer to adapt: the other settings reach {names}"
-            raise UserError(what, place="exclude_modules", cure="exclude less, or reach more")
+            what = tr("it leaves no layer to adapt: the other settings reach {names}", names=names)
+            raise UserError(what, place="exclude_modules", cure=tr("exclude less, or reach more"))
         reached = left
     return reached
 
@@ -74,14 +75,21 @@ def _within(
     place, ranges = "lora_layers", layer_ranges(str(numbers))
     there = sorted({number for one in target_layers(model) if (number := layer_number(one)) is not None})
     if lacking := layers_lacking(ranges, there):
-        has = f"has the layers {as_ranges(there)}" if there else "has no numbered layers"
-        raise UserError(f"the model has no layers {', '.join(lacking)}", place=place, cure=f"it {has}")
+        has = tr("has the layers {there}", there=as_ranges(there)) if there else tr("has no numbered layers")
+        raise UserError(
+            tr("the model has no layers {lacking}", lacking=", ".join(lacking)), place=place, cure=f"it {has}"
+        )
     wanted = layers_in(ranges, there)
     left = [layer for layer in reached if layer.part in OUTSIDE or layer_number(layer) in wanted]
     if not left:
         names = ", ".join(dict.fromkeys(layer.leaf for layer in reached))
         own = as_ranges([number for layer in reached if (number := layer_number(layer)) is not None])
-        where = f"only the layers {own} have" if own else "no layer has"
-        what = f"the layers {as_ranges(sorted(wanted))} have none of the layers to adapt: {where} {names}"
-        raise UserError(what, place=place, cure="name other layers, or other lora_target_modules")
+        where = tr("only the layers {own} have", own=own) if own else tr("no layer has")
+        what = tr(
+            "the layers {wanted} have none of the layers to adapt: {where} {names}",
+            wanted=as_ranges(sorted(wanted)),
+            where=where,
+            names=names,
+        )
+        raise UserError(what, place=place, cure=tr("name other layers, or other lora_target_modules"))
     return left

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.language_part import left_out, left_out_paths
 from yeonma.model.token_rows import trained_rows
 
@@ -239,8 +239,8 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLa
     every = [layer for layer in all_layers if not _is_read_by_its_model(layer, model, modules)]
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        cure = "use all-linear, or name layers such as [q_proj, v_proj]"
-        raise UserError("it names no layer", place=PLACE, cure=cure)
+        cure = tr("use all-linear, or name layers such as [q_proj, v_proj]")
+        raise UserError(tr("it names no layer"), place=PLACE, cure=cure)
     all_linear = any(name.lower() == ALL_LINEAR for name in names)
     names = [name for name in names if name.lower() != ALL_LINEAR]
     spellings = {layer: _spellings(layer, every) for layer in every}
@@ -268,8 +268,10 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLa
     if problems or halves:
         raise UserError([*problems, *halves.values()])
     if not reached:
-        what = f"{', '.join(names)} name routed experts alone, which lora_experts false leaves out"
-        raise UserError(what, place=PLACE, cure="leave out lora_experts, or name other layers")
+        what = tr(
+            "{names} name routed experts alone, which lora_experts false leaves out", names=", ".join(names)
+        )
+        raise UserError(what, place=PLACE, cure=tr("leave out lora_experts, or name other layers"))
     return reached
 
 
@@ -349,7 +351,7 @@ def excluded_layers(model: Any, names: Sequence[str]) -> set[TargetLayer]:
             if not lacking:
                 excluded.add(layer)
             elif len(lacking) < len(way):
-                half = _half(way, lacking, EXCLUDED, "leave out the other")
+                half = _half(way, lacking, EXCLUDED, tr("leave out the other"))
                 halves[layer.path] = half
     problems = [_unknown(name, model, every, EXCLUDED) for name in names if name not in matched]
     halves = {path: half for path, half in halves.items() if path not in {one.path for one in excluded}}
@@ -362,16 +364,26 @@ def _half(
     way: Sequence[str],
     lacking: Sequence[str],
     place: str = PLACE,
-    otherwise: str = "use --lora_experts false",
+    otherwise: str = tr("use --lora_experts false"),
 ) -> Problem:
     names, without = ([path.rpartition(".")[2] for path in paths] for paths in (way, lacking))
-    what = f"the routed experts hold {' and '.join(names)} in one parameter, and {without[0]} is not named"
-    return Problem(what, place, f"name {without[0]} too, or {otherwise}")
+    what = tr(
+        "the routed experts hold {names} in one parameter, and {without} is not named",
+        names=" and ".join(names),
+        without=without[0],
+    )
+    return Problem(
+        what, place, tr("name {without} too, or {otherwise}", without=without[0], otherwise=otherwise)
+    )
 
 
 def _beside_text(layer: TargetLayer) -> Problem:
-    what = f"it reaches {layer.path} in the {layer.part}, through which text never passes"
-    return Problem(what, PLACE, "leave it out: an adapter trained on text reaches the language model alone")
+    what = tr(
+        "it reaches {path} in the {part}, through which text never passes", path=layer.path, part=layer.part
+    )
+    return Problem(
+        what, PLACE, tr("leave it out: an adapter trained on text reaches the language model alone")
+    )
 
 
 def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = PLACE) -> Problem:
@@ -379,37 +391,52 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = P
     modules = _modules(model)
     for layer in every if place == PLACE else ():
         if _matches(name, layer.path) and _is_read_by_its_model(layer, model, modules):
-            what = (
-                f'the model\'s code reads the weight of "{name}" itself, so that an adapter would do nothing'
+            what = tr(
+                'the model\'s code reads the weight of "{name}" itself, so that an adapter would do nothing',
+                name=name,
             )
-            return Problem(what, place, "leave it out")
+            return Problem(what, place, tr("leave it out"))
     for layer in every if place == PLACE else ():
         if _matches(name, layer.path) and layer.part in BY_NAME:
             key = next(part for part in layer.path.split(".") if part in layer.keys)
-            what = f'"{name}" is only in the {layer.part}, which an adapter reaches by its own name alone'
-            return Problem(what, place, f"write {key}.*.{layer.leaf}, or {key} for all of it")
+            what = tr(
+                '"{name}" is only in the {part}, which an adapter reaches by its own name alone',
+                name=name,
+                part=layer.part,
+            )
+            return Problem(
+                what, place, tr("write {key}.*.{leaf}, or {key} for all of it", key=key, leaf=layer.leaf)
+            )
     if any(_matches(name, path) for path in left_out_paths(model)):
-        what = f'"{name}" is in a tower for images or sound, through which text never passes'
+        what = tr('"{name}" is in a tower for images or sound, through which text never passes', name=name)
         return Problem(
-            what, place, "leave it out: an adapter trained on text reaches the language model alone"
+            what, place, tr("leave it out: an adapter trained on text reaches the language model alone")
         )
     for path, module in modules.items():
         if path and _matches(name, path) and not list(module.children()):
-            what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
-            return Problem(what, place, "leave it out")
+            what = tr(
+                '"{name}" is a layer of the kind {name2}, and adapters are put on linear layers',
+                name=name,
+                name2=type(module).__name__,
+            )
+            return Problem(what, place, tr("leave it out"))
     own = [layer for layer in every if layer.part not in (VISION, AUDIO, PROJECTOR)]
     fused = {layer.leaf: layer.in_files for layer in own if layer.kind == "experts"}
     leaves = sorted({layer.leaf for layer in own}.union(*fused.values()))
-    what = f'no layer of the model is called "{name}"; it has {", ".join(leaves)}'
+    what = tr(
+        'no layer of the model is called "{name}"; it has {leaves}', name=name, leaves=", ".join(leaves)
+    )
     if fused:
         listed = [
-            leaf if files in ((), (leaf,)) else f"{leaf} ({' and '.join(files)} in its files)"
+            leaf
+            if files in ((), (leaf,))
+            else tr("{leaf} ({files} in its files)", leaf=leaf, files=" and ".join(files))
             for leaf, files in fused.items()
         ]
-        what += f"; its routed experts are {' and '.join(listed)}"
+        what += tr("; its routed experts are {listed}", listed=" and ".join(listed))
         if name in _BOTH and "gate_up_proj" in fused:
-            return Problem(what, place, "use gate_up_proj, or all-linear")
-    return Problem(what, place, did_you_mean(name, leaves) or "or use all-linear")
+            return Problem(what, place, tr("use gate_up_proj, or all-linear"))
+    return Problem(what, place, did_you_mean(name, leaves) or tr("or use all-linear"))
 
 
 # what has an adapter
@@ -448,7 +475,7 @@ class Coverage:
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.parts))
-        text += f"; trained whole: {', '.join(self.whole)}" if self.whole else ""
+        text += tr("; trained whole: {whole}", whole=", ".join(self.whole)) if self.whole else ""
         return text + (f"; rows of {counted(self.tokens, 'token')}" if self.tokens else "")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 PLACE = "new_tokens"
 TOLERANCE = 1e-5
@@ -40,8 +41,8 @@ def begin_token_rows(model: Any, token_ids: Sequence[int]) -> None:
     """
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        what = "the model's head has a bias, which PEFT's layer for trained tokens leaves out"
-        raise UserError(what, place=PLACE, cure="leave it out, or train another base model")
+        what = tr("the model's head has a bias, which PEFT's layer for trained tokens leaves out")
+        raise UserError(what, place=PLACE, cure=tr("leave it out, or train another base model"))
     known, rows = min(token_ids), model.get_input_embeddings().weight.shape[0]
     if max(token_ids) >= rows:
         resize_embeddings(model, max(token_ids) + 1)
@@ -91,8 +92,12 @@ def check_token_rows(model: Any, token_ids: Sequence[int]) -> None:
         with torch.no_grad():
             own, found = base(x), layer(x)
         if not torch.allclose(own, found, rtol=0, atol=TOLERANCE * float(own.abs().max())):
-            what = f"{path} is a {type(base).__name__}, and PEFT's layer for trained tokens computes something else"
-            raise UserError(what, place=PLACE, cure="leave it out, or train another base model")
+            what = tr(
+                "{path} is a {name}, and PEFT's layer for trained tokens computes something else",
+                path=path,
+                name=type(base).__name__,
+            )
+            raise UserError(what, place=PLACE, cure=tr("leave it out, or train another base model"))
 
 
 def missing_rows(model: Any, indices: Mapping[str, Sequence[int]]) -> int:

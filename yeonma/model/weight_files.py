@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.source import BaseSource
 
 if TYPE_CHECKING:
@@ -27,12 +28,16 @@ def weight_files(source: BaseSource, *, download: bool = True) -> list[Path]:
         return [whole]
     index = file_of(source, INDEX, download=download)
     if index is None:
-        raise UserError("no safetensors weights", place=source.name, cure="give a base model that has them")
+        raise UserError(
+            tr("no safetensors weights"), place=source.name, cure=tr("give a base model that has them")
+        )
     names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     paths = [file_of(source, name, download=download) for name in names]
     if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
         raise UserError(
-            f"missing shards: {', '.join(missing)}", place=source.name, cure="download them again"
+            tr("missing shards: {missing}", missing=", ".join(missing)),
+            place=source.name,
+            cure=tr("download them again"),
         )
     return [path for path in paths if path is not None]
 
@@ -54,7 +59,9 @@ def file_of(source: BaseSource, name: str, *, download: bool = True) -> Path | N
     except OSError as error:
         first = str(error).splitlines()[0]
         raise UserError(
-            f"cannot download {name} ({first})", place=source.name, cure="check your network"
+            tr("cannot download {name} ({first})", name=name, first=first),
+            place=source.name,
+            cure=tr("check your network"),
         ) from error
     return None if path is None else Path(path)
 

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from yeonma.errors import UserError
 from yeonma.files import kind_of, replace_file
+from yeonma.messages import tr
 
 FORMAT = 1
 """Of the sums on disk."""
@@ -76,11 +77,13 @@ class WeightSums:
                 sums = _sums_of(file, before.st_size, self.stopped)
                 is_same = _state(os.fstat(file.fileno())) == _state(before) == _state(os.stat(path))
         except OSError as error:
-            problem = f"cannot be read ({error.strerror or error})"
-            raise UserError(problem, place=str(path), cure="download it again, or check the disk") from error
+            problem = tr("cannot be read ({value})", value=error.strerror or error)
+            raise UserError(
+                problem, place=str(path), cure=tr("download it again, or check the disk")
+            ) from error
         if not is_same:
-            cure = "run the command again when nothing writes to it"
-            raise UserError("it changed while it was read", place=str(path), cure=cure)
+            cure = tr("run the command again when nothing writes to it")
+            raise UserError(tr("it changed while it was read"), place=str(path), cure=cure)
         if _is_settled(before, started_ns):
             record = {"format": FORMAT, "path": str(path), "state": _state(before), "sha256": sums.sha256}
             tensors = None if sums.tensors is None else f"{sums.tensors:064x}"

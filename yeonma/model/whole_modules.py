@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from yeonma.errors import Problem, UserError, did_you_mean, first_line
+from yeonma.messages import tr
 from yeonma.model.targets import TargetLayer
 
 PLACE = "modules_to_save"
@@ -68,27 +69,29 @@ def _shared(model: Any, modules: dict[str, nn.Module]) -> set[str]:
 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> Problem:
     leaves = sorted({path.rpartition(".")[2] for path, module in modules.items() if not module._modules})
-    cure = did_you_mean(name, leaves) or f"it has {', '.join(leaf for leaf in leaves if not leaf.isdigit())}"
-    return Problem(f'no module of the model is called "{name}"', PLACE, cure)
+    cure = did_you_mean(name, leaves) or tr(
+        "it has {leaves}", leaves=", ".join(leaf for leaf in leaves if not leaf.isdigit())
+    )
+    return Problem(tr('no module of the model is called "{name}"', name=name), PLACE, cure)
 
 
 def _problems(path: str, module: nn.Module, reached: Sequence[TargetLayer]) -> list[Problem]:
     from transformers.modeling_layers import GradientCheckpointingLayer  # imports torch's compiler
 
     inside = list(module.modules())
-    what, cure = "", "name the modules in it that are to be trained whole"
+    what, cure = "", tr("name the modules in it that are to be trained whole")
     if any(isinstance(one, GradientCheckpointingLayer) for one in inside):
-        what = f"{path} holds whole layers of the model"
+        what = tr("{path} holds whole layers of the model", path=path)
     elif isinstance(module, _CONTAINERS):
-        what = f"{path} is a list of modules"
+        what = tr("{path} is a list of modules", path=path)
     elif next(module.parameters(), None) is None:
-        what, cure = f"{path} has no weights", "leave it out"
+        what, cure = tr("{path} has no weights", path=path), tr("leave it out")
     elif any(_is_packed(weight) for weight in module.parameters()):
-        what, cure = f"{path} is quantised", "leave it out, or leave out --quantization"
+        what, cure = tr("{path} is quantised", path=path), tr("leave it out, or leave out --quantization")
     elif adapted := [layer for layer in reached if layer.path == path or _is_within(layer.path, path)]:
         names = ", ".join(dict.fromkeys(layer.leaf for layer in adapted))
-        what = f"{path} would be trained whole and have an adapter too ({names})"
-        cure = f"keep the adapter out of it with --exclude_modules '[{path}]'"
+        what = tr("{path} would be trained whole and have an adapter too ({names})", path=path, names=names)
+        cure = tr("keep the adapter out of it with --exclude_modules '[{path}]'", path=path)
     return [Problem(what, PLACE, cure)] if what else []
 
 
@@ -100,7 +103,9 @@ def check_not_quantised(model: Any, paths: Sequence[str], quantised: Iterable[nn
     """Raises UserError for modules with layers that will be `quantised` once the weights are loaded."""
     layers = set(quantised)
     problems = [
-        Problem(f"{path} will be quantised", PLACE, "leave it out, or leave out --quantization")
+        Problem(
+            tr("{path} will be quantised", path=path), PLACE, tr("leave it out, or leave out --quantization")
+        )
         for path in paths
         if not layers.isdisjoint(model.get_submodule(path).modules())
     ]
@@ -126,16 +131,20 @@ def begin_whole_modules(model: Any, paths: Sequence[str], shared: bool) -> None:
         raise RuntimeError(f"PEFT trains other modules whole: {sorted(wrapped ^ set(paths))[:5]}")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if shared and embedding.weight is not head.weight:
-        what = "embedding and head of this model share a weight, and PEFT would train them apart"
-        raise UserError(what, place=PLACE, cure="leave them out")
+        what = tr("embedding and head of this model share a weight, and PEFT would train them apart")
+        raise UserError(what, place=PLACE, cure=tr("leave them out"))
     if not keep_float32(model) or next(model.parameters()).device.type == "meta":
         return
     try:
         with torch.no_grad():
             model(input_ids=torch.tensor([[0, 1]], device=model.device))
     except (RuntimeError, TypeError, ValueError) as error:
-        what = f"the model does not compute with float32 weights in {', '.join(paths)} ({first_line(error)})"
-        raise UserError(what, place=PLACE, cure="use --dtype float32, or leave it out") from error
+        what = tr(
+            "the model does not compute with float32 weights in {paths} ({error})",
+            paths=", ".join(paths),
+            error=first_line(error),
+        )
+        raise UserError(what, place=PLACE, cure=tr("use --dtype float32, or leave it out")) from error
 
 
 def keep_float32(model: Any) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.published import Method, Published
 from yeonma.model.weight_files import LazyTensor, stored_tensors
 
@@ -71,8 +72,8 @@ def _transposed(tensor: LazyTensor) -> torch.Tensor:
 
 
 def _unfit(name: str, why: str, place: str) -> UserError:
-    cure = "download the model again, or give the unquantised one"
-    return UserError(f"{name} cannot be dequantised: {why}", place=place, cure=cure)
+    cure = tr("download the model again, or give the unquantised one")
+    return UserError(tr("{name} cannot be dequantised: {why}", name=name, why=why), place=place, cure=cure)
 
 
 # fp8
@@ -89,10 +90,10 @@ def _fp8(stored: Tensors, published: Published, place: str) -> Tensors:
             continue
         if name not in scales:
             if tensor.dtype.startswith("F8"):
-                raise _unfit(name, "it has no scale", place)
+                raise _unfit(name, tr("it has no scale"), place)
             whole[name] = tensor
         elif tensor.dtype not in ("F8_E4M3", "F8_E5M2"):
-            raise _unfit(name, f"its numbers are {tensor.dtype}, not fp8", place)
+            raise _unfit(name, tr("its numbers are {dtype}, not fp8", dtype=tensor.dtype), place)
         else:
             read = partial(_read_fp8, name, tensor, stored[scales[name]], block, place)
             whole[name] = LazyTensor(read, "F32")
@@ -116,8 +117,10 @@ def _read_fp8(
     try:
         return numbers.mul_(_expanded(factors, numbers.shape, block))
     except (ValueError, RuntimeError) as error:
-        shapes = f"weight {tuple(numbers.shape)}, scale {tuple(factors.shape)}"
-        raise _unfit(name, f"{shapes}, and blocks of {block}", place) from error
+        shapes = tr("weight {shape}, scale {shape2}", shape=tuple(numbers.shape), shape2=tuple(factors.shape))
+        raise _unfit(
+            name, tr("{shapes}, and blocks of {block}", shapes=shapes, block=block), place
+        ) from error
 
 
 def _float_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -159,7 +162,7 @@ def _mxfp4(stored: Tensors, published: Published, place: str, *, packed: bool = 
         if weight != name:
             scales = stored.get(f"{weight}_scales")
             if scales is None:
-                raise _unfit(weight, f"{weight}_scales is missing", place)
+                raise _unfit(weight, tr("{weight}_scales is missing", weight=weight), place)
             read = partial(_read_mxfp4, weight, tensor, scales, place, packed)
             whole[weight] = LazyTensor(read, "U8" if packed else "BF16")
         elif f"{name.removesuffix('_scales')}_blocks" not in stored:
@@ -172,7 +175,11 @@ def _read_mxfp4(
 ) -> torch.Tensor:
     packed, exponents = blocks[...], scales[...]
     if packed.ndim != 4 or exponents.shape != packed.shape[:-1] or packed.dtype != torch.uint8:
-        why = f"blocks {tuple(packed.shape)} and scales {tuple(exponents.shape)} do not belong together"
+        why = tr(
+            "blocks {shape} and scales {shape2} do not belong together",
+            shape=tuple(packed.shape),
+            shape2=tuple(exponents.shape),
+        )
         raise _unfit(name, why, place)
     if is_packed:
         return torch.cat([packed, exponents.unsqueeze(-1)], dim=-1)
@@ -212,7 +219,7 @@ def _compressed(stored: Tensors, published: Published, place: str) -> Tensors:
         elif part == "weight_scale":
             scheme = _scheme(layer, config.config_groups)
             if scheme is None:
-                raise _unfit(layer, "no group of the quantisation names it", place)
+                raise _unfit(layer, tr("no group of the quantisation names it"), place)
             read = partial(_decompress, layer, packed[layer], scheme, str(config.format), place)
             whole[f"{layer}.weight"] = LazyTensor(read, "BF16")
     return whole
@@ -246,7 +253,9 @@ def _decompress(
         compressor = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
         weight: torch.Tensor = compressor.decompress(tensors, scheme)["weight"]
     except Exception as error:  # whatever the package raises for tensors of another form
-        raise _unfit(layer, f"compressed-tensors fails on it ({error!s:.200})", place) from error
+        raise _unfit(
+            layer, tr("compressed-tensors fails on it ({error!s:.200})", error=error), place
+        ) from error
     return weight.data if isinstance(weight, torch.nn.Parameter) else weight
 
 
@@ -264,7 +273,7 @@ def _bitsandbytes(stored: Tensors, published: Published, place: str) -> Tensors:
         elif part == "weight" and tensor.dtype == "I8":
             scale = stored.get(f"{layer}.SCB")
             if scale is None:
-                raise _unfit(name, f"{layer}.SCB is missing", place)
+                raise _unfit(name, tr("{layer}.SCB is missing", layer=layer), place)
             whole[name] = LazyTensor(partial(_read_int8, tensor, scale), "F32")
         elif (
             part not in ("SCB", "weight_format")

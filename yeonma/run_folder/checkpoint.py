@@ -41,6 +41,7 @@ from yeonma.files import (
     sync,
     sync_and_verify,
 )
+from yeonma.messages import tr
 from yeonma.run_folder.entries import (
     PARTIAL_FILES,
     PARTIAL_FINAL,
@@ -150,8 +151,11 @@ def write_checkpoint(
     checkpoint = checkpoint_path(output, state.step)
     partial = hidden_path(checkpoint, "partial")
     tensors = sum(tensor.nbytes for tensor in (*optimizer.values(), *random.values()))
-    needed, what = adapter.about_bytes + tensors + ALLOWANCE_BYTES, f"the checkpoint of step {state.step}"
-    cure = "make room or lower --save_total_limit"
+    needed, what = (
+        adapter.about_bytes + tensors + ALLOWANCE_BYTES,
+        tr("the checkpoint of step {step}", step=state.step),
+    )
+    cure = tr("make room or lower --save_total_limit")
     delete(partial)
     check_free(output, needed, what, f"{cure}, {THEN_CONTINUE}")
     with disk_errors_as_user_errors(output, what, needed, cure, THEN_CONTINUE):
@@ -213,23 +217,32 @@ def read_state(checkpoint: Path) -> RunProgress:
     try:
         hashes = json.loads(read_regular(checkpoint / MANIFEST))["sha256"]
         if missing := _missing(hashes):
-            raise UserError(f"it has no SHA-256 of {', '.join(missing)}", place=str(checkpoint / MANIFEST))
+            raise UserError(
+                tr("it has no SHA-256 of {missing}", missing=", ".join(missing)),
+                place=str(checkpoint / MANIFEST),
+            )
         for name, expected in hashes.items():
             path = checkpoint / name
             if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-                raise UserError(f"it lists {brief(name)}", place=str(checkpoint / MANIFEST))
+                raise UserError(tr("it lists {name}", name=brief(name)), place=str(checkpoint / MANIFEST))
             if (kind := kind_of(path)) != "file":
-                what = f"it is a {kind}, not a file" if kind else "it is missing, but the manifest lists it"
+                what = (
+                    tr("it is a {kind}, not a file", kind=kind)
+                    if kind
+                    else tr("it is missing, but the manifest lists it")
+                )
                 raise UserError(what, place=str(path))
             if file_hash(path) != expected:
-                raise UserError("its SHA-256 differs from the manifest's", place=str(path))
+                raise UserError(tr("its SHA-256 differs from the manifest's"), place=str(path))
         name = STATE
         state = RunProgress.from_json(read_regular(checkpoint / STATE).decode())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"it cannot be read ({error})", place=str(checkpoint / name)) from error
+        raise UserError(
+            tr("it cannot be read ({error})", error=error), place=str(checkpoint / name)
+        ) from error
     if is_checkpoint(checkpoint.name) and state.step != step_of(checkpoint):
         raise UserError(
-            f"it is the state of step {state.step}: the folder has another checkpoint's name",
+            tr("it is the state of step {step}: the folder has another checkpoint's name", step=state.step),
             place=str(checkpoint / STATE),
         )
     return state
@@ -247,12 +260,23 @@ def _missing(names: Collection[str]) -> list[str]:
 def newest_whole(output: Path, log: Log) -> tuple[Path, RunProgress] | None:
     """The newest undamaged checkpoint and its state. Logs and skips damaged ones, and names that no run gives."""
     for name in passed_over(output) if output.is_dir() else ():
-        log(f"passing over {name}: a run names its checkpoints checkpoint-1, checkpoint-2 and so on")
+        log(
+            tr(
+                "passing over {name}: a run names its checkpoints checkpoint-1, checkpoint-2 and so on",
+                name=name,
+            )
+        )
     for checkpoint in reversed(checkpoints(output)):
         try:
             return checkpoint, read_whole(checkpoint)
         except UserError as error:
-            log(f"skipping {checkpoint.name}, which is damaged: {error}")
+            log(
+                tr(
+                    "skipping {checkpoint}, which is damaged: {error}",
+                    checkpoint=checkpoint.name,
+                    error=error,
+                )
+            )
     return None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from yeonma.errors import Problem, UserError
 from yeonma.files import kind_of
+from yeonma.messages import tr
 
 RUN = "run.json"
 SEAL = "manifest.json"
@@ -87,25 +88,31 @@ def check_entries(output: Path, *, full: bool = False) -> None:
         return
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror})", place=str(output), cure="give another output_dir"
+            tr("cannot be read ({strerror})", strerror=error.strerror),
+            place=str(output),
+            cure=tr("give another output_dir"),
         ) from error
     problems = []
     for name in names:
         wanted = _kind_wanted(name) or ("file" if full and is_model_file(name) else "")
         found = kind_of(output / name) if wanted else ""
         if found and found != wanted:
-            what = f"it is a {found}, and a run has a {wanted} of this name"
-            problems.append(Problem(what, str(output / name), "remove it, or give another output_dir"))
+            what = tr("it is a {found}, and a run has a {wanted} of this name", found=found, wanted=wanted)
+            problems.append(Problem(what, str(output / name), tr("remove it, or give another output_dir")))
         elif name in WRITTEN_IN_PLACE and _names_of(output / name) > 1:
-            what = "it has another name elsewhere (a hard link), and a run would write there too"
-            cure = f"put a copy in its place: cp -p {name} {name}.copy && mv {name}.copy {name}"
-            problems.append(Problem(what, str(output / name), "remove it" if name == LOCK else cure))
+            what = tr("it has another name elsewhere (a hard link), and a run would write there too")
+            cure = tr("put a copy in its place: cp -p {name} {name}.copy && mv {name}.copy {name}", name=name)
+            problems.append(Problem(what, str(output / name), tr("remove it") if name == LOCK else cure))
         elif other := _taken_for(name, names, output):
-            what = f"this disk does not tell it from {other}, which a run would replace"
-            problems.append(Problem(what, str(output / name), f"rename it to {other}, or move it elsewhere"))
+            what = tr("this disk does not tell it from {other}, which a run would replace", other=other)
+            problems.append(
+                Problem(
+                    what, str(output / name), tr("rename it to {other}, or move it elsewhere", other=other)
+                )
+            )
     if problems:
         more = len(problems) - _MOST_NAMED
-        rest = [Problem(f"there are {more} more such names", str(output))] if more > 0 else []
+        rest = [Problem(tr("there are {more} more such names", more=more), str(output))] if more > 0 else []
         raise UserError([*problems[:_MOST_NAMED], *rest])
 
 

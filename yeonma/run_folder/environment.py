@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 import torch
 
+from yeonma.messages import tr
 from yeonma.packages import version_of
 
 
@@ -38,14 +39,14 @@ def environment_change(
     """A line that lists the changes and their effect; None if there are none. Entries that an older checkpoint does not
     record are ignored."""
     changes = [
-        f"{name} was {before[name]} and is now {now[name]}"
+        tr("{name} was {before} and is now {now}", name=name, before=before[name], now=now[name])
         for name in now
         if name in before and before[name] != now[name]
     ]
     if not changes:
         return None
-    effect = (
+    effect = tr(
         "every step has the same rows, but the result equals that of an uninterrupted run only to rounding"
     )
-    dropout_effect = "; dropout draws other numbers" if dropout and "processes" in changes[0] else ""
+    dropout_effect = tr("; dropout draws other numbers") if dropout and "processes" in changes[0] else ""
     return f"{', '.join(changes)}: {effect}{dropout_effect}"

@@ -23,6 +23,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout, lock_descrip
 
 from yeonma.errors import Log, UserError, brief
 from yeonma.files import DISK_ERRORS, NO_LOCKS, kind_of, open_regular, read_regular, sync, user_path
+from yeonma.messages import tr
 from yeonma.run_folder.entries import LOCK, SOFT_LOCK, check_entries
 
 WAIT_SECONDS, POLL_SECONDS = 0.2, 0.02
@@ -130,8 +131,8 @@ def _acquired(output: Path, log: Log) -> BaseFileLock:
         if error.errno in (*DISK_ERRORS, errno.EMFILE, errno.ENFILE):
             raise
         if error.errno not in NO_LOCKS:
-            cure = "remove it, or give another output_dir"
-            what = f"cannot be locked: {error.strerror}"
+            cure = tr("remove it, or give another output_dir")
+            what = tr("cannot be locked: {strerror}", strerror=error.strerror)
             raise UserError(what, place=str(output / LOCK), cure=cure) from error
         reason = error.strerror
     with suppress(OSError):
@@ -143,7 +144,14 @@ def _acquired(output: Path, log: Log) -> BaseFileLock:
         soft.acquire()
     except Timeout:
         raise _locked_error(output) from None
-    log(f"{output}: the disk cannot lock files ({reason}), so {SOFT_LOCK} keeps other runs out")
+    log(
+        tr(
+            "{output}: the disk cannot lock files ({reason}), so {soft_lock} keeps other runs out",
+            output=output,
+            reason=reason,
+            soft_lock=SOFT_LOCK,
+        )
+    )
     return soft
 
 
@@ -160,21 +168,34 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _locked_error(output: Path) -> UserError:
-    cure = "wait until it ends, or give another output_dir"
+    cure = tr("wait until it ends, or give another output_dir")
     if kind_of(output / SOFT_LOCK):
         with suppress(OSError, UserError, ValueError):
             process, host, *_ = read_regular(output / SOFT_LOCK).decode("utf-8", "replace").splitlines()
-            who = f"process {brief(process)} on {brief(host)}"
-            cure += f"; if that process has ended, delete {output / SOFT_LOCK}"
-            return UserError(f"another run is writing here ({who})", place=f"output_dir {output}", cure=cure)
+            who = tr("process {process} on {host}", process=brief(process), host=brief(host))
+            cure += tr("; if that process has ended, delete {output}", output=output / SOFT_LOCK)
+            return UserError(
+                tr("another run is writing here ({who})", who=who),
+                place=tr("output_dir {output}", output=output),
+                cure=cure,
+            )
     try:
         with open(output / LOCK, "rb", buffering=0, opener=open_regular) as file:
             file.seek(1)
             holder = json.loads(file.read(4096))
-        who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+        who = tr(
+            "process {process} on {host}, since {since}",
+            process=holder["process"],
+            host=holder["host"],
+            since=holder["since"],
+        )
     except (UserError, OSError, ValueError, KeyError, TypeError):  # locked a moment ago, not written yet
-        who = "its process is not known yet"
-    return UserError(f"another run is writing here ({who})", place=f"output_dir {output}", cure=cure)
+        who = tr("its process is not known yet")
+    return UserError(
+        tr("another run is writing here ({who})", who=who),
+        place=tr("output_dir {output}", output=output),
+        cure=cure,
+    )
 
 
 def _create(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from yeonma.files import (
     sync_and_verify,
     user_path,
 )
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.base_content import changes, content_of, listed
 from yeonma.run_folder.checkpoint import (
     ALLOWANCE_BYTES,
@@ -112,9 +112,9 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
         foreign = [*_run_files(output), *checkpoints(output), *output.glob("config.json")]
         if foreign:
             names = ", ".join(path.name for path in foreign)
-            cure = "give another folder, or --overwrite true"
-            what = f"it holds files that are not from a run ({names})"
-            raise UserError(what, place=f"output_dir {output}", cure=cure)
+            cure = tr("give another folder, or --overwrite true")
+            what = tr("it holds files that are not from a run ({names})", names=names)
+            raise UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
     else:
         recorded, finished = _read_run(output / RUN)
         remarks.append(_check_same(identity, recorded, str(output)))
@@ -131,14 +131,20 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
     if newest is None:
         if resume == "latest" and (damaged := checkpoints(output)):
             names = ", ".join(path.name for path in damaged)
-            cure = "restore them, or give --resume_from_checkpoint none, which deletes them and starts over"
+            cure = tr(
+                "restore them, or give --resume_from_checkpoint none, which deletes them and starts over"
+            )
             raise UserError(
-                f"all of its checkpoints are damaged ({names})", place=f"output_dir {output}", cure=cure
+                tr("all of its checkpoints are damaged ({names})", names=names),
+                place=tr("output_dir {output}", output=output),
+                cure=cure,
             )
         if resume == "latest" and (other := _other_checkpoints(output)):
-            what = f"none of its checkpoints has a name that a run gives ({', '.join(other)})"
-            cure = "give each its name back, or --resume_from_checkpoint none, which starts over beside them"
-            raise UserError(what, place=f"output_dir {output}", cure=cure)
+            what = tr("none of its checkpoints has a name that a run gives ({other})", other=", ".join(other))
+            cure = tr(
+                "give each its name back, or --resume_from_checkpoint none, which starts over beside them"
+            )
+            raise UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
         return Start()
     remarks.append(_check_same(identity, newest[1].identity, str(newest[0])))
     _log_first(remarks, log)
@@ -164,8 +170,15 @@ def _check_no_other_model(output: Path, identity: Mapping[str, Any]) -> None:
     if not is_full(identity) or _wrote_model(output) or not output.is_dir():
         return
     if found := sorted(path.name for path in output.iterdir() if is_model_file(path.name)):
-        what = f"it holds a model that is not from a run ({brief(', '.join(found))}), which overwrite does not replace"
-        raise UserError(what, place=f"output_dir {output}", cure="give another folder, or remove these files")
+        what = tr(
+            "it holds a model that is not from a run ({found}), which overwrite does not replace",
+            found=brief(", ".join(found)),
+        )
+        raise UserError(
+            what,
+            place=tr("output_dir {output}", output=output),
+            cure=tr("give another folder, or remove these files"),
+        )
 
 
 def _log_first(remarks: list[str], log: Log) -> None:
@@ -181,14 +194,16 @@ def _other_checkpoints(output: Path) -> list[str]:
 
 
 def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
-    place = f"resume_from_checkpoint {checkpoint}"
+    place = tr("resume_from_checkpoint {checkpoint}", checkpoint=checkpoint)
     if overwrite:
-        raise UserError("overwrite would delete it", place=place, cure="give only one of the two")
+        raise UserError(tr("overwrite would delete it"), place=place, cure=tr("give only one of the two"))
     if not checkpoint.is_dir():
-        raise UserError("no such checkpoint", place=place, cure="give its folder, or latest")
+        raise UserError(tr("no such checkpoint"), place=place, cure=tr("give its folder, or latest"))
     if checkpoint.resolve().parent != output.resolve():  # its metrics and best checkpoint are there
         raise UserError(
-            "it belongs to another output_dir", place=place, cure=f"give --output_dir {checkpoint.parent}"
+            tr("it belongs to another output_dir"),
+            place=place,
+            cure=tr("give --output_dir {parent}", parent=checkpoint.parent),
         )
 
 
@@ -201,7 +216,7 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
             raise TypeError("it does not say what the run depends on, and whether it is finished")
         return identity, finished
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        cure = "give another output_dir, or --overwrite true"
+        cure = tr("give another output_dir, or --overwrite true")
         raise UserError(f"damaged ({error})", place=str(path), cure=cure) from error
 
 
@@ -211,21 +226,25 @@ def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place:
     found = differences(identity, recorded)
     if [*found] == [CONTENT_OF_BASE]:
         is_folder = Path(str(identity.get("base_model"))).is_dir()
-        give = "restore its files, or give a folder that has them with --base_model"
-        give = give if is_folder else "give the commit that the run began with as --model_revision"
-        cure = f"{give}; else give another output_dir, or --overwrite true"
+        give = tr("restore its files, or give a folder that has them with --base_model")
+        give = give if is_folder else tr("give the commit that the run began with as --model_revision")
+        cure = tr("{give}; else give another output_dir, or --overwrite true", give=give)
         raise UserError(found[CONTENT_OF_BASE], place=place, cure=cure)
     if found:
-        cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
+        cure = tr("give the earlier settings to continue it, another output_dir, or --overwrite true")
         problems = [Problem(what, place) for what in found.values()]
-        raise UserError([*problems, Problem("the folder holds another run", place, cure)])
+        raise UserError([*problems, Problem(tr("the folder holds another run"), place, cure)])
     then, now = (
         ", ".join(str(one[name]) for name in NAMES_OF_BASE if one.get(name)) for one in (recorded, identity)
     )
     return (
         ""
         if then == now
-        else f"the base model is {now} now; it has the content of {then}, with which the run began"
+        else tr(
+            "the base model is {now} now; it has the content of {then}, with which the run began",
+            now=now,
+            then=then,
+        )
     )
 
 
@@ -240,9 +259,13 @@ def differences(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
         try:
             changed = changes(content_of(base_then), content_of(base_now))
         except ValueError:
-            changed = ["its record is damaged"]
+            changed = [tr("its record is damaged")]
         if changed:
-            found[CONTENT_OF_BASE] = f"the {CONTENT_OF_BASE} has changed: {listed(changed)}"
+            found[CONTENT_OF_BASE] = tr(
+                "the {content_of_base} has changed: {changed}",
+                content_of_base=CONTENT_OF_BASE,
+                changed=listed(changed),
+            )
         else:
             for name in NAMES_OF_BASE:
                 then[name] = now.get(name)
@@ -254,8 +277,8 @@ def differences(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
 
 def _difference(key: str, before: object, now: object) -> str:
     if key.startswith("content of"):  # the values are SHA-256 sums
-        return f"the {key} has changed"
-    return f"{key} was {before!r} and is now {now!r}"
+        return tr("the {key} has changed", key=key)
+    return tr("{key} was {before!r} and is now {now!r}", key=key, before=before, now=now)
 
 
 def begin(
@@ -341,7 +364,9 @@ def install(output: Path, adapter: AdapterWriter) -> None:
     """
     staging, what = output / PARTIAL_FINAL, f"the {adapter.noun}"
     delete(staging)
-    check_free(output, adapter.about_bytes, what, f"make room, {THEN_CONTINUE}")
+    check_free(
+        output, adapter.about_bytes, what, tr("make room, {then_continue}", then_continue=THEN_CONTINUE)
+    )
     with disk_errors_as_user_errors(output, what, adapter.about_bytes, then=THEN_CONTINUE):
         try:
             staging.mkdir()
@@ -433,5 +458,5 @@ def check_disk_space(
             f"the run needs {needed:,} bytes here ({counted(count, 'checkpoint')} of {checkpoint:,} at once, and the "
             f"{noun}), and {free:,} are free"
         )
-        cure = "make room, give another output_dir, or keep fewer checkpoints with --save_total_limit"
-        raise UserError(what, place=f"output_dir {output}", cure=cure)
+        cure = tr("make room, give another output_dir, or keep fewer checkpoints with --save_total_limit")
+        raise UserError(what, place=tr("output_dir {output}", output=output), cure=cure)

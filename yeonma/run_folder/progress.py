@@ -18,6 +18,7 @@ from rich.status import Status
 from rich.text import Text
 
 from yeonma.errors import Log
+from yeonma.messages import tr
 from yeonma.run_folder.notebook_block import notebook_block
 from yeonma.run_folder.phases import in_two_units
 from yeonma.shown import MOST_OF_A_LINE, one_line
@@ -174,18 +175,27 @@ class Progress:
         self._evaluation_seconds = record.seconds
         if self._block:
             self._block.evaluation(record.step, record.loss)
-        units = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
+        units = tr("labelled answers") if "reward_desirable" in record.metrics else "pairs"
         metrics = "".join(f"  {reward}" for reward in _rewards(record.metrics))
         if record.perplexity is not None:
             metrics, units = f"  perplexity {_perplexity(record.perplexity)}", "examples"
             metrics += _label_scores(record.metrics)
         self.print_line(
-            f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}"
-            f"  validation loss {record.loss:.4f}{metrics}"
-            f"  {record.examples} {units} in {in_two_units(record.seconds)}"
+            tr(
+                "step {step}/{total_steps}  epoch {epoch:.2f}  validation loss {loss:.4f}{metrics}  "
+                "{examples} {units} in {seconds}",
+                step=record.step,
+                total_steps=self._total_steps,
+                epoch=record.epoch,
+                loss=record.loss,
+                metrics=metrics,
+                examples=record.examples,
+                units=units,
+                seconds=in_two_units(record.seconds),
+            )
         )
         for name, loss in record.losses.items():
-            self.print_line(f"  {name}  validation loss {loss:.4f}")
+            self.print_line(tr("  {name}  validation loss {loss:.4f}", name=name, loss=loss))
 
     def print_line(self, text: str) -> None:
         """Prints a line, without markup or wrapping; in a notebook, within the block. A Log."""

@@ -24,10 +24,11 @@ from typing import Any
 
 from yeonma.errors import Log, UserError
 from yeonma.files import MOST_BYTES, disk_errors_as_user_errors, kind_of, open_regular, sync, write_all
+from yeonma.messages import tr
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
 METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
-THEN_CONTINUE = "then run the same command to continue from the last checkpoint"
+THEN_CONTINUE = tr("then run the same command to continue from the last checkpoint")
 VARYING = ("seconds", "peak_memory_bytes")
 """Numbers of a step that differ from run to run. The sum of a log leaves them out, so that checkpoints are equal."""
 
@@ -71,7 +72,7 @@ class LogFile:
     def sync(self) -> None:
         """Syncs the file to disk. Call it before a checkpoint gets its name, so that a power failure leaves no
         checkpoint without the lines of its steps. Raises as `append`."""
-        with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", then=THEN_CONTINUE):
+        with disk_errors_as_user_errors(Path(self.file.name), tr("the steps' lines"), then=THEN_CONTINUE):
             os.fsync(self.file.fileno())
 
     def __enter__(self) -> Any:
@@ -86,7 +87,7 @@ class MetricsFile(LogFile):
     """metrics.jsonl, opened by `open_metrics`."""
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
-        self.append(_metrics_values(record), "a step's line")
+        self.append(_metrics_values(record), tr("a step's line"))
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TrainedRows(LogFile):
     """trained_rows.jsonl, opened by `open_trained_rows`."""
 
     def write(self, step: int, rows: list[int] | dict[str, list[int]]) -> None:
-        self.append({"step": step, "rows": rows}, "a step's rows")
+        self.append({"step": step, "rows": rows}, tr("a step's rows"))
 
 
 def open_metrics(
@@ -135,16 +136,21 @@ def check_logs(output: Path, sums: Mapping[str, Mapping[str, Any]], step: int, l
         if recorded is None or not recorded["lines"]:
             continue
         if not kind_of(path):
-            log(f"warning: {path} is missing: it will begin after step {step}")
+            log(tr("warning: {path} is missing: it will begin after step {step}", path=path, step=step))
             continue
         present = LineSum()
         with suppress(UserError):  # the lines before it are too few
             for _, values in islice(lines_of(path), recorded["lines"]):
                 present.add(values)
         if present.as_record() != recorded:
-            what = f"its first {recorded['lines']:,} lines are not those that the run wrote up to step {step}"
-            cure = (
-                f"restore a copy, or delete the file: the run then continues, and it begins after step {step}"
+            what = tr(
+                "its first {lines:,} lines are not those that the run wrote up to step {step}",
+                lines=recorded["lines"],
+                step=step,
+            )
+            cure = tr(
+                "restore a copy, or delete the file: the run then continues, and it begins after step {step}",
+                step=step,
             )
             raise UserError(what, place=str(path), cure=cure)
 
@@ -157,7 +163,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     missing, or if a line is invalid.
     """
     if not path.is_file():
-        raise UserError("no such file", place=str(path))
+        raise UserError(tr("no such file"), place=str(path))
     return [values for _, values in _metrics(path)]
 
 
@@ -209,11 +215,11 @@ def _opened(
 
 
 def _trained_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _lines(path, _is_rows, "not the rows of a step")
+    return _lines(path, _is_rows, tr("not the rows of a step"))
 
 
 def _metrics(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _lines(path, _is_metrics, "not a record of a step")
+    return _lines(path, _is_metrics, tr("not a record of a step"))
 
 
 def _is_rows(values: Mapping[str, Any]) -> bool:
@@ -267,5 +273,5 @@ def _lines(
             except (ValueError, RecursionError):
                 values = None
             if not (isinstance(values, dict) and _is_step(values.get("step")) and is_valid(values)):
-                raise UserError(problem, place=f"{path}:{number}", cure="delete this line")
+                raise UserError(problem, place=f"{path}:{number}", cure=tr("delete this line"))
             yield end, values

@@ -15,6 +15,7 @@ from typing import Any
 
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import replace_file
+from yeonma.messages import tr
 from yeonma.packages import install
 from yeonma.run_folder.loss_plot import loss_svg
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
@@ -26,7 +27,7 @@ from yeonma.svg import Point
 Settings = Mapping[str, object]
 
 
-def plot_loss(metrics_path: Path, svg_path: Path, per: str = "trained token") -> None:
+def plot_loss(metrics_path: Path, svg_path: Path, per: str = tr("trained token")) -> None:
     """Draw training loss (each step, and a moving mean) and validation loss over the steps, for light and dark themes.
 
     The file is written beside its place and renamed. Without a loss there is no file. It has a few kilobytes however
@@ -64,7 +65,13 @@ class Trackers:
                 tracker.log(step, values)
             except Exception as error:
                 self._running.remove(tracker)
-                _warn(f"{tracker.name} failed and gets no more metrics; training goes on ({_reason(error)})")
+                _warn(
+                    tr(
+                        "{tracker} failed and gets no more metrics; training goes on ({error})",
+                        tracker=tracker.name,
+                        error=_reason(error),
+                    )
+                )
 
     def close(self, failed: bool = False) -> None:
         """Finish every tracker, as a failed run where `failed`. More calls do nothing."""
@@ -73,7 +80,7 @@ class Trackers:
             try:
                 tracker.close(failed)
             except Exception as error:
-                _warn(f"{tracker.name} failed at its end ({_reason(error)})")
+                _warn(tr("{tracker} failed at its end ({error})", tracker=tracker.name, error=_reason(error)))
 
     def __enter__(self) -> Trackers:
         return self
@@ -117,9 +124,11 @@ def open_trackers(
             running.append(_START[tracker](name, output_dir, shown, start_step))
         except Exception as error:
             Trackers(running).close(failed=True)
-            cure = f"see that {tracker} works by itself, or leave it out"
+            cure = tr("see that {tracker} works by itself, or leave it out", tracker=tracker)
             raise UserError(
-                f"{tracker} cannot start: {_reason(error)}", place="report_to", cure=cure
+                tr("{tracker} cannot start: {error}", tracker=tracker, error=_reason(error)),
+                place="report_to",
+                cure=cure,
             ) from error
     return Trackers(running)
 
@@ -206,12 +215,12 @@ _START: Mapping[str, Callable[[str, Path, Settings, int], RunningTracker]] = {
 
 def _problems(name: str) -> list[Problem]:
     if name not in _START:
-        cure = did_you_mean(name, _START) or f"known are {', '.join(_START)}"
-        return [Problem(f'no tracker "{name}"', place="report_to", cure=cure)]
+        cure = did_you_mean(name, _START) or tr("known are {start}", start=", ".join(_START))
+        return [Problem(tr('no tracker "{name}"', name=name), place="report_to", cure=cure)]
     spec = find_spec(name)
     # A folder `wandb`, left by a run in the working folder, imports as a package without an origin.
     if spec is None or spec.origin is None:
-        return [Problem(f"{name} is not installed", place="report_to", cure=install(name))]
+        return [Problem(tr("{name} is not installed", name=name), place="report_to", cure=install(name))]
     return []
 
 

@@ -28,7 +28,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.turns import ToolCall
 from yeonma.errors import UserError
 from yeonma.generation.json_grammar import JsonGrammar, JsonVocabulary
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.serve.one_at_a_time import Full, OneAtATime
 from yeonma.serve.openai_api import (
     UNSUPPORTED,
@@ -512,7 +512,7 @@ def _worker_error(error: Exception) -> RequestError:
         return RequestError(503, str(error))
     if isinstance(error, GrammarFailed):
         return RequestError(500, str(error))
-    log.error("an answer failed", exc_info=error)
+    log.error(tr("an answer failed"), exc_info=error)
     return _internal_error()
 
 

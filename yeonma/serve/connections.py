@@ -24,6 +24,7 @@ from time import monotonic
 from typing import Any, cast
 
 from yeonma.errors import Log
+from yeonma.messages import tr
 from yeonma.serve.openai_api import RequestError
 from yeonma.serve.request_framing import MAX_BODY_BYTES, BadRequest, RequestFraming
 
@@ -165,7 +166,7 @@ class Connection(asyncio.Protocol):
             self._refuse(BadRequest(408, "the request did not come in time"))
         else:
             self.abort()
-        return "too slow"
+        return tr("too slow")
 
     def abort(self) -> None:
         self._connections.forget(self)
@@ -335,7 +336,9 @@ class Connections:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self.count("no file left to open" if error.errno in OUT_OF_RESOURCES else str(error.strerror))
+                self.count(
+                    tr("no file left to open") if error.errno in OUT_OF_RESOURCES else str(error.strerror)
+                )
                 self._make_room([it for it in self._open if it.may_make_room])
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(0.2, self._accept_again)
@@ -346,7 +349,7 @@ class Connections:
         if len(self._open) >= self.limits.connections:
             self._make_room([it for it in self._open if it.may_make_room])
         if len(self._open) >= self.limits.connections:  # all of them are being answered
-            self.count("refused, because all others were being answered")
+            self.count(tr("refused, because all others were being answered"))
             _say(accepted, refusal(503, "too many requests are being answered: try again later"))
             return
         accepted.setblocking(False)
@@ -370,7 +373,7 @@ class Connections:
         crowds = Counter(it.network for it in candidates)
         candidates.sort(key=lambda it: (-crowds[it.network], it.since))
         for connection in candidates[: max(1, self.limits.connections // 16)]:
-            self.count("closed to make room")
+            self.count(tr("closed to make room"))
             connection.abort()
 
     def _sweep(self) -> None:
@@ -385,7 +388,13 @@ class Connections:
         now = monotonic()
         if self._counts and now - self._reported >= self.limits.report:
             counts = ", ".join(f"{count:,} {what}" for what, count in sorted(self._counts.items()))
-            self._log(f"connections closed or refused: {counts}; {self.number} are open")
+            self._log(
+                tr(
+                    "connections closed or refused: {counts}; {number} are open",
+                    counts=counts,
+                    number=self.number,
+                )
+            )
             self._reported = now
             self._counts.clear()
 

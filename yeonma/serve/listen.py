@@ -8,6 +8,7 @@ import socket
 from collections.abc import Mapping
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 KEY = "YEONMA_API_KEY"
 
@@ -16,8 +17,8 @@ def api_key(setting: str | None, environment: Mapping[str, str]) -> str | None:
     """The key that requests must send. Raises UserError if it cannot be sent in a header."""
     key = setting or environment.get(KEY) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        problem = "the key contains spaces or non-ASCII characters"
-        raise UserError(problem, place="--api_key" if setting else KEY, cure="choose another key")
+        problem = tr("the key contains spaces or non-ASCII characters")
+        raise UserError(problem, place="--api_key" if setting else KEY, cure=tr("choose another key"))
     return key
 
 
@@ -26,11 +27,13 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        raise UserError("no such address", place=f"--host {host}", cure="use 127.0.0.1 or 0.0.0.0") from None
+        raise UserError(
+            tr("no such address"), place=f"--host {host}", cure=tr("use 127.0.0.1 or 0.0.0.0")
+        ) from None
     family, kind, protocol, _, address = addresses[0]
     if not _is_loopback(str(address[0])) and key is None:
-        problem = "other machines could connect, and no API key is set"
-        raise UserError(problem, place=f"--host {host}", cure=f"set ${KEY}, or leave out --host")
+        problem = tr("other machines could connect, and no API key is set")
+        raise UserError(problem, place=f"--host {host}", cure=tr("set ${key}, or leave out --host", key=KEY))
     try:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
@@ -47,13 +50,15 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
 
 def _listen_error(host: str, port: int, error: OSError) -> UserError:
     if error.errno == errno.EADDRINUSE:
-        cure = "stop the other server, or choose another port; --port 0 picks a free one"
-        return UserError(f"the port is in use at {host}", place=f"--port {port}", cure=cure)
+        cure = tr("stop the other server, or choose another port; --port 0 picks a free one")
+        return UserError(tr("the port is in use at {host}", host=host), place=f"--port {port}", cure=cure)
     if error.errno in (errno.EACCES, errno.EPERM):
-        problem = "you are not allowed to listen on this port"
-        return UserError(problem, place=f"--port {port}", cure="use a port from 1024 on")
+        problem = tr("you are not allowed to listen on this port")
+        return UserError(problem, place=f"--port {port}", cure=tr("use a port from 1024 on"))
     reason = error.strerror or str(error)
-    return UserError(f"cannot listen there ({reason})", place=f"--host {host}", cure="use 127.0.0.1")
+    return UserError(
+        tr("cannot listen there ({reason})", reason=reason), place=f"--host {host}", cure="use 127.0.0.1"
+    )
 
 
 def url_of(listener: socket.socket) -> str:

@@ -23,7 +23,7 @@ from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, qu
 from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.candidates import short_names, source_key
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.base_content import changes
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.position_limits import model_positions
@@ -76,34 +76,48 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
             )
             prompt_builder.check_template()
             if prompt_builder.adapter.is_full and len(folders) > 1:
-                what, cure = "all of its weights were trained: it is served alone", "use a second command"
-                raise UserError(what, place=folder, cure=f"{cure} on another --port")
+                what, cure = (
+                    tr("all of its weights were trained: it is served alone"),
+                    tr("use a second command"),
+                )
+                raise UserError(what, place=folder, cure=tr("{cure} on another --port", cure=cure))
             if prompt_builder.adapter.is_whole and not prompt_builder.adapter.is_full:
-                cure = "give the folder of the adapter that was merged"
-                raise UserError("this is a merged model", place=folder, cure=cure)
+                cure = tr("give the folder of the adapter that was merged")
+                raise UserError(tr("this is a merged model"), place=folder, cure=cure)
             place = str(prompt_builder.adapter.path)
-            prompt_builder.check_room(settings.max_new_tokens, place, "lower --max_new_tokens")
+            prompt_builder.check_room(settings.max_new_tokens, place, tr("lower --max_new_tokens"))
             check_content(prompt_builder.adapter, prompt_builder.source, log=log, download=False)
             prompt_builders.append(prompt_builder.by_field_names())
         except UserError as error:
             problems += error.problems
     if not folders:
-        problems.append(Problem("no adapter given", "adapter_dirs", "give one or more adapter folders"))
+        problems.append(
+            Problem(tr("no adapter given"), "adapter_dirs", tr("give one or more adapter folders"))
+        )
     problems += given_twice(folders)
     if settings.template is not None and prompt_builders and not any(one.remark for one in prompt_builders):
-        what = "the adapters have templates of their own"
-        cure = "leave it out; it is for adapters of other tools"
+        what = tr("the adapters have templates of their own")
+        cure = tr("leave it out; it is for adapters of other tools")
         problems.append(Problem(what, "--template", cure))
     problems += _quantization_problems(settings, prompt_builders)
     others = [builder for builder in prompt_builders if not _have_one_base(prompt_builders[0], builder)]
     if others and not problems:
         first, second = prompt_builders[0], others[0]
-        problem = f"its base is {second.source.name}, but that of {first.adapter.path} is {first.source.name}"
-        cure = "serve it with a second command on another --port"
+        problem = tr(
+            "its base is {source}, but that of {path} is {source2}",
+            source=second.source.name,
+            path=first.adapter.path,
+            source2=first.source.name,
+        )
+        cure = tr("serve it with a second command on another --port")
         problems.append(Problem(problem, str(second.adapter.path), cure))
     if settings.max_new_tokens > settings.max_new_tokens_limit:
-        problem = f"{settings.max_new_tokens} exceeds max_new_tokens_limit {settings.max_new_tokens_limit}"
-        problems.append(Problem(problem, "max_new_tokens", "lower it, or raise the limit"))
+        problem = tr(
+            "{max_new_tokens} exceeds max_new_tokens_limit {max_new_tokens_limit}",
+            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens_limit=settings.max_new_tokens_limit,
+        )
+        problems.append(Problem(problem, "max_new_tokens", tr("lower it, or raise the limit")))
     if problems:
         raise UserError(problems)
     base = prompt_builders[0].source
@@ -137,8 +151,13 @@ def _quantization_problems(
     if len(folders) < 2:
         return []
     (first_kind, first), (second_kind, second) = list(folders.items())[:2]
-    problem = f"it was trained on a base with quantization {second_kind}, but {first} with {first_kind}"
-    cure = "serve it with a second command on another --port, or set --quantization"
+    problem = tr(
+        "it was trained on a base with quantization {second_kind}, but {first} with {first_kind}",
+        second_kind=second_kind,
+        first=first,
+        first_kind=first_kind,
+    )
+    cure = tr("serve it with a second command on another --port, or set --quantization")
     return [Problem(problem, str(second), cure)]
 
 
@@ -159,7 +178,9 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
     if len(folders) > 1 and (larger := [folder for folder, rows in added.items() if rows]):
         tokens = counted(added[larger[0]], "token")
         what = f"it has {tokens} of its own, so its base has more rows than that of the others"
-        raise UserError(what, place=larger[0], cure="serve it with a command of its own on another --port")
+        raise UserError(
+            what, place=larger[0], cure=tr("serve it with a command of its own on another --port")
+        )
     log(f"loading {source.name}")
     policy = build_policy(
         source,
@@ -172,14 +193,19 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
         check_content(builder.adapter, source, log=log)
         check_vocabulary(builder.tokenizer, policy.vocabulary_size, source.name)
     if not policy.support.forest:
-        log(f"answers are generated one at a time: {policy.support.why_not}")
+        log(tr("answers are generated one at a time: {why_not}", why_not=policy.support.why_not))
     names = zip(builders, adapter_names(len(builders)), strict=True)
     models = {
         name: _served(replace(policy, adapter_name=adapter_name), builders[name])
         for name, adapter_name in names
     }
     if any(added.values()) or any(builder.adapter.new_tokens for builder in builders.values()):
-        log(f"{adapters.base_name} is not served by itself: it does not know the adapter's own tokens")
+        log(
+            tr(
+                "{base_name} is not served by itself: it does not know the adapter's own tokens",
+                base_name=adapters.base_name,
+            )
+        )
         return models
     if adapters.base_name is None:
         return models

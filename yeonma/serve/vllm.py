@@ -16,6 +16,7 @@ from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.adapter.lora_ranks import VLLM_LACKS, VLLM_RANKS, highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import PromptBuilder, quantization_for
 from yeonma.config.settings import QuantizationOrAuto
+from yeonma.messages import tr
 from yeonma.model.load import generation_eos
 from yeonma.packages import version_of
 from yeonma.tokenization.chat_template_export import why_not_exported
@@ -107,10 +108,10 @@ def why_not(prompt_builders: Sequence[PromptBuilder], quantization: Quantization
     """
     quantizations = [quantization_for(quantization, builder.adapter) for builder in prompt_builders]
     if (kind := next((kind for kind in quantizations if kind != "none"), None)) is not None:
-        return f"it would not quantise the base to {kind} as Yeonma does"
+        return tr("it would not quantise the base to {kind} as Yeonma does", kind=kind)
     templates = {_chat_template(builder) for builder in prompt_builders}
     if len(templates) > 1:
-        return "the adapters have different chat templates, and it uses one for all"
+        return tr("the adapters have different chat templates, and it uses one for all")
     chat_template = next(iter(templates))
     return next((reason for builder in prompt_builders if (reason := _why_not(builder, chat_template))), "")
 
@@ -130,23 +131,32 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
     if not prompt_builder.adapter.is_whole and (reason := _why_not_lora(prompt_builder)):
         return reason
     if not set(prompt_builder.stop_ids) <= _vllm_stop_ids(prompt_builder):
-        return f"it would not end answers where {path} does"
+        return tr("it would not end answers where {path} does", path=path)
     if chat_template is None:
-        return f"{path} has no {CHAT_TEMPLATE}"
+        return tr("{path} has no {chat_template}", path=path, chat_template=CHAT_TEMPLATE)
     template = prompt_builder.adapter.template
     if any(prompt_builder.frame(variant) != ("", "") for variant in range(len(template.variants))):
-        return f"the template of {path} has text around the answer, which it would not remove"
+        return tr("the template of {path} has text around the answer, which it would not remove", path=path)
     if why_not_exported(template, prompt_builder.tokenizer, chat_template, prompt_builder.adapter.rules):
-        return f"the chat template in {path} does not give the trained tokens"
+        return tr("the chat template in {path} does not give the trained tokens", path=path)
     return ""
 
 
 def _why_not_lora(prompt_builder: PromptBuilder) -> str:
     path = prompt_builder.adapter.path
     if lacking := [key for key in VLLM_LACKS if lora_config(path).get(key)]:
-        return f"it does not support {lacking[0].replace('use_dora', 'DoRA')}, which {path} has"
+        return tr(
+            "it does not support {use_dora}, which {path} has",
+            use_dora=lacking[0].replace("use_dora", "DoRA"),
+            path=path,
+        )
     if vllm_rank(rank_of(prompt_builder)) is None:
-        return f"it supports no ranks above {VLLM_RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
+        return tr(
+            "it supports no ranks above {vllm_ranks}, and {path} has {prompt_builder}",
+            vllm_ranks=VLLM_RANKS[-1],
+            path=path,
+            prompt_builder=rank_of(prompt_builder),
+        )
     return ""
 
 

@@ -24,7 +24,7 @@ from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.json_grammar import JsonGrammar, JsonMask
 from yeonma.generation.sampling import NO_CHANGES, LogitChanges, SamplingParams
 from yeonma.generation.token_scores import ScoredToken, ScoreLog, score_prompts
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.logprobs import ForestSupport
 from yeonma.serve.openai_responses import ReasoningText, Reply, ScoredPrompt
 from yeonma.serve.stream_buffer import StreamBuffer
@@ -205,7 +205,7 @@ class Worker:
             job.notify(PromptTooLarge(message))
         else:
             self._batch_size = (min(self._batch_size, len(jobs)) + 1) // 2
-            log.warning("out of memory: at most %d answers at once from now on", self._batch_size)
+            log.warning(tr("out of memory: at most %d answers at once from now on"), self._batch_size)
         with self._changed:
             if not self._stopping:
                 self._jobs.extendleft(reversed(jobs))

@@ -7,12 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.tokenization.chat_template import PROBE, Chat, ChatAnswer
 from yeonma.tokenization.conversation import ChatMessage, Conversation
 from yeonma.tokenization.reasoning import AnswerShape
 
 _CONTENT, _REASONING = PROBE.format(number=1), PROBE.format(number=2)
-_PLACE = "chat template"
+_PLACE = tr("chat template")
 
 
 def shape_of(chat: Chat) -> AnswerShape:

@@ -30,6 +30,7 @@ from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
 from yeonma.files import NO_LOCKS, kind_of, sync
+from yeonma.messages import tr
 from yeonma.packages import version_of
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
 from yeonma.tokenization.chat_remarks import ChatWatch
@@ -192,8 +193,8 @@ def _cached(cache_dir: Path, key: str, write: Callable[[StoreWriter], dict[str, 
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     if (store := open_store(folder, key)) is None:
-        problem = "the tokens just written cannot be read back"
-        raise UserError(problem, place=str(folder), cure="check the disk")
+        problem = tr("the tokens just written cannot be read back")
+        raise UserError(problem, place=str(folder), cure=tr("check the disk"))
     return store
 
 
@@ -266,7 +267,9 @@ def _chunks(
         if progress is not None:
             progress(done)
     if problems:
-        more = [Problem("there are more such problems", rows.name)] if len(problems) > MAX_PROBLEMS else []
+        more = (
+            [Problem(tr("there are more such problems"), rows.name)] if len(problems) > MAX_PROBLEMS else []
+        )
         raise UserError([*problems[:MAX_PROBLEMS], *more])
 
 
@@ -319,8 +322,8 @@ def _check_some_trained(counts: Counts, rows: Rows, reasons: Mapping[str, int]) 
     """Raises UserError if all rows were left out because nothing of them is trained. `reasons`: of how many rows."""
     found = [reason for reason in (NOT_TRAINED, WEIGHTLESS) if reasons.get(reason)]
     if counts.rows and sum(reasons.get(reason, 0) for reason in found) == counts.rows:
-        problem = f"no row is left of {counts.rows}: {'; '.join(found)}"
-        raise UserError(problem, place=rows.name, cure="give weights above 0, or another --train_on")
+        problem = tr("no row is left of {rows}: {found}", rows=counts.rows, found="; ".join(found))
+        raise UserError(problem, place=rows.name, cure=tr("give weights above 0, or another --train_on"))
 
 
 def _check_some_left(
@@ -328,18 +331,22 @@ def _check_some_left(
 ) -> None:
     """`faults`: how many bad rows have which fault."""
     if counts.rows == 0:
-        raise UserError("there are no rows", place=rows.name)
+        raise UserError(tr("there are no rows"), place=rows.name)
     if counts.examples:
         return
     reason = TASK_ENCODERS[task.name].left_out.format(cutoff_len=rules.cutoff_len)
-    problem = f"no row is left of {counts.rows}: each {reason}"
-    cure = "raise --cutoff_len, or shorten the template"
+    problem = tr("no row is left of {rows}: each {reason}", rows=counts.rows, reason=reason)
+    cure = tr("raise --cutoff_len, or shorten the template")
     if faults:
         commonest = sorted(faults.items(), key=lambda fault: -fault[1])[:MOST_FAULTS]
         shown = "; ".join(f"{fault} ({count:,})" for fault, count in commonest)
-        each = "is bad" if sum(faults.values()) == counts.rows else f"{reason} or is bad"
-        problem = f"no row is left of {counts.rows}: each {each}: {shown}"
-        cure = "give a --template and --columns that fit the rows, or mend them"
+        each = (
+            tr("is bad") if sum(faults.values()) == counts.rows else tr("{reason} or is bad", reason=reason)
+        )
+        problem = tr(
+            "no row is left of {rows}: each {each}: {shown}", rows=counts.rows, each=each, shown=shown
+        )
+        cure = tr("give a --template and --columns that fit the rows, or mend them")
     raise UserError(problem, place=rows.name, cure=cure)
 
 
@@ -355,7 +362,9 @@ def _locked(cache_dir: Path, key: str) -> Iterator[bool]:
     with _write_errors_as_user_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         if (kind := kind_of(place)) not in ("", "file"):
-            raise UserError(f"it is a {kind} where a file belongs", place=str(place), cure="remove it")
+            raise UserError(
+                tr("it is a {kind} where a file belongs", kind=kind), place=str(place), cure=tr("remove it")
+            )
         try:
             lock.acquire()
         except OSError as error:
@@ -373,9 +382,9 @@ def _write_errors_as_user_errors(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"the token cache cannot be written: {error.strerror or error}"
+        problem = tr("the token cache cannot be written: {value}", value=error.strerror or error)
         raise UserError(
-            problem, place=str(cache_dir), cure="choose another folder with --cache_dir"
+            problem, place=str(cache_dir), cure=tr("choose another folder with --cache_dir")
         ) from error
 
 

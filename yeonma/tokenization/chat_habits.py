@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from yeonma.bounded.child import OverBounds, Refused
 from yeonma.bounded.template_text import names_in
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.tokenization.reasoning import ThinkTags, tags_in
 
 if TYPE_CHECKING:
@@ -53,9 +54,11 @@ def _habits_of(source: str) -> Habits:
     try:
         found = names_in(source) if source else (frozenset[str](),) * 3
     except (OverBounds, Refused) as error:
-        what = error if isinstance(error, OverBounds) else f"cannot be read: {error}"
-        cure = "use a template without turns, or the model's original files"
-        raise UserError(f"the model's chat template {what}", place="chat template", cure=cure) from None
+        what = error if isinstance(error, OverBounds) else tr("cannot be read: {error}", error=error)
+        cure = tr("use a template without turns, or the model's original files")
+        raise UserError(
+            tr("the model's chat template {what}", what=what), place=tr("chat template"), cure=cure
+        ) from None
     if found is None:  # rendering reports it
         return Habits(frozenset(re.findall(r"\w+", source)), frozenset(re.findall(r"\w+", source)))
     variables, names, assigned = found

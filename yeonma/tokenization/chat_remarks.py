@@ -14,6 +14,7 @@ from yeonma.data.template import Rendered, RenderedTurn
 from yeonma.data.template_syntax import visible
 from yeonma.data.text_checks import FIRST_KEY, WITH_SYSTEM, WITHOUT_SYSTEM, Notes
 from yeonma.errors import UserError, brief
+from yeonma.messages import tr
 from yeonma.tokenization.chat_template import PROBE, Chat, chat_of
 from yeonma.tokenization.conversation import ChatMessage, Conversation
 from yeonma.tokenization.example import TokenRules
@@ -39,7 +40,7 @@ _WITHOUT_MEANING = ("tool_call_id", "id", "index", "type", "refusal")
 """Keys of turns that say nothing which a model could read."""
 _CLOSES_REASONING = re.compile(r"</?(seed:)?think(ing)?>|\[/THINK\]|<\|END_THINKING\|>")
 _ROLES = re.compile(r"^#*\s*(system|developer|user)\b:?\s*|[<\[]+/?\w+[>\]]+", re.IGNORECASE)
-_PLACE = "chat template"
+_PLACE = tr("chat template")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,13 @@ class ChatRemarks:
     @property
     def by_bit(self) -> list[tuple[str, int, str]]:
         """(kind, bit, what to say) of every remark."""
-        own = f'the chat template adds a system prompt of its own, "{self.own_system}"'
-        beside = f'the chat template adds text of its own to the system prompt, "{self.beside_system}"'
+        own = tr(
+            'the chat template adds a system prompt of its own, "{own_system}"', own_system=self.own_system
+        )
+        beside = tr(
+            'the chat template adds text of its own to the system prompt, "{beside_system}"',
+            beside_system=self.beside_system,
+        )
         return [
             *([("own_system", WITHOUT_SYSTEM, own)] if self.own_system else []),
             *([("beside_system", WITH_SYSTEM, beside)] if self.beside_system else []),
@@ -287,9 +293,11 @@ def _writes_earlier_reasoning(chat: Chat, conversation: Conversation, place: str
 
 def _described(key: Key) -> str:
     if key == TOOLS:
-        return "the chat template ignores the tools that rows offer"
+        return tr("the chat template ignores the tools that rows offer")
     if key == EARLIER_REASONING:
-        return "the chat template does not show the reasoning of earlier turns"
+        return tr("the chat template does not show the reasoning of earlier turns")
     if key == CALLS:
-        return "the chat template ignores tool calls of earlier turns"
-    return f'the chat template ignores the key "{visible(brief(key[1]))}" of {key[0]} turns'
+        return tr("the chat template ignores tool calls of earlier turns")
+    return tr(
+        'the chat template ignores the key "{key}" of {key2} turns', key=visible(brief(key[1])), key2=key[0]
+    )

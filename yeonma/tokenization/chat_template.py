@@ -14,6 +14,7 @@ from yeonma.bounded.template_text import TextsAhead
 from yeonma.data.template import Rendered, RenderedTurn
 from yeonma.data.turns import REASONING_KEYS, ToolCall
 from yeonma.errors import UserError, did_you_mean
+from yeonma.messages import tr
 from yeonma.tokenization.chat_habits import Habits, habits_in
 from yeonma.tokenization.conversation import ChatMessage, Conversation, as_messages, call_message, request_of
 from yeonma.tokenization.reasoning import DEFAULT_TAGS, ThinkTags, tags_between, tags_of_empty
@@ -101,8 +102,12 @@ class Chat:
         message = conversation.messages[-1]
         reasoning, content = self.parts(message, prompt)
         if self.tags is not None and reasoning is None and self.tags.is_unclosed(content):
-            problem = f"an assistant's turn begins with {self.tags.open} and has no {self.tags.close}"
-            cure = "close the block, or take the tag out of the text"
+            problem = tr(
+                "an assistant's turn begins with {open} and has no {close}",
+                open=self.tags.open,
+                close=self.tags.close,
+            )
+            cure = tr("close the block, or take the tag out of the text")
             raise UserError(problem, place=place, cure=cure)
         thinking = self.thinking
         if reasoning == "" or (reasoning and thinking == "drop"):
@@ -174,15 +179,22 @@ class Chat:
                 return answer
         if reasoning and tags is None:
             raise UserError(
-                "a turn has reasoning, and the model's chat template does not write it",
+                tr("a turn has reasoning, and the model's chat template does not write it"),
                 place=place,
-                cure="--thinking drop leaves reasoning out; --thinking keep writes it as <think>...</think>",
+                cure=tr(
+                    "--thinking drop leaves reasoning out; --thinking keep writes it as <think>...</think>"
+                ),
             )
         if reasoning and tags is not None and tags.is_closed(prompt):
             raise UserError(
-                "a turn has reasoning, and the model's chat template closes the think block in the prompt",
+                tr(
+                    "a turn has reasoning, and the model's chat template closes the think block in the prompt"
+                ),
                 place=place,
-                cure=f"{self._cure_of_closed(conversation, tags)}, or leave reasoning out with --thinking drop",
+                cure=tr(
+                    "{conversation}, or leave reasoning out with --thinking drop",
+                    conversation=self._cure_of_closed(conversation, tags),
+                ),
             )
         header = prompt if tags is None else tags.header(prompt)
         without = conversation.with_last(self._without_reasoning(message, content))
@@ -202,11 +214,11 @@ class Chat:
             block = tags.open + tags.after_open + reasoning + tags.closing
         answer = self._located(block + written, reasoning, content, calls)
         if answer is None:
-            what = "tool calls" if calls else "the text of a turn with reasoning"
+            what = tr("tool calls") if calls else tr("the text of a turn with reasoning")
             raise UserError(
-                f"the model's chat template does not write {what}",
+                tr("the model's chat template does not write {what}", what=what),
                 place=place,
-                cure="use a model whose chat template does, or write it as the turn's text",
+                cure=tr("use a model whose chat template does, or write it as the turn's text"),
             )
         self._check_end(answer, place)
         return answer
@@ -218,10 +230,13 @@ class Chat:
         end = self.encoder.control.findall(answer.text)[-1]
         if end in answer.text[answer.reasoning[1] : answer.content[0]]:
             raise UserError(
-                f"the model's chat template ends reasoning with {end}, which also ends an answer: generation would "
-                "stop before the answer",
+                tr(
+                    "the model's chat template ends reasoning with {end}, which also ends an answer: "
+                    "generation would stop before the answer",
+                    end=end,
+                ),
                 place=place,
-                cure="leave reasoning out with --thinking drop",
+                cure=tr("leave reasoning out with --thinking drop"),
             )
 
     def _cure_of_closed(self, conversation: Conversation, tags: ThinkTags) -> str:
@@ -230,9 +245,9 @@ class Chat:
         for name in (name for name in _THINKING_ARGUMENTS if name in self.habits.variables):
             kwargs = {**before.kwargs, name: True}
             with suppress(UserError):
-                if not tags.is_closed(self.prompt(replace(before, kwargs=kwargs), "chat template")):
-                    return f"switch thinking on with --chat_template_kwargs '{{{name}: true}}'"
-        return "use a model whose chat template has a place for it"
+                if not tags.is_closed(self.prompt(replace(before, kwargs=kwargs), tr("chat template"))):
+                    return tr("switch thinking on with --chat_template_kwargs '{{{name}: true}}'", name=name)
+        return tr("use a model whose chat template has a place for it")
 
     def _located(
         self, text: str, reasoning: str | None, content: str, calls: Sequence[str]
@@ -309,16 +324,16 @@ class Chat:
             return
         if rendered.tools and "tools" not in self.habits.variables:
             raise UserError(
-                "the row offers tools, and the model's chat template does not write them",
+                tr("the row offers tools, and the model's chat template does not write them"),
                 place=place,
-                cure="use a model whose chat template does, or describe them in a system turn",
+                cure=tr("use a model whose chat template does, or describe them in a system turn"),
             )
         for name in kwargs:
             if name not in self.habits.variables:
                 arguments = self.habits.variables - self.habits.assigned - _GIVEN
                 listed = ", ".join(sorted(arguments)) or "none"
-                cure = did_you_mean(name, arguments) or f"its arguments: {listed}"
-                problem = f'the model\'s chat template has no argument "{name}"'
+                cure = did_you_mean(name, arguments) or tr("its arguments: {listed}", listed=listed)
+                problem = tr('the model\'s chat template has no argument "{name}"', name=name)
                 raise UserError(problem, place="chat_template_kwargs", cure=cure)
 
     def content_spans(self, conversation: Conversation, prompt: str, place: str) -> list[Span | None]:
@@ -374,11 +389,15 @@ class Chat:
         for message in conversation.messages:
             calls = message.get("tool_calls")
             if calls and self.encoder.has_special(json.dumps(calls, ensure_ascii=False)):
-                raise UserError("a tool call contains special-token text", place=place, cure="remove it")
+                raise UserError(
+                    tr("a tool call contains special-token text"), place=place, cure=tr("remove it")
+                )
         if conversation.tools and self.encoder.has_special(
             json.dumps(conversation.tools, ensure_ascii=False)
         ):
-            raise UserError("a tool's description contains special-token text", place=place, cure="remove it")
+            raise UserError(
+                tr("a tool's description contains special-token text"), place=place, cure=tr("remove it")
+            )
         key = self.habits.reasoning_key or REASONING_KEYS[0]
         return any(
             self.encoder.has_special(text)
@@ -402,9 +421,9 @@ class Chat:
             trailer = self.around_last(conversation, place)[1]
         if not whole.endswith(trailer):
             raise UserError(
-                "the model's chat template does not write the assistant's text at the end",
+                tr("the model's chat template does not write the assistant's text at the end"),
                 place=place,
-                cure="use a template without turns, or a model with another chat template",
+                cure=tr("use a template without turns, or a model with another chat template"),
             )
         return trailer, whole[: len(whole) - len(trailer)]
 
@@ -420,9 +439,9 @@ class Chat:
         text = self.render(conversation.with_last({"role": "assistant", "content": probe}), place)
         if probe not in text:
             raise UserError(
-                "the model's chat template does not write the assistant's text",
+                tr("the model's chat template does not write the assistant's text"),
                 place=place,
-                cure="use a template without turns, or a model with another chat template",
+                cure=tr("use a template without turns, or a model with another chat template"),
             )
         before, _, after = text.rpartition(probe)
         return before, after
@@ -445,18 +464,20 @@ class Chat:
         tokenizer = self.encoder.tokenizer
         if tokenizer.chat_template is None:
             raise UserError(
-                "the model's tokenizer has no chat template, which templates with turns need",
+                tr("the model's tokenizer has no chat template, which templates with turns need"),
                 place="--base_model",
-                cure="use a template without turns, or the model's instruction-tuned version",
+                cure=tr("use a template without turns, or the model's instruction-tuned version"),
             )
         try:
             return self.ahead.text_of(request_of(tokenizer, conversation, generate))
         except OverBounds as error:
-            problem = f"the model's chat template {error}"
-            raise _BatchEnded(UserError(problem, place=place, cure="use a template without turns")) from None
+            problem = tr("the model's chat template {error}", error=error)
+            raise _BatchEnded(
+                UserError(problem, place=place, cure=tr("use a template without turns"))
+            ) from None
         except (Refused, ValueError) as error:  # the model's template may raise anything
-            problem = f"the model's chat template refuses this row: {error}"
-            cure = "change the row's turns, or use a template without turns"
+            problem = tr("the model's chat template refuses this row: {error}", error=error)
+            cure = tr("change the row's turns, or use a template without turns")
             raise UserError(problem, place=place, cure=cure) from error
 
     def render_ahead(self, wanted: Iterable[tuple[Conversation, bool]]) -> None:
@@ -513,7 +534,7 @@ def _with_habits(chat: Chat) -> Chat:
     """`chat` with the habits that short conversations show. A template that refuses them is probed row by row."""
     if chat.encoder.tokenizer.chat_template is None:
         return chat
-    place = "chat template"
+    place = tr("chat template")
     user = {"role": "user", "content": "x"}
     short = Conversation([user, {"role": "assistant", "content": "x"}], kwargs=chat.kwargs)
     habits = chat.habits
@@ -559,8 +580,8 @@ def _takes_null(chat: Chat, short: Conversation) -> bool:
     result = {"role": "tool", "content": "x", "name": "name", "tool_call_id": "call00001"}
     messages = [short.messages[0], message, result]
     try:
-        chat.render(replace(short, messages=messages[:2]), "chat template")
-        chat.prompt(replace(short, messages=messages), "chat template")
+        chat.render(replace(short, messages=messages[:2]), tr("chat template"))
+        chat.prompt(replace(short, messages=messages), tr("chat template"))
     except UserError:
         return False
     return True
@@ -578,8 +599,8 @@ def _marks(chat: Chat, short: Conversation) -> frozenset[str]:
     message = {"role": "assistant", "content": "x", "tool_calls": [call]}
     if "tool_calls" in chat.habits.names:
         try:
-            prompt = chat.prompt(short.before_last, "chat template")
-            text = chat.render(short.with_last(message), "chat template")
+            prompt = chat.prompt(short.before_last, tr("chat template"))
+            text = chat.render(short.with_last(message), tr("chat template"))
         except UserError:
             return frozenset(marks)
         if text.startswith(prompt):

@@ -18,6 +18,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template
 from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.conversation import FIXED_DATE, ChatMessage, Conversation, text_by_tokenizer
 from yeonma.tokenization.example import DEFAULT_RULES, TokenRules
@@ -48,10 +49,10 @@ def export_chat_template(
 ) -> ExportedChatTemplate:
     """The chat template for `template`, tried on a few texts. `tokenizer` has the base's own chat template."""
     if template.is_text:
-        return ExportedChatTemplate(None, "it was trained on whole texts, without prompts")
+        return ExportedChatTemplate(None, tr("it was trained on whole texts, without prompts"))
     text = chat_template_for(template, tokenizer, rules)
     if text is None:
-        return ExportedChatTemplate(None, "the base model has no chat template to write turns with")
+        return ExportedChatTemplate(None, tr("the base model has no chat template to write turns with"))
     reason = why_not_exported(template, tokenizer, text, rules)
     return ExportedChatTemplate(None if reason else text, reason)
 
@@ -62,11 +63,11 @@ def why_not_exported(template: Template, tokenizer: Any, text: str, rules: Token
     try:
         for conversation, ids in trials(template, tokenizer, rules):
             if chat_ids(tokenizer, conversation, text) != ids:
-                return "a chat template cannot reproduce the tokens of training with this tokenizer"
+                return tr("a chat template cannot reproduce the tokens of training with this tokenizer")
             tried += 1
     except Exception as error:  # Jinja may raise anything
-        return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
-    return "" if tried else "the base model's chat template refuses every trial"
+        return tr("it cannot be written as a chat template ({error:.200})", error=str(error).splitlines()[0])
+    return "" if tried else tr("the base model's chat template refuses every trial")
 
 
 def trials(

@@ -39,7 +39,7 @@ from yeonma.data.text_checks import (
 )
 from yeonma.errors import Log, UserError
 from yeonma.files import default_cache_dir, user_path
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.tokenization.cache import build_store, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.store import TokenStore
@@ -191,8 +191,8 @@ def prepare_dataset(
 
         def store_of(rows: Rows, template: Template, columns: Columns) -> TokenStore:
             if template.is_text and rules.cutoff_len < 2:
-                what = "a piece of one token trains nothing, because it has none before it"
-                raise UserError(what, place="cutoff_len 1", cure="give at least 2 for whole texts")
+                what = tr("a piece of one token trains nothing, because it has none before it")
+                raise UserError(what, place=tr("cutoff_len 1"), cure=tr("give at least 2 for whole texts"))
             return build_store(
                 rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=skip_bad
             )
@@ -256,7 +256,10 @@ def _prepare_set(
     def part(rows: Rows) -> DatasetPart:
         rows = with_paths(rows, columns)
         store = store_of(rows, template, columns)
-        for line in (f"column {name} holds {kind}, written as text" for name, kind in store.number_columns):
+        for line in (
+            tr("column {name} holds {kind}, written as text", name=name, kind=kind)
+            for name, kind in store.number_columns
+        ):
             if line not in told:
                 log(line)
             told.add(line)
@@ -309,7 +312,7 @@ def _check_unused(
         better = using(task, template.name, names, columns)
         raise lost_columns(template.name, names, format_rows(first.rows, first.count), better)
     for column in store.unused:
-        what = "which usually belongs to the prompt, is not used; rows that hold something in it"
+        what = tr("which usually belongs to the prompt, is not used; rows that hold something in it")
         log(f"column {column.name}, {what}: {column.count:,} ({format_rows(column.rows, column.count)})")
 
 
@@ -343,13 +346,15 @@ def _also_in(earlier: PreparedSet, one: PreparedSet) -> DataWarning | None:
     digests = earlier.train.store.row_digests[used_rows(*earlier.train.examples) - 1]
     rows = used_rows(*one.train.examples)
     repeated = rows[np.isin(one.train.store.row_digests[rows - 1], digests)]
-    return rows_warning("also_in", repeated, f"training rows that {earlier.name} has as well")
+    return rows_warning(
+        "also_in", repeated, tr("training rows that {earlier} has as well", earlier=earlier.name)
+    )
 
 
 def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     counts = store.counts
     line = f"{name}: {counted(counts.rows, 'row')}, {task.count(counts.units)}, {counted(counts.tokens, 'token')}"
-    log(f"{line}, {counts.trained_tokens:,} of them trained")
+    log(tr("{line}, {trained_tokens:,} of them trained", line=line, trained_tokens=counts.trained_tokens))
     if counts.shortened:
         cuts = [f"by {counted(counts.cut_characters, 'character')}"] if counts.cut_characters else []
         cuts += (
@@ -360,17 +365,38 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
         log(f"{name}: {counted(counts.shortened, 'example')} shortened {' and '.join(cuts)} to fit")
     if counts.dropped_turns:
         numbers = np.unique(store.row_numbers[store.dropped_turns > 0]).tolist()
-        log(f"{name}: conversations without their oldest turns: {format_rows(numbers)}")
+        log(
+            tr(
+                "{name}: conversations without their oldest turns: {numbers}",
+                name=name,
+                numbers=format_rows(numbers),
+            )
+        )
     left_out = store.left_out if counts.left_out else []
     for reason in WITHIN_LIMIT:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
-            log(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
+            log(
+                tr(
+                    "{name}: {reason}: {numbers:,} left out ({numbers2})",
+                    name=name,
+                    reason=reason,
+                    numbers=len(numbers),
+                    numbers2=format_rows(numbers),
+                )
+            )
     numbers = [left.row for left in left_out if left.reason not in WITHIN_LIMIT and not left.fault]
     if numbers:
-        log(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
+        log(
+            tr(
+                "{name}: {numbers:,} left out: {numbers2}",
+                name=name,
+                numbers=len(numbers),
+                numbers2=format_rows(numbers),
+            )
+        )
     for fault in faults_of(left_out):
-        log(f"{name}: bad rows left out, {fault}")
+        log(tr("{name}: bad rows left out, {fault}", name=name, fault=fault))
     for warning in data_warnings(store, np.arange(len(store))):
         log(f"{name}: {warning}")
 
@@ -411,64 +437,73 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
     return [
         warning
         for warning in (
-            rows_warning("large", rows[flags & LARGE > 0], "rows over 10 MB"),
+            rows_warning("large", rows[flags & LARGE > 0], tr("rows over 10 MB")),
             rows_warning(
                 "nothing",
                 rows[flags & NOTHING > 0],
-                "rows whose answer is a word for nothing, such as NaN, None or null",
+                tr("rows whose answer is a word for nothing, such as NaN, None or null"),
             ),
             rows_warning(
                 "whole_fraction",
                 _whole_fractions(rows, flags),
-                "rows whose answer is a whole number with .0, where no answer is a fraction",
+                tr("rows whose answer is a whole number with .0, where no answer is a fraction"),
             ),
             rows_warning(
                 "decomposed",
                 rows[flags & DECOMPOSED > 0],
-                "rows with decomposed Hangul (NFD)",
+                tr("rows with decomposed Hangul (NFD)"),
             ),
             rows_warning(
                 "spaced_apart",
                 rows[flags & SPACED_APART > 0],
-                "pairs whose chosen and rejected answers differ only in white space",
+                tr("pairs whose chosen and rejected answers differ only in white space"),
             ),
             rows_warning(
                 "several_rejected",
                 paired[pairs > 1],
-                "rows with several rejected answers, each in a pair of its own",
+                tr("rows with several rejected answers, each in a pair of its own"),
             ),
-            rows_warning("zero_width", rows[flags & ZERO_WIDTH > 0], "rows with zero-width characters"),
+            rows_warning("zero_width", rows[flags & ZERO_WIDTH > 0], tr("rows with zero-width characters")),
             rows_warning(
                 "carriage_return",
                 rows[flags & CARRIAGE_RETURN > 0],
-                "rows with carriage returns (line ends of Windows)",
+                tr("rows with carriage returns (line ends of Windows)"),
             ),
             rows_warning(
                 "no_break_edge",
                 rows[flags & NO_BREAK_EDGE > 0],
-                "rows with a text that begins or ends with a no-break space",
+                tr("rows with a text that begins or ends with a no-break space"),
             ),
             rows_warning(
                 "trimmed",
                 rows[flags & TRIMMED > 0],
-                "rows whose answer begins or ends with blanks or line ends that the chat template removes: trained "
-                "without them",
+                tr(
+                    "rows whose answer begins or ends with blanks or line ends that the chat template "
+                    "removes: trained without them"
+                ),
             ),
             rows_warning(
                 "not_given_back",
                 rows[flags & NOT_GIVEN_BACK > 0],
-                "rows whose tokens do not decode to their text: the tokenizer changes or drops characters of it",
+                tr(
+                    "rows whose tokens do not decode to their text: the tokenizer changes or drops "
+                    "characters of it"
+                ),
             ),
             *(rows_warning(kind, rows[flags & bit > 0], what) for kind, bit, what in store.remarks.by_bit),
-            rows_warning("special_text", special, "rows with special-token text, encoded as ordinary text"),
-            rows_warning("repeated", repeats.rows, "rows that repeat an earlier row"),
+            rows_warning(
+                "special_text", special, tr("rows with special-token text, encoded as ordinary text")
+            ),
+            rows_warning("repeated", repeats.rows, tr("rows that repeat an earlier row")),
             rows_warning(
                 "asked_again",
                 repeats.prompts,
-                "rows that repeat an earlier prompt with another answer",
+                tr("rows that repeat an earlier prompt with another answer"),
             ),
             rows_warning(
-                "straddling", straddling, "rows whose answer's first token would have merged with the prompt"
+                "straddling",
+                straddling,
+                tr("rows whose answer's first token would have merged with the prompt"),
             ),
         )
         if warning is not None
@@ -493,7 +528,10 @@ def faults_of(left_out: Sequence[LeftOut]) -> list[DataWarning]:
     faults = sorted(rows_of_fault.items(), key=lambda entry: -len(entry[1]))
     if len(faults) > LISTED_FAULTS:
         rare = sorted(row for _, rows in faults[LISTED_FAULTS:] for row in rows)
-        faults = [*faults[:LISTED_FAULTS], (f"{len(faults) - LISTED_FAULTS:,} other faults", rare)]
+        faults = [
+            *faults[:LISTED_FAULTS],
+            (tr("{faults:,} other faults", faults=len(faults) - LISTED_FAULTS), rare),
+        ]
     return [DataWarning("bad_row", len(rows), tuple(rows[:LISTED_ROWS]), fault) for fault, rows in faults]
 
 
@@ -503,7 +541,7 @@ def overlap_of(
     """A warning about validation rows that repeat a training row. Both arguments are a store and positions in it."""
     train_rows, held_out = used_rows(*train), used_rows(*validation)
     in_training = np.isin(validation[0].row_digests[held_out - 1], train[0].row_digests[train_rows - 1])
-    return rows_warning("overlap", held_out[in_training], "validation rows that are also training rows")
+    return rows_warning("overlap", held_out[in_training], tr("validation rows that are also training rows"))
 
 
 def used_rows(store: TokenStore, positions: np.ndarray) -> np.ndarray:
@@ -527,7 +565,9 @@ def format_rows(numbers: Sequence[int], count: int | None = None, most: int = LI
     count = len(numbers) if count is None else count
     shown = ", ".join(str(number) for number in numbers[:most])
     more = count - min(len(numbers), most)
-    return f"{'row' if count == 1 else 'rows'} {shown}" + (f" and {more:,} more" if more else "")
+    return f"{'row' if count == 1 else 'rows'} {shown}" + (
+        tr(" and {more:,} more", more=more) if more else ""
+    )
 
 
 def _is_repeat(digests: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
+from yeonma.messages import tr
 from yeonma.tokenization.answer_shape import shape_of
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.reasoning import PLAIN, AnswerShape
@@ -64,10 +65,10 @@ class Unit:
     members: tuple[tuple[AnswerRole, Example], ...]
 
 
-NOT_TRAINED = "no assistant turn is trained (train_on, weight 0)"
-EQUAL = "chosen equals rejected"
-EQUAL_AS_TOKENS = "chosen and rejected are equal as tokens, after the prompt was fitted"
-WEIGHTLESS = "weight 0 in the column that --row_weights names"
+NOT_TRAINED = tr("no assistant turn is trained (train_on, weight 0)")
+EQUAL = tr("chosen equals rejected")
+EQUAL_AS_TOKENS = tr("chosen and rejected are equal as tokens, after the prompt was fitted")
+WEIGHTLESS = tr("weight 0 in the column that --row_weights names")
 NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
 WITHIN_LIMIT = (*NOTHING_TO_CHOOSE, NOT_TRAINED, WEIGHTLESS)
 """Reasons for which rows are left out whatever `over_limit` is."""
@@ -116,19 +117,25 @@ def check_rules(template: Template, rules: TokenRules) -> None:
     if rules.shrink is None or (rules.shrink in prompt_fields and not template.is_chat):
         return
     if template.is_chat:
-        cure = "leave it out: the longest turn that is not the assistant's is shortened"
-        raise UserError("turn lists have no fields to shorten", place="--shrink", cure=cure)
-    cure = did_you_mean(rules.shrink, prompt_fields) or f"the template uses {', '.join(prompt_fields)}"
-    raise UserError(f'"{rules.shrink}" is not a prompt field of the template', place="--shrink", cure=cure)
+        cure = tr("leave it out: the longest turn that is not the assistant's is shortened")
+        raise UserError(tr("turn lists have no fields to shorten"), place="--shrink", cure=cure)
+    cure = did_you_mean(rules.shrink, prompt_fields) or tr(
+        "the template uses {prompt_fields}", prompt_fields=", ".join(prompt_fields)
+    )
+    raise UserError(
+        tr('"{shrink}" is not a prompt field of the template', shrink=rules.shrink),
+        place="--shrink",
+        cure=cure,
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> None:
     """Raises UserError if answers need an EOS token that the tokenizer does not have."""
     if rules.add_eos_token and tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no end-of-sequence token",
+            tr("the tokenizer has no end-of-sequence token"),
             place="--base_model",
-            cure="set eos_token in its tokenizer_config.json, or give --add_eos_token false",
+            cure=tr("set eos_token in its tokenizer_config.json, or give --add_eos_token false"),
         )
 
 

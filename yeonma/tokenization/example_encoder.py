@@ -20,7 +20,7 @@ from yeonma.data.template import Rendered, field_lengths, shorten
 from yeonma.data.template_syntax import Piece, joined
 from yeonma.data.text_checks import NOT_GIVEN_BACK, TRIMMED
 from yeonma.errors import Problem, UserError
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.example import (
     NOT_TRAINED,
@@ -77,7 +77,7 @@ def encode_prompts(
     if max_new_tokens >= rules.cutoff_len:
         leaves = counted(max_new_tokens, "new token leaves", "new tokens leave")
         problem = f"{leaves} no room for a prompt in cutoff_len {rules.cutoff_len}"
-        raise UserError(problem, place="--max_new_tokens", cure="lower it")
+        raise UserError(problem, place="--max_new_tokens", cure=tr("lower it"))
     with encoder_for(tokenizer, rules, rendered) as encoder:
         return encoder.prompts(rendered, rows, rules.cutoff_len - max_new_tokens)
 
@@ -234,7 +234,7 @@ class ExampleEncoder:
             try:
                 fitted = self.fit_prompt(text, row, budget, self.prompt_ids(text, row))
                 if isinstance(fitted, LeftOut):
-                    cure = "shorten the row, or lower max_new_tokens"
+                    cure = tr("shorten the row, or lower max_new_tokens")
                     problems.append(Problem(fitted.reason, row.place, cure))
                 else:
                     prompts.append(np.array(fitted.ids, dtype=np.int32))
@@ -258,15 +258,15 @@ class ExampleEncoder:
         if self.rules.train_on_inputs and any(
             turn.turn and turn.turn.weight is not None for turn in rendered.turns
         ):
-            cure = "remove the weights, or leave --train_on_inputs out"
+            cure = tr("remove the weights, or leave --train_on_inputs out")
             raise UserError(
-                "turns have weights, and --train_on_inputs trains every token", place=row.place, cure=cure
+                tr("turns have weights, and --train_on_inputs trains every token"), place=row.place, cure=cure
             )
         texts = example_texts(rendered, row, self.encoder, self.chat, self.rules)
         if not texts and any(turn.role == "assistant" for turn in rendered.turns[1:]):
             return []
         if not texts:
-            raise UserError("the turn list has no assistant turn after another turn", place=row.place)
+            raise UserError(tr("the turn list has no assistant turn after another turn"), place=row.place)
         if self.rules.parse_special_tokens:
             return [replace(text, data=None) for text in texts]
         for text in texts:
@@ -365,8 +365,8 @@ class ExampleEncoder:
         """The prompt, whose full ids are `ids`, with one field shortened to fit into `budget` tokens."""
         field, side = field_to_shorten(rendered, self.rules.shrink), self.rules.shrink_side
         if field is None:
-            name = f'field "{self.rules.shrink}"' if self.rules.shrink else "prompt field"
-            return LeftOut(row.number, row.place, f"there is no {name} to shorten")
+            name = f'field "{self.rules.shrink}"' if self.rules.shrink else tr("prompt field")
+            return LeftOut(row.number, row.place, tr("there is no {name} to shorten", name=name))
         length = field_lengths(rendered)[field]
 
         def short_ids(keep: int) -> list[int]:
@@ -376,7 +376,7 @@ class ExampleEncoder:
         short = shorten(rendered, field, keep, side)
         characters = field_lengths(short)[field]
         if characters == 0:
-            return LeftOut(row.number, row.place, f'too long with one character of "{field}"')
+            return LeftOut(row.number, row.place, tr('too long with one character of "{field}"', field=field))
         return FittedPrompt(short, length - characters, short_ids(keep))
 
     def prompt_ids(self, rendered: Rendered, row: Row) -> list[int]:
@@ -418,8 +418,8 @@ class ExampleEncoder:
 
     def _check_special_text(self, data: Sequence[Span] | None, row: Row) -> None:
         if data is not None and self.encoder.backend is None:
-            problem = "special-token text, which this kind of tokenizer cannot encode as ordinary text"
-            cure = "use a model with a fast tokenizer (tokenizer.json), or remove the text from the row"
+            problem = tr("special-token text, which this kind of tokenizer cannot encode as ordinary text")
+            cure = tr("use a model with a fast tokenizer (tokenizer.json), or remove the text from the row")
             raise UserError(problem, place=row.place, cure=cure)
 
     def _token_ids(self, text: ExampleText, encoded: Iterator[list[int]]) -> TokenIds | None:
@@ -483,7 +483,12 @@ class ExampleEncoder:
             tried.add(budget)
             fitted = self.fit_prompt(text.rendered, text.row, budget, ids.ids[: ids.answers[-1][0]])
             if isinstance(fitted, LeftOut):
-                reason = f"{len(ids.ids)} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
+                reason = tr(
+                    "{ids} tokens, and {reason}; cutoff_len is {cutoff_len}",
+                    ids=len(ids.ids),
+                    reason=fitted.reason,
+                    cutoff_len=cutoff_len,
+                )
                 return [best or EncodeResult(text, replace(fitted, reason=reason))]
             short = self._rendered_again(text, fitted.rendered)
             short_ids = None if short is None else self.ids_of([short])[0]
@@ -493,7 +498,11 @@ class ExampleEncoder:
                 example = self.example(short, short_ids, fitted.cut_characters, fitted.dropped_turns)
                 best = EncodeResult(short, example)
             budget = cutoff_len - short_ids.answer_length
-        reason = f"{len(ids.ids)} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
+        reason = tr(
+            "{ids} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}",
+            ids=len(ids.ids),
+            cutoff_len=cutoff_len,
+        )
         return [best or EncodeResult(text, LeftOut(text.row.number, text.row.place, reason))]
 
     def _rendered_again(self, text: ExampleText, rendered: Rendered) -> ExampleText | None:
@@ -504,7 +513,7 @@ class ExampleEncoder:
         return texts[0] if len(texts) == 1 else None
 
 
-OVER_LIMIT_CURE = "raise --cutoff_len, or leave such rows out with --over_limit drop"
+OVER_LIMIT_CURE = tr("raise --cutoff_len, or leave such rows out with --over_limit drop")
 
 
 def over_limit_problems(outcomes: Sequence[object]) -> list[Problem]:

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from yeonma.errors import Problem, UserError
+from yeonma.messages import tr
 from yeonma.tokenization.chat_template import PROBE, Chat
 from yeonma.tokenization.conversation import Conversation
 
 _CURES = {
-    "system": "put its text into the user's turn, or use a model whose chat template writes system turns",
-    "tool": "put the result into a user's turn, or use a model whose chat template writes tool results",
+    "system": tr("put its text into the user's turn, or use a model whose chat template writes system turns"),
+    "tool": tr("put the result into a user's turn, or use a model whose chat template writes tool results"),
 }
 
-_NAMES = {"system": "system or developer", "tool": "tool or function"}
+_NAMES = {"system": tr("system or developer"), "tool": tr("tool or function")}
 
 
 def check_turns(chat: Chat, conversation: Conversation, prompt: str, place: str) -> None:
@@ -34,10 +35,14 @@ def check_turns(chat: Chat, conversation: Conversation, prompt: str, place: str)
         ):
             continue
         role = str(message["role"])
-        cure = _CURES.get(role, "use a model whose chat template writes it, or another role")
+        cure = _CURES.get(role, tr("use a model whose chat template writes it, or another role"))
         problems.append(
             Problem(
-                f"the model's chat template writes nothing of the {_NAMES.get(role, role)} turn, turn {index + 1}",
+                tr(
+                    "the model's chat template writes nothing of the {role} turn, turn {index}",
+                    role=_NAMES.get(role, role),
+                    index=index + 1,
+                ),
                 place,
                 cure,
             )

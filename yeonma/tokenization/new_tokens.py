@@ -14,10 +14,11 @@ from tokenizers import AddedToken
 
 from yeonma.errors import Problem, UserError, brief
 from yeonma.files import user_path
+from yeonma.messages import tr
 
 PLACE = "new_tokens"
 MAX_PROBLEMS = 10
-EXAMPLE = "a file with one token a line, or a list such as '[<a>, <b>]'"
+EXAMPLE = tr("a file with one token a line, or a list such as '[<a>, <b>]'")
 
 
 def read_new_tokens(setting: Sequence[str] | str | None) -> list[str] | None:
@@ -29,12 +30,17 @@ def read_new_tokens(setting: Sequence[str] | str | None) -> list[str] | None:
         return None
     tokens = _lines(setting) if isinstance(setting, str) else list(setting)
     problems = [
-        Problem(f'"{brief(token)}" is blank', PLACE, "leave it out") for token in tokens if not token.strip()
+        Problem(tr('"{token}" is blank', token=brief(token)), PLACE, tr("leave it out"))
+        for token in tokens
+        if not token.strip()
     ]
     twice = [token for token, count in Counter(tokens).items() if count > 1]
-    problems += [Problem(f'"{brief(token)}" stands there twice', PLACE, "give it once") for token in twice]
+    problems += [
+        Problem(tr('"{token}" stands there twice', token=brief(token)), PLACE, tr("give it once"))
+        for token in twice
+    ]
     if not tokens:
-        problems = [Problem("there are none", PLACE, f"give {EXAMPLE}")]
+        problems = [Problem(tr("there are none"), PLACE, f"give {EXAMPLE}")]
     _raise_if(problems)
     return tokens
 
@@ -44,11 +50,13 @@ def _lines(name: str) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"not UTF-8, at byte {error.start + 1}"
-        raise UserError(what, place=f"{PLACE} {name}", cure="save it as UTF-8") from None
+        what = tr("not UTF-8, at byte {start}", start=error.start + 1)
+        raise UserError(what, place=f"{PLACE} {name}", cure=tr("save it as UTF-8")) from None
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror})", place=f"{PLACE} {name}", cure=f"give {EXAMPLE}"
+            tr("cannot be read ({strerror})", strerror=error.strerror),
+            place=f"{PLACE} {name}",
+            cure=f"give {EXAMPLE}",
         ) from None
     return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
 
@@ -63,21 +71,22 @@ def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     problems = []
     for token in tokens:
         if (found := _as_one_token(tokenizer, token)) is not None:
-            what = f'"{brief(token)}" is one token already, with the id {found}'
-            problems.append(Problem(what, PLACE, "leave it out"))
+            what = tr('"{token}" is one token already, with the id {found}', token=brief(token), found=found)
+            problems.append(Problem(what, PLACE, tr("leave it out")))
     _raise_if(problems)
     try:
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
         ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        what = f"the model's tokenizer takes no more tokens ({brief(str(error))})"
-        raise UserError(what, place=PLACE, cure="leave it out") from error
+        what = tr("the model's tokenizer takes no more tokens ({error})", error=brief(str(error)))
+        raise UserError(what, place=PLACE, cure=tr("leave it out")) from error
     for token, number in zip(tokens, ids, strict=True):
         if tokenizer(token, add_special_tokens=False)["input_ids"] != [number]:
-            what = (
-                f'the model\'s tokenizer does not read "{brief(token)}" as one token, although it was added'
+            what = tr(
+                'the model\'s tokenizer does not read "{token}" as one token, although it was added',
+                token=brief(token),
             )
-            problems.append(Problem(what, PLACE, "leave it out, or write it otherwise"))
+            problems.append(Problem(what, PLACE, tr("leave it out, or write it otherwise")))
     _raise_if(problems)
     return tuple(ids)
 
@@ -95,5 +104,5 @@ def _as_one_token(tokenizer: Any, token: str) -> int | None:
 def _raise_if(problems: Sequence[Problem]) -> None:
     if problems:
         more = len(problems) - MAX_PROBLEMS
-        rest = [Problem(f"there are {more} more such tokens", PLACE)] if more > 0 else []
+        rest = [Problem(tr("there are {more} more such tokens", more=more), PLACE)] if more > 0 else []
         raise UserError([*problems[:MAX_PROBLEMS], *rest])

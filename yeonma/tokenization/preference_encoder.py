@@ -13,6 +13,7 @@ from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.errors import Problem, UserError
+from yeonma.messages import tr
 from yeonma.tokenization.example import (
     EQUAL,
     EQUAL_AS_TOKENS,
@@ -37,7 +38,7 @@ from yeonma.tokenization.example_encoder import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
+_REWRITTEN = tr("the model's chat template rewrites earlier turns: answers of several turns are not one text")
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,12 @@ def _pair_result(
         tried.add(budget)
         fitted = encoder.fit_prompt(prompt, row, budget, prompt_ids)
         if isinstance(fitted, LeftOut):
-            reason = f"{longest} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
+            reason = tr(
+                "{longest} tokens, and {reason}; cutoff_len is {cutoff_len}",
+                longest=longest,
+                reason=fitted.reason,
+                cutoff_len=cutoff_len,
+            )
             return best or _left_out(encoder, pair, row, reason)
         short_chosen, short_rejected = (
             replace(side, turns=(*fitted.rendered.turns, *side.turns[pair.prompt_turns :]))
@@ -191,7 +197,11 @@ def _pair_result(
         if max(len(chosen_ids.ids), len(rejected_ids.ids)) <= cutoff_len:
             best = _unit(encoder, row, short, (chosen_ids, rejected_ids), fitted)
         budget = cutoff_len - _longer_answer(chosen_ids, rejected_ids)
-    reason = f"{longest} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
+    reason = tr(
+        "{longest} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}",
+        longest=longest,
+        cutoff_len=cutoff_len,
+    )
     return best or _left_out(encoder, pair, row, reason)
 
 

@@ -10,6 +10,7 @@ from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
 from yeonma.data.rows import Row
 from yeonma.data.task import ANSWERS, LABELLED, PAIRS
 from yeonma.data.template import Rendered
+from yeonma.messages import tr
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import EncodeResult, ExampleEncoder, encode
 from yeonma.tokenization.preference_encoder import encode_labelled, encode_pair_results, encode_pairs
@@ -78,7 +79,7 @@ def _labelled(
 TASK_ENCODERS: Mapping[str, TaskEncoder] = {
     ANSWERS.name: TaskEncoder(encode, _answers),
     PAIRS.name: TaskEncoder(
-        encode_pairs, _pairs, left_out="is over cutoff_len {cutoff_len} or has two equal answers"
+        encode_pairs, _pairs, left_out=tr("is over cutoff_len {{cutoff_len}} or has two equal answers")
     ),
     LABELLED.name: TaskEncoder(encode_labelled, _labelled),
 }

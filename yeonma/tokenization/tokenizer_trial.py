@@ -9,6 +9,7 @@ from pathlib import Path
 from yeonma.bounded.child import MIB, Bounds, OverBounds, Refused, ask, end
 from yeonma.errors import UserError
 from yeonma.files import default_cache_dir, file_hash, replace_file
+from yeonma.messages import tr
 
 TRIAL = 1
 """Increased whenever a tokenizer is tried otherwise."""
@@ -25,7 +26,7 @@ OTHERS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_CURE = "use the original model's files, if these are not"
+_CURE = tr("use the original model's files, if these are not")
 
 _LARGE = 8 * MIB
 
@@ -35,11 +36,13 @@ _passed: set[str] = set()
 def check_size(path: Path) -> None:
     """Raises UserError for a file that is larger than any of its name should be, or is no file."""
     if not path.is_file():
-        problem = "it is no file, but something else (a pipe, a folder)"
+        problem = tr("it is no file, but something else (a pipe, a folder)")
         raise UserError(problem, place=str(path), cure=_CURE)
     size, most = path.stat().st_size, LARGEST_OF_OTHERS if path.name in OTHERS else LARGEST
     if size > most:
-        problem = f"it has {size / MIB:,.0f} MiB; more than {most // MIB} are not read"
+        problem = tr(
+            "it has {size:,.0f} MiB; more than {most} are not read", size=size / MIB, most=most // MIB
+        )
         raise UserError(problem, place=str(path), cure=_CURE)
 
 
@@ -67,7 +70,9 @@ def try_tokenizer(path: Path) -> None:
         end()  # it would keep the memory
     if what:
         raise UserError(
-            f"reading it, or encoding texts of 20,000 characters with it, {what}", place=str(path), cure=_CURE
+            tr("reading it, or encoding texts of 20,000 characters with it, {what}", what=what),
+            place=str(path),
+            cure=_CURE,
         )
     _passed.add(key)
     try:

@@ -15,7 +15,7 @@ from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import LoraSettings, RunConfig, StepSettings
 from yeonma.errors import Log
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model import load
 from yeonma.model.language_part import absent_parameters
 from yeonma.model.quantized import multiplies_fp8
@@ -83,7 +83,7 @@ def load_model(
     is_full = model_settings.train == "full"
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
-        log("shard has no effect in a single process")
+        log(tr("shard has no effect in a single process"))
     quantization, dtype = model_settings.quantization, TargetDevice(device).dtype(model_settings)
     policy = build_policy(
         source,
@@ -103,23 +103,53 @@ def load_model(
     )
     base = policy.transformers_model
     if policy.support.why_not:
-        log(f"one sequence at a time, because {policy.support.why_not}")
+        log(tr("one sequence at a time, because {why_not}", why_not=policy.support.why_not))
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     frozen = 0 if is_full else policy.base.parameters - absent_parameters(base)
-    log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
+    log(
+        tr(
+            "{source}: {trained:,} parameters trained, {frozen:,} frozen, {dtype} on {device}",
+            source=source.name,
+            trained=trained,
+            frozen=frozen,
+            dtype=base.dtype,
+            device=device,
+        )
+    )
     reached = None if is_full else coverage(base)
-    log("all weights are trained, routers and embeddings included" if is_full else f"adapter on {reached}")
+    log(
+        tr("all weights are trained, routers and embeddings included")
+        if is_full
+        else tr("adapter on {reached}", reached=reached)
+    )
     if config.step.loraplus_ratio is not None:
-        log(f"LoRA+: B learns at {config.step.loraplus_ratio:g} times the learning rate of A")
+        log(
+            tr(
+                "LoRA+: B learns at {loraplus_ratio:g} times the learning rate of A",
+                loraplus_ratio=config.step.loraplus_ratio,
+            )
+        )
     log(f"kernels: {policy.kernels}")
     if base.published is not None:
-        size = f"{local_weight_bytes(base) / 1e6:,.1f} MB of frozen weights"
-        log(f"weights published as {base.published}: {base.published.held(quantization, str(dtype))}, {size}")
+        size = tr("{base:,.1f} MB of frozen weights", base=local_weight_bytes(base) / 1e6)
+        log(
+            tr(
+                "weights published as {published}: {quantization}, {size}",
+                published=base.published,
+                quantization=base.published.held(quantization, str(dtype)),
+                size=size,
+            )
+        )
     if quantization != "none":
         emulated = quantization == "fp8" and not multiplies_fp8(device)
-        slow = "; this device has no fp8 products, so they are emulated and no faster" if emulated else ""
+        slow = tr("; this device has no fp8 products, so they are emulated and no faster") if emulated else ""
         log(
-            f"dense layers in {quantization}: {local_weight_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}"
+            tr(
+                "dense layers in {quantization}: {base:,.1f} MB of frozen weights{slow}",
+                quantization=quantization,
+                base=local_weight_bytes(base) / 1e6,
+                slow=slow,
+            )
         )
     if shard:
         log(

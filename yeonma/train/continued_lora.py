@@ -11,12 +11,16 @@ from yeonma.adapter.lora_ranks import lora_config
 from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.tokenization.new_tokens import read_new_tokens
 
 MANIFEST = "yeonma.json"
 PEFT_ALPHA = 8
 """What PEFT takes where a config does not say."""
-CURE = "leave it out; for another shape, merge that adapter with `yeonma merge` and train a new one on the result"
+CURE = tr(
+    "leave it out; for another shape, merge that adapter with `yeonma merge` and train a new "
+    "one on the result"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def adapter_lora(folder: str) -> AdapterLora:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         place = str(path / "adapter_config.json")
-        raise UserError(f"damaged ({error})", place=place, cure="give another adapter") from error
+        raise UserError(f"damaged ({error})", place=place, cure=tr("give another adapter")) from error
     return AdapterLora(folder, settings, targets)
 
 
@@ -94,7 +98,16 @@ def check_lora(config: RunConfig, adapter: AdapterLora) -> None:
             same = adapter.targets is None or _may_be_all(names, adapter.targets)
         if name in config.given and not same:
             problems.append(
-                Problem(f"it is {_text(value)}, but {adapter.folder} has {_text(has)}", name, CURE)
+                Problem(
+                    tr(
+                        "it is {value}, but {folder} has {has}",
+                        value=_text(value),
+                        folder=adapter.folder,
+                        has=_text(has),
+                    ),
+                    name,
+                    CURE,
+                )
             )
     if problems:
         raise UserError(problems)
@@ -116,7 +129,7 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        more = f" and {len(value) - 8} more" if len(value) > 8 else ""
+        more = tr(" and {value} more", value=len(value) - 8) if len(value) > 8 else ""
         return f"[{', '.join(map(str, value[:8]))}{more}]"
     return str(value)
 

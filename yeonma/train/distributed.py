@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.sharding import is_shard
 from yeonma.train.heartbeat import watch_processes
 
@@ -67,7 +68,9 @@ def rendezvous() -> Iterator[Rendezvous]:
         yield Rendezvous(0, 1, None)
         return
     if not dist.is_available():
-        raise UserError("this build of PyTorch has no torch.distributed", cure="run it as one process")
+        raise UserError(
+            tr("this build of PyTorch has no torch.distributed"), cure=tr("run it as one process")
+        )
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
@@ -167,10 +170,10 @@ def check_same_content(group: Processes, content: str) -> None:
     first, *others = gather_bytes(group, digest)
     different = [str(rank) for rank, other in enumerate(others, 1) if not torch.equal(other, first)]
     if different:
-        who = f"process {', '.join(different)} of {group.count}"
+        who = tr("process {different} of {count}", different=", ".join(different), count=group.count)
         raise UserError(
-            f"{who} has other settings, data, base weights or versions than process 0",
-            cure="give every process the same command, files and versions",
+            tr("{who} has other settings, data, base weights or versions than process 0", who=who),
+            cure=tr("give every process the same command, files and versions"),
         )
 
 

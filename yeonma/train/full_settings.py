@@ -6,9 +6,10 @@ from typing import Any
 
 from yeonma.config.settings import ADAPTER_SETTINGS, ModelSettings, RunConfig
 from yeonma.errors import Problem, UserError
+from yeonma.messages import tr
 from yeonma.model.published import Published
 
-PLACE = "train full"
+PLACE = tr("train full")
 
 
 def check_full(config: RunConfig, continued: str | None) -> None:
@@ -19,29 +20,36 @@ def check_full(config: RunConfig, continued: str | None) -> None:
         return
     problems = [
         Problem(
-            "it shapes an adapter, and full fine-tuning has none", name, "leave it out, or use --train lora"
+            tr("it shapes an adapter, and full fine-tuning has none"),
+            name,
+            tr("leave it out, or use --train lora"),
         )
         for name in sorted(ADAPTER_SETTINGS & config.given)
     ]
     if continued is not None:
-        what = f"{continued} is an adapter, and full fine-tuning trains the weights of a model"
+        what = tr(
+            "{continued} is an adapter, and full fine-tuning trains the weights of a model",
+            continued=continued,
+        )
         problems.append(
-            Problem(what, PLACE, "merge it with `yeonma merge`, and give the result as --base_model")
+            Problem(what, PLACE, tr("merge it with `yeonma merge`, and give the result as --base_model"))
         )
     if model.quantization != "none":
-        what = "quantised weights cannot be trained"
+        what = tr("quantised weights cannot be trained")
         problems.append(
-            Problem(what, f"quantization {model.quantization}", "leave it out, or use --train lora")
+            Problem(what, f"quantization {model.quantization}", tr("leave it out, or use --train lora"))
         )
     if model.shard and config.preference is not None and "kto" in str(config.preference.loss):
-        what = "kto keeps a copy of the weights as they were, which is not sharded in this version"
-        problems.append(Problem(what, "shard true", "leave it out, or choose another --loss"))
+        what = tr("kto keeps a copy of the weights as they were, which is not sharded in this version")
+        problems.append(Problem(what, tr("shard true"), tr("leave it out, or choose another --loss")))
     if model.shard and config.step.optimizer != "adamw":
-        what = "8-bit averages of sharded weights are not supported in this version"
-        problems.append(Problem(what, f"optimizer {config.step.optimizer}", "use adamw, or leave out shard"))
+        what = tr("8-bit averages of sharded weights are not supported in this version")
+        problems.append(
+            Problem(what, f"optimizer {config.step.optimizer}", tr("use adamw, or leave out shard"))
+        )
     if model.dtype == "float16":
-        what = "in float16 the gradients of weights are lost, because they are too small for it"
-        problems.append(Problem(what, "dtype float16", "use bfloat16 or float32"))
+        what = tr("in float16 the gradients of weights are lost, because they are too small for it")
+        problems.append(Problem(what, tr("dtype float16"), tr("use bfloat16 or float32")))
     if problems:
         raise UserError(problems)
 
@@ -54,15 +62,23 @@ def check_full_base(model: ModelSettings, model_config: Any, published: Publishe
 
     problems = []
     if multimodal_class(model_config) is not None:
-        what = "it also reads images or sound; only its language model is loaded, so a model written anew lacks them"
+        what = tr(
+            "it also reads images or sound; only its language model is loaded, so a model written "
+            "anew lacks them"
+        )
         problems.append(
-            Problem(what, model.base_model, "use --train lora; yeonma merge keeps all of the checkpoint")
+            Problem(what, model.base_model, tr("use --train lora; yeonma merge keeps all of the checkpoint"))
         )
     if published is not None:
-        what = f"its weights are published as {published}, and full fine-tuning trains whole weights"
-        problems.append(Problem(what, model.base_model, "give the unquantised model, or use --train lora"))
+        what = tr(
+            "its weights are published as {published}, and full fine-tuning trains whole weights",
+            published=published,
+        )
+        problems.append(
+            Problem(what, model.base_model, tr("give the unquantised model, or use --train lora"))
+        )
     if getattr(model_config, "auto_map", None):
-        what = "it comes with its own Python code, which a model written anew would lack in this version"
-        problems.append(Problem(what, model.base_model, "use --train lora"))
+        what = tr("it comes with its own Python code, which a model written anew would lack in this version")
+        problems.append(Problem(what, model.base_model, tr("use --train lora")))
     if problems:
         raise UserError(problems)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from yeonma.errors import LOST, ProcessLost
+from yeonma.messages import tr
 from yeonma.streams import log_line
 from yeonma.train.interrupt import Stopped
 
@@ -76,7 +77,7 @@ class Heartbeat:
         except Exception:  # the store raises various errors when its host is gone
             if self._leaving.wait(2 * INTERVAL_SECONDS):
                 return
-            self._loss = "torchrun's store cannot be reached any more"
+            self._loss = tr("torchrun's store cannot be reached any more")
         if self._loss is not None and not self._leaving.wait(2 * INTERVAL_SECONDS):
             # the main thread is stuck in a collective
             log_line(_message(self._loss))
@@ -110,12 +111,18 @@ class Heartbeat:
         if who is None:  # not started yet; torchrun itself detects it if it fails earlier
             return None
         is_local = who["host"] == socket.gethostname()
-        name = f"process {self.next} ({who['host']}, process id {who['pid']})"
+        name = tr(
+            "process {next} ({host}, process id {pid})", next=self.next, host=who["host"], pid=who["pid"]
+        )
         if is_local and not _is_alive(who["pid"]):
-            return None if self._read(f"beat/{self.next}") == DONE else f"{name} has ended"
+            return None if self._read(f"beat/{self.next}") == DONE else tr("{name} has ended", name=name)
         if silent_seconds < SILENCE_SECONDS:
             return None
-        loss = f"{name} has been silent for {SILENCE_SECONDS:.0f} seconds"
+        loss = tr(
+            "{name} has been silent for {silence_seconds:.0f} seconds",
+            name=name,
+            silence_seconds=SILENCE_SECONDS,
+        )
         if is_local:  # a stopped process does not react to torchrun's SIGTERM
             self._loss = loss  # first: once that process has ended, torchrun ends this one
             os.kill(who["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -123,7 +130,9 @@ class Heartbeat:
 
 
 def _message(loss: str) -> str:
-    return f"{loss}; this process ends too; run the same command to continue from the last checkpoint"
+    return tr(
+        "{loss}; this process ends too; run the same command to continue from the last checkpoint", loss=loss
+    )
 
 
 def _is_alive(pid: int) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.shown import one_line
 
 TIME_OVER = 75
@@ -36,9 +37,9 @@ this time count as one."""
 START_TIME = "YEONMA_BEGAN"
 """Environment variable with the time.time() at which the command started, for the processes that it starts."""
 
-FIRST_SIGNAL = (
-    "saving a checkpoint, then stopping; "
-    "a second signal kills the run at once and leaves the last checkpoint intact"
+FIRST_SIGNAL = tr(
+    "saving a checkpoint, then stopping; a second signal kills the run at once and leaves "
+    "the last checkpoint intact"
 )
 
 _STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": HUNG_UP}
@@ -129,7 +130,10 @@ class Stop:
         return time.monotonic() + step_seconds + self.slowest_save + SPARE_SECONDS > self.deadline
 
     def _raise(self, status: int) -> None:
-        message = f"stopped by {REASONS[status]}; all work so far is kept: run the same command to continue"
+        message = tr(
+            "stopped by {reasons}; all work so far is kept: run the same command to continue",
+            reasons=REASONS[status],
+        )
         raise Stopped(message, status)
 
 
@@ -232,6 +236,8 @@ def seconds_of(time_limit: str) -> int:
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if not 0 < total < 10**9:
-        cure = "write it as 11h30m, 90m, 45s or 1:30:00"
-        raise UserError(f'"{time_limit}" is not a duration', place="time_limit", cure=cure)
+        cure = tr("write it as 11h30m, 90m, 45s or 1:30:00")
+        raise UserError(
+            tr('"{time_limit}" is not a duration', time_limit=time_limit), place="time_limit", cure=cure
+        )
     return total

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 
 from yeonma.config.settings import PreferenceSettings
+from yeonma.messages import tr
 from yeonma.tokenization.dataset import DatasetPart
 from yeonma.tokenization.example import AnswerRole
 
@@ -29,7 +30,11 @@ class LabelBalance:
     """What is wrong with them, and the setting that cures it; None if nothing is."""
 
     def __str__(self) -> str:
-        counts = f"labels: {self.desirable:,} desirable, {self.undesirable:,} undesirable"
+        counts = tr(
+            "labels: {desirable:,} desirable, {undesirable:,} undesirable",
+            desirable=self.desirable,
+            undesirable=self.undesirable,
+        )
         return f"{counts}; {self.warning}" if self.warning else counts
 
 
@@ -51,7 +56,9 @@ def balance_warning(
     """A warning about such numbers of answers, at least one, of which each has that weight; None if they are fine."""
     if not (desirable and undesirable):
         missing = "undesirable" if desirable else "desirable"
-        return f"the loss needs {missing} answers as well; no weight makes up for having none"
+        return tr(
+            "the loss needs {missing} answers as well; no weight makes up for having none", missing=missing
+        )
     good, bad = desirable * desirable_weight, undesirable * undesirable_weight
     if max(good, bad) <= MOST_UNEQUAL * min(good, bad):
         return None
@@ -60,8 +67,15 @@ def balance_warning(
     else:
         name, least, most = "desirable", bad / desirable, bad / desirable * LARGEST_SHARE
     ratio = f"{good / bad:.3g} to 1" if good > bad else f"1 to {bad / good:.3g}"
-    cure = f"--kto_{name}_weight {_rounded(least, up=True)} to {_rounded(most, up=False)}"
-    return f"weighed, they count {ratio}; {cure} brings that to between 1 to 1 and 4 to 3"
+    cure = tr(
+        "--kto_{name}_weight {least} to {most}",
+        name=name,
+        least=_rounded(least, up=True),
+        most=_rounded(most, up=False),
+    )
+    return tr(
+        "weighed, they count {ratio}; {cure} brings that to between 1 to 1 and 4 to 3", ratio=ratio, cure=cure
+    )
 
 
 def _rounded(number: float, *, up: bool) -> str:

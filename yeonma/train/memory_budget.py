@@ -20,6 +20,7 @@ from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds, Plan
 from yeonma.config.settings import Checkpointing, ModelSettings, Optimizer, RunConfig, StepSettings
 from yeonma.errors import Log, Problem, UserError
+from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
@@ -40,7 +41,7 @@ MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}
 CHECKPOINTING_LEVELS: tuple[Checkpointing, ...] = (False, "selective", True)
 """From the fastest to the one with the smallest memory use."""
 
-CURE = "give micro_batch_tokens a number and gradient_checkpointing true or false"
+CURE = tr("give micro_batch_tokens a number and gradient_checkpointing true or false")
 
 
 def micro_batching(step: StepSettings) -> MicroBatchBounds:
@@ -81,7 +82,7 @@ def resolve_auto(
     if free is None:
         free = free_memory(target.device) if target.gpu is None else target.gpu.memory_bytes
     if free is None:
-        raise UserError("how much memory is free is not known on this system", place="auto", cure=CURE)
+        raise UserError(tr("how much memory is free is not known on this system"), place="auto", cure=CURE)
     processes = processes or group.count
     kind = target.device.type
     bounds = MicroBatchBounds(step.batch_size, None, step.share_prefix)
@@ -210,9 +211,14 @@ def _agree(group: Processes, level: Checkpointing, tokens: int) -> tuple[Checkpo
 
 
 def _summary(level: Checkpointing, tokens: int, free: int) -> str:
-    treatment = {False: "kept", "selective": "recomputed in every other layer", True: "recomputed"}[level]
-    at_once = f"at most {tokens:,} tokens at once; " if tokens else ""
-    return f"{free / 1e9:.1f} GB free: {at_once}activations are {treatment}"
+    treatment = {False: "kept", "selective": tr("recomputed in every other layer"), True: "recomputed"}[level]
+    at_once = tr("at most {tokens:,} tokens at once; ", tokens=tokens) if tokens else ""
+    return tr(
+        "{free:.1f} GB free: {at_once}activations are {treatment}",
+        free=free / 1e9,
+        at_once=at_once,
+        treatment=treatment,
+    )
 
 
 def try_heaviest(state: TrainState, plan: Plan, store: TokenStore, optimizer: Optimizer) -> None:

@@ -35,7 +35,7 @@ from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.language_part import left_out
 from yeonma.model.load import eos_tokens
 from yeonma.model.position_limits import model_positions
@@ -369,7 +369,7 @@ def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: An
     parts = tokens.shape.parts(text, is_open=tokens.shape.opens(end_of_prompt(prompt, tokenizer)))
     content = parts.content.removesuffix(tokens.shape.trail)
     if parts.reasoning and (not content or content.isspace()):
-        return f"(reasoning without an answer: {parts.reasoning})"
+        return tr("(reasoning without an answer: {reasoning})", reasoning=parts.reasoning)
     return content
 
 
@@ -417,7 +417,11 @@ def card_text(
         "tags": ["yeonma"] if adapter.is_full else ["lora", "yeonma"],
     }
     base = code(_last_part(adapter.base.name))
-    what = f"{base} with all of its weights fine-tuned" if adapter.is_full else f"A LoRA adapter for {base}"
+    what = (
+        tr("{base} with all of its weights fine-tuned", base=base)
+        if adapter.is_full
+        else tr("A LoRA adapter for {base}", base=base)
+    )
     lines = [
         *front_matter({key: value for key, value in about.items() if value}),
         f"# {markdown(adapter.path.resolve().name)}",
@@ -435,7 +439,7 @@ def card_text(
     lines += _lora(adapter.details.get("lora"))
     if faults := trained_on.get("bad_rows"):
         listed = [f"- {code(fault)}: {count:,}" for fault, count in faults.items()]
-        lines += ["Bad rows among those left out:", "", *listed, ""]
+        lines += [tr("Bad rows among those left out:"), "", *listed, ""]
     if remarks:
         lines += [*(f"- {markdown(remark)}." for remark in remarks), ""]
     lines += _data_sets(sets, units)
@@ -447,13 +451,13 @@ def card_text(
             lines += _losses(before.get("losses", {}), after.get("losses", {}))
             lines += _confusions(after.get("confusion", {}))
         else:  # the log was deleted while the run was stopped, and begins later
-            lines += ["metrics.jsonl does not have the validation losses of before and after.", ""]
+            lines += [tr("metrics.jsonl does not have the validation losses of before and after."), ""]
     lines += ["![loss](loss.svg)", ""]
-    lines += _samples(samples, "fine-tuned" if adapter.is_full else "with the adapter")
+    lines += _samples(samples, "fine-tuned" if adapter.is_full else tr("with the adapter"))
     lines += ["## Template", "", *code_block(adapter.template.text), ""]
     for one in sets:
         if one["template"]["text"] != adapter.template.text:
-            about_set = f"Template of {code(_last_part(one['name']))}:"
+            about_set = tr("Template of {name}:", name=code(_last_part(one["name"])))
             lines += [about_set, "", *code_block(one["template"]["text"]), ""]
     lines += [
         "## Use",
@@ -480,7 +484,7 @@ def _samples(samples: Sequence[Sample], trained: str) -> list[str]:
     """The rows with both answers. Of a row that fills a template, the fields are shown without the frame."""
     if not samples:
         return []
-    lines = ["## Before and after", ""]
+    lines = [tr("## Before and after"), ""]
     if any(sample.fields for sample in samples):
         lines += ["The rows' fields fill the template below.", ""]
     for sample in samples:
@@ -490,33 +494,33 @@ def _samples(samples: Sequence[Sample], trained: str) -> list[str]:
             lines += ["The models were asked with a shortened text.", ""]
         texts = [(code(name), text) for name, text in sample.fields.items()] or [("prompt", sample.prompt)]
         texts += [("reference", sample.reference)] if sample.reference else []
-        texts += [("base model", sample.base), (trained, sample.adapter)]
+        texts += [(tr("base model"), sample.base), (trained, sample.adapter)]
         for name, text in texts:
             lines += [f"{name}:", "", *code_block(_short(text)), ""]
     return lines
 
 
 ACCURACY = {
-    "pairs": "whose chosen answer has the higher reward",
-    "labelled answers": "whose reward is on the right side of the reference point",
+    "pairs": tr("whose chosen answer has the higher reward"),
+    "labelled answers": tr("whose reward is on the right side of the reference point"),
 }
 """What reward accuracy counts, by the units of the data."""
 PERPLEXITY = {"perplexity": "perplexity"}
 LABEL_SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1"}
 REWARDS = {
-    "reward_accuracy": "reward accuracy",
+    "reward_accuracy": tr("reward accuracy"),
     "reward_margin": "margin",
-    "reward_chosen": "reward of chosen",
-    "reward_rejected": "reward of rejected",
-    "reward_desirable": "reward of desirable",
-    "reward_undesirable": "reward of undesirable",
+    "reward_chosen": tr("reward of chosen"),
+    "reward_rejected": tr("reward of rejected"),
+    "reward_desirable": tr("reward of desirable"),
+    "reward_undesirable": tr("reward of undesirable"),
 }
 """Metrics of an evaluation -> their names on the card."""
 
 
 def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str, noun: str) -> list[str]:
     """A table of the validation metrics before training and of the adapter or model in the folder."""
-    about = f"Both are per trained token; `after` is the {noun} in this folder."
+    about = tr("Both are per trained token; `after` is the {noun} in this folder.", noun=noun)
     names = {**PERPLEXITY, **LABEL_SCORES} if "accuracy" in before and "accuracy" in after else PERPLEXITY
     if names is not PERPLEXITY:
         about = (
@@ -526,13 +530,18 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str,
         )
     if "reward_accuracy" in before:
         names = {key: name for key, name in REWARDS.items() if key in before}
-        about = (
-            f"Means over {before['examples']:,} held-out {units}; `after` is the {noun} in this folder. Reward "
-            f"accuracy is the fraction of {units} {ACCURACY[units]}.{_remark(before, names)}"
+        about = tr(
+            "Means over {examples:,} held-out {units}; `after` is the {noun} in this folder. Reward "
+            "accuracy is the fraction of {units} {accuracy}.{before}",
+            examples=before["examples"],
+            units=units,
+            noun=noun,
+            accuracy=ACCURACY[units],
+            before=_remark(before, names),
         )
     columns = {"loss": "loss", **names}
     return [
-        f"| validation | {' | '.join(columns.values())} | step |",
+        tr("| validation | {columns} | step |", columns=" | ".join(columns.values())),
         "| --- |" + " --- |" * (len(columns) + 1),
         *(
             f"| {name} | {' | '.join(_number(record.get(key)) for key in columns)} | {record['step']} |"
@@ -580,9 +589,17 @@ def _published(adapter: AdapterFolder) -> list[str]:
     published = adapter.details.get(PUBLISHED)
     if not published:
         return []
-    kind = f"{published['method']}, {published['kind']} in {published['bits']} bits"
+    kind = tr(
+        "{method}, {kind} in {bits} bits",
+        method=published["method"],
+        kind=published["kind"],
+        bits=published["bits"],
+    )
     return [
-        f"The base's weights are published as {markdown(kind)}, and the adapter was trained on these.",
+        tr(
+            "The base's weights are published as {kind}, and the adapter was trained on these.",
+            kind=markdown(kind),
+        ),
         "",
     ]
 
@@ -593,7 +610,15 @@ def _lora(lora: Mapping[str, Any] | None) -> list[str]:
         return []
     kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if lora[key]]
     shape = ", ".join([f"Rank {lora['r']}", f"alpha {lora['alpha']:g}", *kinds])
-    return [f"{shape}, dropout {lora['dropout']:g}. The adapter is on {markdown(lora['on'])}.", ""]
+    return [
+        tr(
+            "{shape}, dropout {dropout:g}. The adapter is on {on}.",
+            shape=shape,
+            dropout=lora["dropout"],
+            on=markdown(lora["on"]),
+        ),
+        "",
+    ]
 
 
 def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
@@ -602,12 +627,16 @@ def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
         return []
     total = sum(one.get("weight", 0) for one in sets)
     lines = [
-        f"| data set | {units} | trained tokens | part of the mixture |",
+        tr("| data set | {units} | trained tokens | part of the mixture |", units=units),
         "| --- | --- | --- | --- |",
     ]
     for one in sets:
         times = one.get("repeats", 1)
-        part = f"{one['weight'] / total:.1%} of each step" if total else f"{counted(times, 'time')} an epoch"
+        part = (
+            tr("{weight:.1%} of each step", weight=one["weight"] / total)
+            if total
+            else f"{counted(times, 'time')} an epoch"
+        )
         lines.append(
             f"| {code(one['name'], in_table=True)} | {one['examples']:,} | {one['trained_tokens']:,} | {part} |"
         )
@@ -619,7 +648,7 @@ def _losses(before: Mapping[str, float | None], after: Mapping[str, float | None
     if not after:
         return []
     return [
-        "| validation loss of | before | after |",
+        tr("| validation loss of | before | after |"),
         "| --- | --- | --- |",
         *(
             f"| {code(name, in_table=True)} | {_number(before.get(name))} | {_number(after[name])} |"
@@ -633,10 +662,10 @@ def _remark(before: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """A remark on an evaluation before training in which the model is its own reference."""
     if any(before[key] for key in names):
         return ""
-    return (
-        " A reward measures how much more likely an answer has become compared with the reference, the model before "
-        "training. So before training every reward is 0, every comparison a tie and the accuracy 0; by chance it "
-        "would be 0.5."
+    return tr(
+        " A reward measures how much more likely an answer has become compared with the "
+        "reference, the model before training. So before training every reward is 0, every "
+        "comparison a tie and the accuracy 0; by chance it would be 0.5."
     )
 
 
@@ -648,4 +677,4 @@ def _short(text: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+    return tr("not finite") if value is None else f"{value:.4f}"

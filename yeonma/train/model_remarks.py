@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from yeonma.messages import tr
 from yeonma.model.language_part import multimodal_class
 from yeonma.model.position_limits import length_borders
 from yeonma.model.train_mode import base_noise
@@ -22,8 +23,11 @@ def _language_part(config: Any) -> list[str]:
     if found is None:
         return []
     return [
-        f"{found.__name__} reads more than text: the adapter is on its language model alone, and its towers for images "
-        "and sound stay as they are, also in a merged model"
+        tr(
+            "{name} reads more than text: the adapter is on its language model alone, and its towers "
+            "for images and sound stay as they are, also in a merged model",
+            name=found.__name__,
+        )
     ]
 
 
@@ -34,17 +38,27 @@ def _frequencies(config: Any, dataset: Dataset) -> list[str]:
     parts = [dataset.train, *dataset.validation.values()]
     lengths = np.concatenate([part.store.lengths[part.store.examples_of(part.units)] for part in parts])
     lines = [
-        f"LongRoPE with original_max_position_embeddings {border}: of this run's {len(lengths):,} examples, "
-        f"{int((lengths <= border).sum()):,} have the short frequencies and {int((lengths > border).sum()):,}, which "
-        "are longer, the long ones, each by its own length; vLLM picks one set for all requests: the long one if its "
-        f"--max-model-len is above {border}"
+        tr(
+            "LongRoPE with original_max_position_embeddings {border}: of this run's {lengths:,} "
+            "examples, {int:,} have the short frequencies and {int2:,}, which are longer, the long "
+            "ones, each by its own length; vLLM picks one set for all requests: the long one if its "
+            "--max-model-len is above {border}",
+            border=border,
+            lengths=len(lengths),
+            int=int((lengths <= border).sum()),
+            int2=int((lengths > border).sum()),
+        )
         for border in borders.switches
     ]
     if (limit := borders.grows_from) is not None:
         lines.append(
-            f"dynamic NTK scaling above {limit} tokens: {int((lengths > limit).sum()):,} of this run's "
-            f"{len(lengths):,} examples are longer and have frequencies of their own length; vLLM has one set for all "
-            "requests"
+            tr(
+                "dynamic NTK scaling above {limit} tokens: {int:,} of this run's {lengths:,} examples "
+                "are longer and have frequencies of their own length; vLLM has one set for all requests",
+                limit=limit,
+                int=int((lengths > limit).sum()),
+                lengths=len(lengths),
+            )
         )
     return lines
 
@@ -54,4 +68,6 @@ def _noise_off(config: Any) -> list[str]:
     if not noise:
         return []
     named = ", ".join(f"{name} {value:g}" for name, value in noise.items())
-    return [f"the base's own dropout is off in training ({named}); lora_dropout is the only one"]
+    return [
+        tr("the base's own dropout is off in training ({named}); lora_dropout is the only one", named=named)
+    ]

@@ -16,7 +16,7 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.errors import Log, UserError
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.streams import log_line
 
 Result = TypeVar("Result")
@@ -53,11 +53,15 @@ class MicroBatchLimit:
             if tokens <= longest or len(lengths) == 1:
                 return None
             half = max(longest, tokens // 2)
-            return f"{tokens:,} tokens at once; continuing with {half:,}", replace(bounds, most_tokens=half)
+            return tr(
+                "{tokens:,} tokens at once; continuing with {half:,}", tokens=tokens, half=half
+            ), replace(bounds, most_tokens=half)
         units = min(bounds.most_examples, len(lengths))
         if units == 1:
             return None
-        return f"{units} at once; continuing with {units // 2}", replace(bounds, most_examples=units // 2)
+        return tr("{units} at once; continuing with {units2}", units=units, units2=units // 2), replace(
+            bounds, most_examples=units // 2
+        )
 
     def fit(
         self, compute: Callable[[], Result], batch: Batch, undo: Callable[[], None] = lambda: None
@@ -84,7 +88,9 @@ class MicroBatchLimit:
                 torch.cuda.set_rng_state(cuda_state, self.device)
             torch.set_rng_state(cpu_state)
             description, self.bounds = halved
-            self.log(f"out of memory with {description}, the same result to rounding")
+            self.log(
+                tr("out of memory with {description}, the same result to rounding", description=description)
+            )
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -99,9 +105,14 @@ def _out_of_memory(batch: Batch, device: torch.device, sharded: bool) -> UserErr
     rows = ", ".join(
         f"{batch.unit_rows_U[unit]} ({counted(batch.unit_lengths_U[unit], 'token')})" for unit in longest
     )
-    cure = "--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16"
+    cure = tr("--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16")
     if sharded:
-        what = f"out of memory on {device}; with --shard a process cannot halve its micro-batches by itself"
-        return UserError(what, place=f"rows {rows}", cure=f"a smaller --micro_batch_size, {cure}")
-    what = f"out of memory on {device} with one row at a time; the longest of the step"
+        what = tr(
+            "out of memory on {device}; with --shard a process cannot halve its micro-batches by itself",
+            device=device,
+        )
+        return UserError(
+            what, place=f"rows {rows}", cure=tr("a smaller --micro_batch_size, {cure}", cure=cure)
+        )
+    what = tr("out of memory on {device} with one row at a time; the longest of the step", device=device)
     return UserError(what, place=f"rows {rows}", cure=cure)

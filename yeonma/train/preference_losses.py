@@ -17,6 +17,7 @@ from yeonma.batch.batch import Batch
 from yeonma.config.loss_sum import weighted_losses
 from yeonma.data.task import LABELLED, PAIRS, Task
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.tokenization.example import AnswerRole
 from yeonma.train.label_losses import (
     BCO_START,
@@ -185,8 +186,8 @@ def preference_loss(name: str) -> PreferenceLoss:
     parts = weighted_losses(name)
     for part, _ in parts:
         if part not in LOSSES:
-            cure = "add a PreferenceLoss to LOSSES in yeonma/train/preference_losses.py"
-            raise UserError("this loss has no record", place=f"loss {part}", cure=cure)
+            cure = tr("add a PreferenceLoss to LOSSES in yeonma/train/preference_losses.py")
+            raise UserError(tr("this loss has no record"), place=f"loss {part}", cure=cure)
     return _weighted_sum(name, [(LOSSES[part], weight) for part, weight in parts])
 
 

@@ -22,6 +22,7 @@ from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
 from yeonma.errors import Problem, UserError, gather
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.model.device_check import check_device
 from yeonma.model.published import check_settings, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
@@ -109,8 +110,10 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
 def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
     """The folder of the adapter to continue, if any. Raises UserError if the settings name two."""
     if model.adapter is not None and source.adapter is not None:
-        what = f"base_model {source.adapter} is an adapter too"
-        raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
+        what = tr("base_model {adapter} is an adapter too", adapter=source.adapter)
+        raise UserError(
+            what, place=f"adapter {model.adapter}", cure=tr("give --base_model {source}", source=source.name)
+        )
     return model.adapter or source.adapter
 
 
@@ -164,11 +167,13 @@ def _check_set(one: DataSetSettings, task: Task, continued: str | None, skip_bad
 
 
 def _check_not_input(output: Path, base: str, continued: str | None) -> None:
-    for owner, path in (("base model", base), ("adapter to continue", continued)):
+    for owner, path in ((tr("base model"), base), (tr("adapter to continue"), continued)):
         folder = None if path is None else user_path(path)
         if folder is not None and folder.is_dir() and output.resolve() == folder.resolve():
-            what = f"it is the folder of the {owner}"
-            raise UserError(what, place=f"output_dir {output}", cure="give another folder")
+            what = tr("it is the folder of the {owner}", owner=owner)
+            raise UserError(
+                what, place=tr("output_dir {output}", output=output), cure=tr("give another folder")
+            )
 
 
 def _check_output_is_no_data(config: RunConfig) -> None:
@@ -178,24 +183,34 @@ def _check_output_is_no_data(config: RunConfig) -> None:
     for path in paths if output is not None else ():
         folder = user_path(path)
         if output is not None and folder.is_dir() and output.is_dir() and output.samefile(folder):
-            what = "it is the folder of the data, whose files the run's own would be"
-            raise UserError(what, place=f"output_dir {output}", cure="give another folder, such as one in it")
+            what = tr("it is the folder of the data, whose files the run's own would be")
+            raise UserError(
+                what,
+                place=tr("output_dir {output}", output=output),
+                cure=tr("give another folder, such as one in it"),
+            )
 
 
 def _check_writable(output: Path, *, full: bool) -> None:
     for path in (output, *output.parents):
         if path.is_symlink() and not path.exists():
-            what = f"{path} is a link to a folder that is not there"
-            raise UserError(what, place=f"output_dir {output}", cure="make that folder, or remove the link")
+            what = tr("{path} is a link to a folder that is not there", path=path)
+            raise UserError(
+                what,
+                place=tr("output_dir {output}", output=output),
+                cure=tr("make that folder, or remove the link"),
+            )
     if output.exists() and not output.is_dir():
-        raise UserError("it is a file", place=f"output_dir {output}", cure="give a folder")
+        raise UserError(
+            tr("it is a file"), place=tr("output_dir {output}", output=output), cure=tr("give a folder")
+        )
     check_entries(output, full=full)
     existing = (
         output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())
     )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            "cannot be written", place=str(existing), cure="give an output_dir that you may write to"
+            tr("cannot be written"), place=str(existing), cure=tr("give an output_dir that you may write to")
         )
 
 
@@ -229,5 +244,7 @@ def _check_rows(rows: Rows, choice: Choice, task: Task, skip_bad: bool) -> None:
     except UserError as error:  # from the reader, which cannot read on
         problems = [*of_rows(problems, bad if good else ()), *error.problems]
     if problems:
-        more = [Problem("there are more such problems", rows.name)] if len(problems) > MAX_PROBLEMS else []
+        more = (
+            [Problem(tr("there are more such problems"), rows.name)] if len(problems) > MAX_PROBLEMS else []
+        )
         raise UserError([*problems[:MAX_PROBLEMS], *more])

@@ -28,7 +28,7 @@ from yeonma.config.settings import (
 )
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model import load
 from yeonma.model.adapter_config import WEIGHTS_FILE
 from yeonma.model.adapter_weights import added_rows, check_fits
@@ -124,7 +124,10 @@ def prepare(
         _check_preference(preference, config.tokens, step.token_loss)
         if step.batch_size == 1 and preference_loss(preference.loss).measures:
             log(
-                f"{preference.loss} compares the rows of a step; with --batch_size 1 it has none to compare with"
+                tr(
+                    "{loss} compares the rows of a step; with --batch_size 1 it has none to compare with",
+                    loss=preference.loss,
+                )
             )
 
     def log_rows(rows: int) -> None:
@@ -141,8 +144,8 @@ def prepare(
     }
     for name, needed in needs_validation.items():
         if needed and not dataset.validation:
-            cure = "give val_set_size, val_split or val_data_path"
-            raise UserError("it follows the validation loss", place=name, cure=cure)
+            cure = tr("give val_set_size, val_split or val_data_path")
+            raise UserError(tr("it follows the validation loss"), place=name, cure=cure)
     plan = plan_of(dataset, step)
     _check_positions(model_config, dataset)
     identity = _identity(config, source, tokenizer, dataset, plan, continued)
@@ -160,8 +163,8 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
     shares = None
     if 1 < len(of_sets) == len(weights):
         if step.group_by_length:
-            problem = "steps of similar lengths cannot keep the shares of the data sets' weights"
-            cure = "leave it out, or give repeats instead of weights"
+            problem = tr("steps of similar lengths cannot keep the shares of the data sets' weights")
+            cure = tr("leave it out, or give repeats instead of weights")
             raise UserError(problem, place="group_by_length", cure=cure)
         denominator = math.lcm(*(weight.denominator for weight in weights))
         ends = np.cumsum([len(units) for units in of_sets])
@@ -173,8 +176,12 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
     units = np.concatenate(of_sets)
     steps = step.num_epochs * math.ceil(len(units) / step.batch_size)
     if step.max_steps is None and steps > MOST_STEPS:
-        problem = f"the run would have {steps:.3g} steps, and {MOST_STEPS:,} are the most"
-        raise UserError(problem, place="num_epochs", cure="lower it, or give max_steps")
+        problem = tr(
+            "the run would have {steps:.3g} steps, and {most_steps:,} are the most",
+            steps=steps,
+            most_steps=MOST_STEPS,
+        )
+        raise UserError(problem, place="num_epochs", cure=tr("lower it, or give max_steps"))
     return make_plan(
         units,
         dataset.train.store.unit_lengths[units],
@@ -201,7 +208,12 @@ def mixture_parts(dataset: Dataset, plan: Plan) -> list[str]:
     if plan.shares is not None:
         total = sum(plan.shares.weights)
         return [
-            f"{weight / total:.1%} of each step's {units}, {passes:,.2f} passes in the whole run"
+            tr(
+                "{weight:.1%} of each step's {units}, {passes:,.2f} passes in the whole run",
+                weight=weight / total,
+                units=units,
+                passes=passes,
+            )
             for weight, passes in zip(plan.shares.weights, plan.passes(), strict=True)
         ]
     repeats = [one.settings.repeats for one in dataset.sets]
@@ -233,29 +245,39 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings, tok
     loss = preference_loss(preference.loss)
     problems = [
         Problem(
-            f"{loss.name} does not read it", name, f"leave it out, or choose another --loss than {loss.name}"
+            tr("{loss} does not read it", loss=loss.name),
+            name,
+            tr("leave it out, or choose another --loss than {loss}", loss=loss.name),
         )
         for name, value in options.items()
         if value != defaults[name] and name not in loss.options
     ]
     problems += [
-        Problem(f"{loss.name} needs a value above 0", name, f"give --{name} {value}, as in the paper")
+        Problem(
+            tr("{loss} needs a value above 0", loss=loss.name),
+            name,
+            tr("give --{name} {value}, as in the paper", name=name, value=value),
+        )
         for name, value in loss.above_zero.items()
         if not options[name]
     ]
     if preference.f_alpha != defaults["f_alpha"] and preference.f_divergence != "alpha":
         problems.append(
             Problem(
-                "only the divergence alpha reads it", "f_alpha", "leave it out, or give --f_divergence alpha"
+                tr("only the divergence alpha reads it"),
+                "f_alpha",
+                tr("leave it out, or give --f_divergence alpha"),
             )
         )
     if token_loss != "nll":
-        problems.append(Problem("preference losses do not read it", "token_loss", "leave it out"))
+        problems.append(Problem(tr("preference losses do not read it"), "token_loss", tr("leave it out")))
     if tokens.train_on_inputs:
-        what = "a prompt is the same for both answers: there is nothing to prefer in it"
-        problems.append(Problem(what, "train_on_inputs", "leave it out"))
+        what = tr("a prompt is the same for both answers: there is nothing to prefer in it")
+        problems.append(Problem(what, "train_on_inputs", tr("leave it out")))
     if tokens.row_weights is not None:
-        problems.append(Problem("preference losses have no weights of rows", "row_weights", "leave it out"))
+        problems.append(
+            Problem(tr("preference losses have no weights of rows"), "row_weights", tr("leave it out"))
+        )
     if problems:
         raise UserError(problems)
 
@@ -318,11 +340,17 @@ def check_adapter(
     added = added_rows(model, continued)
     if added > 0 and not new_token_ids:
         what = f"it has {counted(added, 'token')} of its own, which a run cannot continue"
-        raise UserError(what, place=continued, cure="merge it with `yeonma merge`, and train on the result")
+        raise UserError(
+            what, place=continued, cure=tr("merge it with `yeonma merge`, and train on the result")
+        )
     check_fits(model, continued, config.lora.lora_dropout)
     reached = coverage(model)
     if asked is not None and asked != adapted(model):
-        what = f"it reaches other layers than the adapter in {continued} has ({reached})"
+        what = tr(
+            "it reaches other layers than the adapter in {continued} has ({reached})",
+            continued=continued,
+            reached=reached,
+        )
         place = next(name for name, value in asdict(choice).items() if value != getattr(own, name))
         raise UserError(what, place=place, cure=CURE)
     return adapters.stored_parameters(Path(continued)), reached
@@ -330,8 +358,8 @@ def check_adapter(
 
 def _check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
     if optimizer != "adamw" and device.type != "cuda":
-        what = f"it needs a CUDA device, and the device is {device.type}"
-        raise UserError(what, place=f"optimizer {optimizer}", cure="use --optimizer adamw")
+        what = tr("it needs a CUDA device, and the device is {type}", type=device.type)
+        raise UserError(what, place=f"optimizer {optimizer}", cure=tr("use --optimizer adamw"))
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:
@@ -340,17 +368,29 @@ def _check_positions(config: Any, dataset: Dataset) -> None:
     parts = [dataset.train, *dataset.validation.values()]
     longest = max(int(part.store.lengths.max()) for part in parts)
     if limit is not None and longest > limit:
-        what = f"the longest example has {longest} tokens, but the model only {limit} positions"
-        raise UserError(what, place="cutoff_len", cure=f"use --cutoff_len {limit}")
+        what = tr(
+            "the longest example has {longest} tokens, but the model only {limit} positions",
+            longest=longest,
+            limit=limit,
+        )
+        raise UserError(what, place="cutoff_len", cure=tr("use --cutoff_len {limit}", limit=limit))
 
 
 def _check_schedule(step: StepSettings, log: Log) -> None:
     """Runs the schedule on a dummy optimizer. Raises UserError for arguments that it does not accept, and logs settings
     that have no effect on it."""
     if (step.warmup_steps or step.warmup_ratio) and step.lr_scheduler in ("constant", *METRIC_SCHEDULES):
-        log(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio have no effect")
+        log(
+            tr(
+                "{lr_scheduler} has no warm-up: warmup_steps and warmup_ratio have no effect",
+                lr_scheduler=step.lr_scheduler,
+            )
+        )
     if step.lr_scheduler_kwargs and step.lr_scheduler in ("constant", "constant_with_warmup"):
-        raise UserError(f"{step.lr_scheduler} takes no arguments", place="lr_scheduler_kwargs")
+        raise UserError(
+            tr("{lr_scheduler} takes no arguments", lr_scheduler=step.lr_scheduler),
+            place="lr_scheduler_kwargs",
+        )
     if step.lr_scheduler in SAFE_SCHEDULES and not step.lr_scheduler_kwargs:
         return
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=step.learning_rate)
@@ -364,7 +404,8 @@ def _check_schedule(step: StepSettings, log: Log) -> None:
                 raise ValueError("the learning rate would be infinite")
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
-            f"{step.lr_scheduler} does not accept them ({error})", place="lr_scheduler_kwargs"
+            tr("{lr_scheduler} does not accept them ({error})", lr_scheduler=step.lr_scheduler, error=error),
+            place="lr_scheduler_kwargs",
         ) from error
 
 

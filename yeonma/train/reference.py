@@ -27,6 +27,7 @@ from yeonma.batch.batch import Batch
 from yeonma.config.settings import Quantization
 from yeonma.errors import Log, UserError
 from yeonma.files import file_hash, sync
+from yeonma.messages import tr
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.base_content import known_hash
 from yeonma.model.forest_support import in_eval_mode
@@ -129,7 +130,7 @@ def reference_logprobs(
             done += len(part)
             if group.first:
                 write_reference(path, known)
-            log(f"reference: {done:,} of {len(missing):,} computed")
+            log(tr("reference: {done:,} of {missing:,} computed", done=done, missing=len(missing)))
     return known
 
 
@@ -169,7 +170,9 @@ def write_reference(path: Path, values: np.ndarray) -> None:
         os.replace(partial, path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        what = f"the reference's log-probabilities cannot be written here: {error}"
-        raise UserError(what, place=str(path.parent), cure="give another folder with --cache_dir") from error
+        what = tr("the reference's log-probabilities cannot be written here: {error}", error=error)
+        raise UserError(
+            what, place=str(path.parent), cure=tr("give another folder with --cache_dir")
+        ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from yeonma.errors import brief
+from yeonma.messages import tr
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, RunProgress, checkpoint_path
 from yeonma.train.loop import restore_random
 from yeonma.train.optimizers import restore_optimizer
@@ -32,7 +33,10 @@ def restore(state: TrainState, saved: SavedWeights, checkpoint: Path, progress: 
         saved.check_best(checkpoint_path(checkpoint.parent, progress.best_step), checkpoint)
     restore_schedule(state, checkpoint, progress)
     if unknown := sorted(progress.carried.keys() - state.objective.start.keys()):
-        raise unfit(checkpoint / STATE, f"{state.objective.name} carries no {brief(unknown[0])}")
+        raise unfit(
+            checkpoint / STATE,
+            tr("{objective} carries no {unknown}", objective=state.objective.name, unknown=brief(unknown[0])),
+        )
     state.carried.update(progress.carried)
     optimizer = read_tensors(checkpoint / OPTIMIZER)
     names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
@@ -63,14 +67,21 @@ def restore_schedule(state: TrainState, checkpoint: Path, progress: RunProgress)
     recorded = {name: value for name, value in progress.schedule.items() if name in current}
     for name, value in recorded.items():
         if not _is_like(value, current[name]):
-            raise unfit(checkpoint / STATE, f"the schedule's {name} is {brief(repr(value))}")
+            raise unfit(
+                checkpoint / STATE,
+                tr("the schedule's {name} is {value}", name=name, value=brief(repr(value))),
+            )
     if lacking := sorted({"last_epoch", "_last_lr"} & current.keys() - recorded.keys()):
-        raise unfit(checkpoint / STATE, f"the schedule has no {', '.join(lacking)}")
+        raise unfit(checkpoint / STATE, tr("the schedule has no {lacking}", lacking=", ".join(lacking)))
     rates = recorded["_last_lr"]
     if None in rates or recorded["last_epoch"] is None:
-        raise unfit(checkpoint / STATE, "the schedule has no learning rate")
+        raise unfit(checkpoint / STATE, tr("the schedule has no learning rate"))
     if not state.by_metric and recorded["last_epoch"] != progress.step:
-        what = f"the schedule is at step {recorded['last_epoch']}, and the run at step {progress.step}"
+        what = tr(
+            "the schedule is at step {last_epoch}, and the run at step {step}",
+            last_epoch=recorded["last_epoch"],
+            step=progress.step,
+        )
         raise unfit(checkpoint / STATE, what)
     state.scheduler.load_state_dict({**current, **recorded})
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):

@@ -24,6 +24,7 @@ from yeonma.config.settings import (
 from yeonma.data.python_rows import is_label
 from yeonma.errors import Log
 from yeonma.files import disk_errors_as_user_errors, user_path
+from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.base_content import reading_content
 from yeonma.model.sharding import broadcast_trained
@@ -166,13 +167,20 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         group = contexts.enter_context(process_group(processes, device))
         check_same_content(group, _shared_content(config, prepared))
         if group.first:
-            contexts.enter_context(disk_errors_as_user_errors(output, "the run's files", then=THEN_CONTINUE))
+            contexts.enter_context(
+                disk_errors_as_user_errors(output, tr("the run's files"), then=THEN_CONTINUE)
+            )
             contexts.enter_context(hold(output, log))
             recover(output)
         wait(group)  # no rank reads the folder before rank 0 has locked it
         start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, log)
         if start.finished:
-            log(f"{output} holds this run, which is finished; use --overwrite true to run it again")
+            log(
+                tr(
+                    "{output} holds this run, which is finished; use --overwrite true to run it again",
+                    output=output,
+                )
+            )
             return output
         if group.first and prepared.trained_parameters is not None:
             folder.check_disk_space(
@@ -312,7 +320,14 @@ def _train(
     )
     if start.checkpoint is not None and start.progress is not None:
         restore(state, saved, start.checkpoint, start.progress)
-        log(f"continuing after step {progress.step} of {plan.total_steps}, from {start.checkpoint}")
+        log(
+            tr(
+                "continuing after step {step} of {total_steps}, from {checkpoint}",
+                step=progress.step,
+                total_steps=plan.total_steps,
+                checkpoint=start.checkpoint,
+            )
+        )
         if size := _size_in_checkpoint(progress, state):
             state.limit.restore(size)
         has_dropout = config.lora.lora_dropout > 0
@@ -385,8 +400,13 @@ def _train(
         return None
     if best_step != progress.step:
         log(
-            f"using the {saved.result.noun} of step {best_step}, which had the lowest validation loss "
-            f"({progress.best_loss:.4f})"
+            tr(
+                "using the {noun} of step {best_step}, which had the lowest validation loss "
+                "({best_loss:.4f})",
+                noun=saved.result.noun,
+                best_step=best_step,
+                best_loss=progress.best_loss,
+            )
         )
         saved.load(checkpoint_path(output, best_step))
     saved.result.gather()
@@ -394,7 +414,7 @@ def _train(
     stop.check()
     if evaluation.card_rows:
         broadcast_trained(state.model)
-    loss_unit = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
+    loss_unit = tr("trained token") if state.objective.per_token else dataset.task.units.removesuffix("s")
     plot_loss(output / METRICS, output / "loss.svg", loss_unit)
     repeat_command = _repeat_command(config, state.objective.name)
     whose = f"the {saved.result.noun}" if base_answers is not None else f"base and {saved.result.noun}"
@@ -417,9 +437,9 @@ def _train(
     folder.seal(output)
     folder.write_run_json(output, prepared.identity, finished=True)
     log(clock.summary())
-    log(f"{saved.result.noun.capitalize()} saved to {output}")
+    log(tr("{noun} saved to {output}", noun=saved.result.noun.capitalize(), output=output))
     if exported.text is None:
-        log(f"chat_template.jinja does not contain the training template: {exported.why}")
+        log(tr("chat_template.jinja does not contain the training template: {why}", why=exported.why))
     return None
 
 
@@ -451,9 +471,21 @@ def _tokens_of(progress: RunProgress | None, group: Processes) -> int | None:
 
 def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> str:
     if not step:
-        return f"stopped by {REASONS[status]} before the first step; run the same command to start again"
-    where = f"stopped by {REASONS[status]} after step {step} of {total_steps}"
-    return f"{where}; {checkpoint_path(output, step)} is saved: run the same command to continue"
+        return tr(
+            "stopped by {reasons} before the first step; run the same command to start again",
+            reasons=REASONS[status],
+        )
+    where = tr(
+        "stopped by {reasons} after step {step} of {total_steps}",
+        reasons=REASONS[status],
+        step=step,
+        total_steps=total_steps,
+    )
+    return tr(
+        "{where}; {output} is saved: run the same command to continue",
+        where=where,
+        output=checkpoint_path(output, step),
+    )
 
 
 def _samples(dataset: Dataset, count: int) -> Samples:

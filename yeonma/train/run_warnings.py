@@ -12,7 +12,7 @@ import torch
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import StepSettings
 from yeonma.data.task import ANSWERS
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.tokenization.dataset import Dataset, DatasetPart
 from yeonma.train.prepare import METRIC_SCHEDULES, make_schedule, warmup_steps
 
@@ -38,14 +38,24 @@ def _learning_rate(step: StepSettings, total_steps: int) -> str:
     if peak >= LOW_PEAK * step.learning_rate and warmup < total_steps:
         return ""
     steps = counted(total_steps, "step")
-    reason = f"no step of the {step.lr_scheduler} schedule has more"
-    cure = "see lr_scheduler_kwargs"
+    reason = tr("no step of the {lr_scheduler} schedule has more", lr_scheduler=step.lr_scheduler)
+    cure = tr("see lr_scheduler_kwargs")
     if warmup >= total_steps:
         reason = f"the warm-up takes {counted(warmup, 'step')}, and the run has {steps}"
-        cure = "lower warmup_steps or warmup_ratio"
+        cure = tr("lower warmup_steps or warmup_ratio")
     if peak <= 0:
-        return f"the learning rate is 0 in every step, so nothing is trained: {reason}; {cure}"
-    return f"the learning rate reaches {peak:.2g} instead of {step.learning_rate:g}: {reason}; {cure}"
+        return tr(
+            "the learning rate is 0 in every step, so nothing is trained: {reason}; {cure}",
+            reason=reason,
+            cure=cure,
+        )
+    return tr(
+        "the learning rate reaches {peak:.2g} instead of {learning_rate:g}: {reason}; {cure}",
+        peak=peak,
+        learning_rate=step.learning_rate,
+        reason=reason,
+        cure=cure,
+    )
 
 
 def highest_rate(step: StepSettings, total_steps: int) -> float:
@@ -62,8 +72,13 @@ def _sizes(dataset: Dataset, plan: Plan) -> list[str]:
     lines = []
     if plan.shares is None and len(plan.positions) < plan.batch_size:
         lines.append(
-            f"a step takes {plan.batch_size:,} {units}, and an epoch has {len(plan.positions):,}: every step is a "
-            "whole epoch; lower batch_size"
+            tr(
+                "a step takes {batch_size:,} {units}, and an epoch has {positions:,}: every step is a "
+                "whole epoch; lower batch_size",
+                batch_size=plan.batch_size,
+                units=units,
+                positions=len(plan.positions),
+            )
         )
     if plan.shares is not None:
         total = sum(plan.shares.weights)
@@ -71,12 +86,24 @@ def _sizes(dataset: Dataset, plan: Plan) -> list[str]:
             share = math.ceil(plan.batch_size * weight / total)
             if len(one.train.units) < share:
                 lines.append(
-                    f"{one.name}: a step takes {share:,} {units} of it, and there are {len(one.train.units):,}: "
-                    "each comes several times in one step; lower batch_size or its weight"
+                    tr(
+                        "{one}: a step takes {share:,} {units} of it, and there are {units2:,}: each comes "
+                        "several times in one step; lower batch_size or its weight",
+                        one=one.name,
+                        share=share,
+                        units=units,
+                        units2=len(one.train.units),
+                    )
                 )
     if count < FEW_UNITS:
         lines.append(
-            f"there are only {count} {units} to train on: from fewer than {FEW_UNITS} a model learns them by heart"
+            tr(
+                "there are only {count} {units} to train on: from fewer than {few_units} a model learns "
+                "them by heart",
+                count=count,
+                units=units,
+                few_units=FEW_UNITS,
+            )
         )
     return lines
 
@@ -86,8 +113,11 @@ def _answers(dataset: Dataset) -> list[str]:
         return []
     several = len(dataset.sets) > 1
     return [
-        f"{one.name + ': ' if several else ''}all {len(one.train.units):,} answers are the same, so the model learns "
-        "to give this one to anything"
+        tr(
+            "{one}all {units:,} answers are the same, so the model learns to give this one to anything",
+            one=one.name + ": " if several else "",
+            units=len(one.train.units),
+        )
         for one in dataset.sets
         if len(one.train.units) > 1 and all_alike(one.train)
     ]

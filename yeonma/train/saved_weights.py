@@ -16,6 +16,7 @@ from yeonma.adapter.full_model import not_finite_in, stored_shapes, write_full_m
 from yeonma.adapter.samples import Samples
 from yeonma.data.template import Template
 from yeonma.errors import UserError, brief
+from yeonma.messages import tr
 from yeonma.model import adapter_weights, load
 from yeonma.model.adapter_config import WEIGHTS_FILE
 from yeonma.model.adapter_file import not_finite, read_header
@@ -28,7 +29,7 @@ from yeonma.tokenization.example import TokenRules, answer_tokens
 from yeonma.train.full_weights import load_trained
 from yeonma.train.step import TrainState
 
-DELETE_IT = "delete this checkpoint: the same command then continues from the one before"
+DELETE_IT = tr("delete this checkpoint: the same command then continues from the one before")
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,15 @@ def _check_best_model(best: Path, newest: Path) -> None:
 
 def _check_like(is_equal: bool, not_finite_names: Sequence[str], place: Path, newest: Path) -> None:
     if not is_equal:
-        raise unfit(place, f"its layers or their shapes differ from those of {newest.name}")
+        raise unfit(place, tr("its layers or their shapes differ from those of {newest}", newest=newest.name))
     if not_finite_names:
-        raise unfit(place, f"{brief(not_finite_names[0])} has numbers that are not finite")
+        raise unfit(
+            place,
+            tr(
+                "{not_finite_names} has numbers that are not finite",
+                not_finite_names=brief(not_finite_names[0]),
+            ),
+        )
 
 
 @contextmanager
@@ -162,5 +169,7 @@ def _as_unfit(path: Path) -> Iterator[None]:
 def unfit(path: Path, why: str) -> UserError:
     """The message for a file that this run cannot go on with."""
     return UserError(
-        f"it does not fit this run: {brief(' '.join(why.split()), 300)}", place=str(path), cure=DELETE_IT
+        tr("it does not fit this run: {why}", why=brief(" ".join(why.split()), 300)),
+        place=str(path),
+        cure=DELETE_IT,
     )

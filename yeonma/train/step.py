@@ -24,6 +24,7 @@ from yeonma.batch.batch import Batch, Extras
 from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
 from yeonma.data.classification import as_confusion
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport, batch_logprobs, example_logprobs
 from yeonma.model.sharding import is_shard
@@ -424,9 +425,13 @@ def _check_finite(
     if bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad_norm)):
         return
     raise UserError(
-        f"the loss is {float(loss)} and the gradient norm {float(grad_norm)}; the weights are as before this step",
+        tr(
+            "the loss is {loss} and the gradient norm {grad_norm}; the weights are as before this step",
+            loss=float(loss),
+            grad_norm=float(grad_norm),
+        ),
         place=name_rows(sorted(set(batch.rows_E.tolist()))),
-        cure="check these rows, lower learning_rate, or use --dtype float32",
+        cure=tr("check these rows, lower learning_rate, or use --dtype float32"),
     )
 
 

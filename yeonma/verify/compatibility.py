@@ -21,7 +21,7 @@ from yeonma.adapter.full_model import not_finite_in, stored_shapes
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
 from yeonma.data.rows import Row
 from yeonma.errors import Log, Problem, UserError
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.adapter_config import WEIGHTS_FILE, read_adapter_config
 from yeonma.model.adapter_file import not_finite, read_header
 from yeonma.model.adapter_weights import Shapes as Shapes
@@ -39,7 +39,7 @@ from yeonma.tokenization.chat_template_export import (
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.file_checks import Finding, checked, not_checked
 
-REPLACE = "restore a copy of the file, or train again"
+REPLACE = tr("restore a copy of the file, or train again")
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Shapes]:
@@ -51,7 +51,9 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Sha
         return checked(check, error.problems, ""), {}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     problems = [
-        Problem(f"NaN or infinity in {name}", place, "use an earlier checkpoint, or train again")
+        Problem(
+            tr("NaN or infinity in {name}", name=name), place, tr("use an earlier checkpoint, or train again")
+        )
         for name in not_finite(folder, tensors)
     ]
     try:
@@ -66,7 +68,11 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Sha
             if (own := _rank(name, shape)) and (own % rank if "experts" in name else own != rank)
         ]
         if wrong:
-            what = f"{_some(wrong)} does not have rank {rank}, as adapter_config.json says"
+            what = tr(
+                "{wrong} does not have rank {rank}, as adapter_config.json says",
+                wrong=_some(wrong),
+                rank=rank,
+            )
             problems.append(Problem(what, place, REPLACE))
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     return checked(
@@ -88,11 +94,24 @@ def check_names(adapter: AdapterFolder, config: Mapping[str, Any]) -> Finding:
     base, place = adapter.base, str(adapter.path / "adapter_config.json")
     named = {"base_model_name_or_path": base.name, "revision": base.revision}
     problems = [
-        Problem(f"{name} is {config.get(name)}, but yeonma.json says {expected}", place, REPLACE)
+        Problem(
+            tr(
+                "{name} is {name2}, but yeonma.json says {expected}",
+                name=name,
+                name2=config.get(name),
+                expected=expected,
+            ),
+            place,
+            REPLACE,
+        )
         for name, expected in named.items()
         if config.get(name) != expected
     ]
-    return checked("template and rules", problems, f'template "{adapter.template.name}", base {base.name}')
+    return checked(
+        tr("template and rules"),
+        problems,
+        tr('template "{template}", base {base}', template=adapter.template.name, base=base.name),
+    )
 
 
 def locate_base(
@@ -108,9 +127,13 @@ def locate_base(
         return source
     name = adapter.base.name
     if adapter.trust_remote_code and not trust_remote_code:
-        return not_checked("base", f"{name} comes with Python code; allow it with --trust_remote_code true")
+        return not_checked(
+            "base", tr("{name} comes with Python code; allow it with --trust_remote_code true", name=name)
+        )
     if Path(name).is_absolute() and not Path(name).is_dir():
-        return not_checked("base", f"it is no longer at {name}; give its place with --base_model")
+        return not_checked(
+            "base", tr("it is no longer at {name}; give its place with --base_model", name=name)
+        )
     try:
         source = find_base(name, adapter.base.revision, trust_remote_code)
         load_config(source)
@@ -118,7 +141,9 @@ def locate_base(
         if Path(name).is_dir():
             return checked("base", error.problems, "")
         first = error.problems[0].what
-        return not_checked("base", f"{name}: {first}; give its place with --base_model")
+        return not_checked(
+            "base", tr("{name}: {first}; give its place with --base_model", name=name, first=first)
+        )
     return source
 
 
@@ -126,7 +151,7 @@ def _recorded_base(adapter: AdapterFolder, source: BaseSource) -> Any:
     """The base without its weights; the finding, if it cannot be built so or is not the one that yeonma.json has."""
     model = outline(load_config(source), source)
     if model is None:
-        return not_checked("base", f"{source.name} cannot be built without its weights")
+        return not_checked("base", tr("{source} cannot be built without its weights", source=source.name))
     try:
         check_base(adapter, base_identity(model, source))
     except UserError as error:
@@ -139,7 +164,7 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
     model = _recorded_base(adapter, source)
     if isinstance(model, Finding):
         return model
-    place, cure = str(adapter.path / WEIGHTS_FILE), "restore the adapter of this run, or train again"
+    place, cure = str(adapter.path / WEIGHTS_FILE), tr("restore the adapter of this run, or train again")
     try:
         header = read_header(adapter.path)
         add_rows(model, header, str(adapter.path))
@@ -147,13 +172,18 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
     except UserError as error:
         return checked("base", error.problems, "")
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
-        what = f"the adapter does not fit the base's layers ({str(error).splitlines()[0]:.200})"
+        what = tr(
+            "the adapter does not fit the base's layers ({error:.200})", error=str(error).splitlines()[0]
+        )
         return checked("base", [Problem(what, str(adapter.path / "adapter_config.json"), cure)], "")
     problems = misfits(shapes, expected, place, cure)
     return checked(
         "base",
         problems,
-        f"{source.name} has the recorded config, and a layer for each of the adapter's tensors",
+        tr(
+            "{source} has the recorded config, and a layer for each of the adapter's tensors",
+            source=source.name,
+        ),
     )
 
 
@@ -162,7 +192,7 @@ def check_base_config(adapter: AdapterFolder, source: BaseSource) -> Finding:
     model = _recorded_base(adapter, source)
     if isinstance(model, Finding):
         return model
-    return checked("base", [], f"{source.name} has the recorded config")
+    return checked("base", [], tr("{source} has the recorded config", source=source.name))
 
 
 def check_full_model(adapter: AdapterFolder) -> Finding:
@@ -175,14 +205,18 @@ def check_full_model(adapter: AdapterFolder) -> Finding:
         model = outline(load_config(source), source)
     except UserError as error:
         return checked(check, error.problems, "")
-    cure = "use an earlier checkpoint, or train again"
-    problems = [Problem(f"NaN or infinity in {name}", str(adapter.path), cure) for name in bad]
+    cure = tr("use an earlier checkpoint, or train again")
+    problems = [Problem(tr("NaN or infinity in {name}", name=name), str(adapter.path), cure) for name in bad]
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     if model is not None:
         tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
         expected = sum(tensor.numel() for tensor in tensors.values())
         if size != expected:
-            what = f"its weights have {size:,} numbers, and a model of its config.json has {expected:,}"
+            what = tr(
+                "its weights have {size:,} numbers, and a model of its config.json has {expected:,}",
+                size=size,
+                expected=expected,
+            )
             problems.append(Problem(what, str(adapter.path), REPLACE))
     return checked(check, problems, f"{counted(len(shapes), 'tensor')} with {size:,} parameters, all finite")
 
@@ -190,16 +224,18 @@ def check_full_model(adapter: AdapterFolder) -> Finding:
 def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log: Log) -> Finding:
     """Checks that the base's weights, config and end tokens are those of training. Reads every weight file, whatever
     the cache knows of it."""
-    check, content = "base's content", adapter.base_content
+    check, content = tr("base's content"), adapter.base_content
     if content is None:
-        return not_checked(check, f"{MANIFEST} does not record it: the run is of an earlier version")
+        return not_checked(
+            check, tr("{manifest} does not record it: the run is of an earlier version", manifest=MANIFEST)
+        )
     if isinstance(source, Finding):
         is_gone = Path(adapter.base.name).is_absolute() and not Path(adapter.base.name).is_dir()
         return not_checked(
-            check, "the base is not here" if is_gone else "the base cannot be read, as said above"
+            check, tr("the base is not here") if is_gone else tr("the base cannot be read, as said above")
         )
     if not is_here(source):
-        return not_checked(check, f"the weights of {source.name} are not on this machine")
+        return not_checked(check, tr("the weights of {source} are not on this machine", source=source.name))
     try:
         now = read_content(source, log=log, trust_cache=False)
     except UserError as error:
@@ -214,16 +250,20 @@ def check_tokenizer(adapter: AdapterFolder, tokenizer: Any, check: str, place: s
     """Checks that a tokenizer is that of training, in everything that decides the template's tokens."""
     recorded = adapter.details.get("tokenizer")
     if not isinstance(recorded, Mapping):
-        return not_checked(check, f"{MANIFEST} does not record it: the run is of an earlier version")
+        return not_checked(
+            check, tr("{manifest} does not record it: the run is of an earlier version", manifest=MANIFEST)
+        )
     key = "with_chat_template_sha256" if adapter.template.has_turns else "sha256"
     now = identity_of_tokenizer(tokenizer)
     if now[key] == recorded.get(key):
-        about = "the vocabulary and rules" + (" and chat template" if adapter.template.has_turns else "")
-        return checked(check, [], f"{about} are those of training")
-    what = "this is not the tokenizer of training"
+        about = tr("the vocabulary and rules") + (
+            tr(" and chat template") if adapter.template.has_turns else ""
+        )
+        return checked(check, [], tr("{about} are those of training", about=about))
+    what = tr("this is not the tokenizer of training")
     if adapter.template.has_turns and now["sha256"] == recorded.get("sha256"):
-        what = "its chat template is not that of training"
-    return checked(check, [Problem(what, place, "restore a copy of the run's tokenizer")], "")
+        what = tr("its chat template is not that of training")
+    return checked(check, [Problem(what, place, tr("restore a copy of the run's tokenizer"))], "")
 
 
 def check_samples(
@@ -231,16 +271,26 @@ def check_samples(
 ) -> Finding:
     """Checks that this tokenizer gives the sample rows' prompts the token ids of training."""
     if samples is None:
-        return not_checked(check, f"no {SAMPLES}: the run is of an earlier version, or the file was lost")
+        return not_checked(
+            check, tr("no {samples}: the run is of an earlier version, or the file was lost", samples=SAMPLES)
+        )
     if not samples.rows:
-        return not_checked(check, "the run saved none (card_rows 0)")
+        return not_checked(check, tr("the run saved none (card_rows 0)"))
     try:
         now = prompts_now(samples, adapter.template, adapter.columns, tokenizer, adapter.rules)
     except UserError as error:
         return checked(check, error.problems, "")
-    cure = "use the tokenizer and template of training; with others the model answers worse"
+    cure = tr("use the tokenizer and template of training; with others the model answers worse")
     problems = [
-        Problem(f"the prompt of row {row.row_number} differs from training: {difference}", place, cure)
+        Problem(
+            tr(
+                "the prompt of row {row_number} differs from training: {difference}",
+                row_number=row.row_number,
+                difference=difference,
+            ),
+            place,
+            cure,
+        )
         for row, ids in zip(samples.rows, now, strict=True)
         if (difference := _difference(row.prompt_ids, ids))
     ]
@@ -255,12 +305,14 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
     `own`: the same tokenizer with the base's chat template. Rows with special-token text are left out, because other
     tools turn it into special tokens.
     """
-    check, place = "chat template", str(adapter.path / CHAT_TEMPLATE)
+    check, place = tr("chat template"), str(adapter.path / CHAT_TEMPLATE)
     template = adapter.template
     if not (template.takes_turns or base_chat_template(tokenizer).startswith(MARK)):
-        return not_checked(check, "it does not contain the training template: other tools send other tokens")
+        return not_checked(
+            check, tr("it does not contain the training template: other tools send other tokens")
+        )
     if samples is None or not samples.rows:
-        return not_checked(check, "there are no sample rows to try it with")
+        return not_checked(check, tr("there are no sample rows to try it with"))
     encoder, problems, same = TextEncoder.of(own), [], 0
     for sample in samples.rows:
         row = Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}")
@@ -275,19 +327,25 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
         try:
             message_ids = chat_ids(tokenizer, conversation)
         except Exception as error:  # whatever Jinja raises
-            return checked(check, [Problem(f"it fails on a row ({error!s:.200})", place, REPLACE)], "")
+            return checked(
+                check, [Problem(tr("it fails on a row ({error!s:.200})", error=error), place, REPLACE)], ""
+            )
         same += message_ids == ids
         if difference := _difference(ids, message_ids):
-            what = f"the messages of row {sample.row_number} do not give the prompt of training: {difference}"
+            what = tr(
+                "the messages of row {row_number} do not give the prompt of training: {difference}",
+                row_number=sample.row_number,
+                difference=difference,
+            )
             problems.append(Problem(what, place, REPLACE))
     if not same and not problems:
-        return not_checked(check, "every sample row contains special-token text")
+        return not_checked(check, tr("every sample row contains special-token text"))
     return checked(check, problems, f"the messages of {counted(same, 'row')} have the token ids of training")
 
 
 def _difference(before: list[int], now: list[int] | None) -> str:
     if now is None:
-        return "the row would be left out"
+        return tr("the row would be left out")
     if before == now:
         return ""
     at = next(
@@ -299,4 +357,4 @@ def _difference(before: list[int], now: list[int] | None) -> str:
 
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
-    return listed[0] + (f" and {len(listed) - 1} more" if len(listed) > 1 else "")
+    return listed[0] + (tr(" and {listed} more", listed=len(listed) - 1) if len(listed) > 1 else "")

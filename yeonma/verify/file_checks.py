@@ -19,7 +19,7 @@ from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash, read_file
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 from yeonma.model.base_content import changes, content_of
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, PRINTED, RUN, SEAL, TOKENIZERS
@@ -33,8 +33,8 @@ RESOLVED_SETTINGS = ("base_model", "model_revision", "columns")
 """Settings of which a run's identity records the resolved value, not the written one."""
 PARTS = ("base", "tokenizer", "template", "columns", "rules", "trained_on")
 """Keys of yeonma.json that are the same in the folder and in every checkpoint of a run."""
-RESTORE = "restore a copy of the file, or run the same command with --overwrite true"
-DELETE = "delete the checkpoint; the run then resumes from the one before"
+RESTORE = tr("restore a copy of the file, or run the same command with --overwrite true")
+DELETE = tr("delete the checkpoint; the run then resumes from the one before")
 
 
 Outcome = Literal["well", "differs", "not checked"]
@@ -68,11 +68,11 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_file(path).decode("utf-8"))
     except FileNotFoundError as error:
-        raise UserError("the file is missing", place=str(path), cure=RESTORE) from error
+        raise UserError(tr("the file is missing"), place=str(path), cure=RESTORE) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot be read ({error})", place=str(path), cure=RESTORE) from error
+        raise UserError(tr("cannot be read ({error})", error=error), place=str(path), cure=RESTORE) from error
     if not isinstance(value, dict):
-        raise UserError("not a JSON object", place=str(path), cure=RESTORE)
+        raise UserError(tr("not a JSON object"), place=str(path), cure=RESTORE)
     return value
 
 
@@ -81,8 +81,10 @@ def check_files(folder: Path, *, is_run: bool) -> Finding:
     check = "files"
     if not (folder / SEAL).is_file():
         if is_run:
-            return not_checked(check, f"no {SEAL}: the run is of an earlier version, or the file was lost")
-        return not_checked(check, f"no {SEAL} beside this copy")
+            return not_checked(
+                check, tr("no {seal}: the run is of an earlier version, or the file was lost", seal=SEAL)
+            )
+        return not_checked(check, tr("no {seal} beside this copy", seal=SEAL))
     try:
         hashes = _manifest_hashes(folder / SEAL)
     except UserError as error:
@@ -98,7 +100,7 @@ def check_files(folder: Path, *, is_run: bool) -> Finding:
     size = sum((folder / name).stat().st_size for name in hashes if name not in absent)
     about = f"{counted(len(hashes) - len(absent), 'file')} unchanged since the run, {size / 1e6:,.1f} MB"
     if absent:
-        about += f"; not in this copy: {', '.join(sorted(absent))}"
+        about += tr("; not in this copy: {absent}", absent=", ".join(sorted(absent)))
     return checked(check, problems, about)
 
 
@@ -142,14 +144,14 @@ def check_checkpoint(
             path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()
         }
         for file in sorted(present - {MANIFEST, *hashes}):
-            what = "not part of the checkpoint: its manifest does not list it"
-            problems.append(Problem(what, str(checkpoint / file), "move it elsewhere"))
+            what = tr("not part of the checkpoint: its manifest does not list it")
+            problems.append(Problem(what, str(checkpoint / file), tr("move it elsewhere")))
         if not problems:
             problems = _run_problems(checkpoint, identity, details)
     except UserError as error:
         problems = list(error.problems)
     if problems and not checkpoint.exists():  # the run that is under way has removed it meanwhile
-        return not_checked(name, "removed during the check")
+        return not_checked(name, tr("removed during the check"))
     return checked(
         name, problems, f"{counted(len(hashes) if not problems else 0, 'file')} unchanged since the run"
     )
@@ -163,15 +165,21 @@ def _run_problems(
     if checkpoint.name == f"checkpoint-{state.get('step')}":
         pass
     elif re.fullmatch(r"checkpoint-\d+", checkpoint.name):
-        what = f"it is the checkpoint of step {state.get('step')}, not of step {step_of(checkpoint)}"
-        problems.append(Problem(what, str(checkpoint), "rename it to its own step"))
+        what = tr(
+            "it is the checkpoint of step {step}, not of step {checkpoint}",
+            step=state.get("step"),
+            checkpoint=step_of(checkpoint),
+        )
+        problems.append(Problem(what, str(checkpoint), tr("rename it to its own step")))
     if identity is not None and (names := _differing_keys(state.get("identity"), identity)):
-        what = f"it belongs to another run, which differs in {', '.join(names)}"
+        what = tr("it belongs to another run, which differs in {names}", names=", ".join(names))
         problems.append(Problem(what, str(checkpoint / STATE), DELETE))
     elif details is not None:
         own = read_object(checkpoint / "yeonma.json")
         if names := _differing_parts(own, details):
-            what = f"it does not belong to the folder's adapter: they differ in {', '.join(names)}"
+            what = tr(
+                "it does not belong to the folder's adapter: they differ in {names}", names=", ".join(names)
+            )
             problems.append(Problem(what, str(checkpoint / "yeonma.json"), DELETE))
     return problems
 
@@ -209,7 +217,7 @@ def _manifest_hashes(path: Path) -> dict[str, str]:
         for name, value in hashes.items()
     )
     if not is_valid or not hashes:
-        raise UserError("damaged: no SHA-256 checksums in it", place=str(path), cure=RESTORE)
+        raise UserError(tr("damaged: no SHA-256 checksums in it"), place=str(path), cure=RESTORE)
     assert isinstance(hashes, dict)
     return hashes
 
@@ -217,11 +225,13 @@ def _manifest_hashes(path: Path) -> dict[str, str]:
 def _changed(path: Path, expected: str, cure: str) -> Problem | None:
     try:
         if not path.is_file():
-            return Problem("the file is missing", str(path), cure)
+            return Problem(tr("the file is missing"), str(path), cure)
         if file_hash(path) != expected:
-            return Problem("the file has changed: its SHA-256 is not that of the manifest", str(path), cure)
+            return Problem(
+                tr("the file has changed: its SHA-256 is not that of the manifest"), str(path), cure
+            )
     except OSError as error:
-        return Problem(f"cannot be read ({error.strerror})", str(path), cure)
+        return Problem(tr("cannot be read ({strerror})", strerror=error.strerror), str(path), cure)
     return None
 
 
@@ -242,7 +252,7 @@ def check_run(
 def _settings_problems(path: Path, identity: Mapping[str, Any]) -> list[Problem]:
     """settings.yaml must have the values that run.json records of the settings that the result depends on."""
     if not path.is_file():
-        return [Problem("the file is missing", str(path), RESTORE)]
+        return [Problem(tr("the file is missing"), str(path), RESTORE)]
     groups = TRAINING if identity.get("objective") == "sft" else None
     try:
         reading = read_config(RunConfig, ["--config", str(path)], verb="sft", groups=groups)
@@ -250,7 +260,17 @@ def _settings_problems(path: Path, identity: Mapping[str, Any]) -> list[Problem]
         return [Problem(problem.what, problem.place or str(path), RESTORE) for problem in error.problems]
     values = json.loads(json.dumps(settings_dict(reading.config), default=str))
     return [
-        Problem(f"{name} is {value!r}, but was {identity[name]!r} in the run ({RUN})", str(path), RESTORE)
+        Problem(
+            tr(
+                "{name} is {value!r}, but was {identity!r} in the run ({run})",
+                name=name,
+                value=value,
+                identity=identity[name],
+                run=RUN,
+            ),
+            str(path),
+            RESTORE,
+        )
         for name, value in values.items()
         if name in identity and name not in RESOLVED_SETTINGS and value != identity[name]
     ]
@@ -289,7 +309,7 @@ def _details_problems(
         )
     place = folder / "yeonma.json"
     problems = [
-        Problem(f"{name} is not that of the run ({RUN})", str(place), RESTORE)
+        Problem(tr("{name} is not that of the run ({run})", name=name, run=RUN), str(place), RESTORE)
         for name, (own, recorded) in values.items()
         if own != recorded
     ]
@@ -297,10 +317,10 @@ def _details_problems(
     contents = details.get(BASE_CONTENT), identity.get(CONTENT_OF_BASE)
     if None not in contents:
         if not _same_content(*contents):
-            what = f"the base has other content than in the run ({RUN})"
+            what = tr("the base has other content than in the run ({run})", run=RUN)
             problems.append(Problem(what, str(place), RESTORE))
     elif PurePath(name).name != PurePath(base).name:
-        what = f"the base is {base}, but was {name} in the run ({RUN})"
+        what = tr("the base is {base}, but was {name} in the run ({run})", base=base, name=name, run=RUN)
         problems.append(Problem(what, str(place), RESTORE))
     if adapter_config is not None and identity.get("content of the adapter continued") is None:
         for own_name, name in (
@@ -310,7 +330,13 @@ def _details_problems(
             ("use_dora", "use_dora"),
         ):
             if adapter_config.get(own_name) != identity.get(name):
-                what = f"{own_name} is {adapter_config.get(own_name)}, but {name} was {identity.get(name)} in the run"
+                what = tr(
+                    "{own_name} is {own_name2}, but {name} was {name2} in the run",
+                    own_name=own_name,
+                    own_name2=adapter_config.get(own_name),
+                    name=name,
+                    name2=identity.get(name),
+                )
                 problems.append(Problem(what, str(folder / "adapter_config.json"), RESTORE))
     return problems
 
@@ -320,7 +346,7 @@ def _metrics_problems(
 ) -> tuple[int, list[Problem]]:
     """The number of steps in metrics.jsonl, and its problems: steps count from 1 to the last without a gap."""
     if not path.is_file():
-        return 0, [Problem("the file is missing", str(path), RESTORE)] if finished else []
+        return 0, [Problem(tr("the file is missing"), str(path), RESTORE)] if finished else []
     try:
         lines = read_metrics(path)
     except UserError as error:
@@ -328,12 +354,12 @@ def _metrics_problems(
     steps = [line["step"] for line in lines if not line.get("evaluation")]
     for number, step in enumerate(steps, start=1):
         if step != number:
-            what = f"step {number - 1} is followed by step {step}"
+            what = tr("step {number} is followed by step {step}", number=number - 1, step=step)
             return len(steps), [Problem(what, str(path), RESTORE)]
     problems = []
     if finished:
         if not path.read_bytes().endswith(b"\n"):
-            problems.append(Problem("the last line is incomplete", str(path), RESTORE))
+            problems.append(Problem(tr("the last line is incomplete"), str(path), RESTORE))
         total, early = identity.get("steps"), identity.get("early_stopping_patience") is not None
         if isinstance(total, int) and (len(steps) > total or (len(steps) < total and not early)):
             what = f"it has {counted(len(steps), 'step')}, but the run had {total:,}"

@@ -13,6 +13,7 @@ from yeonma.config.settings import VerifySettings
 from yeonma.data.rows import open_rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import existing_folder
+from yeonma.messages import tr
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, checkpoints
@@ -79,7 +80,7 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
 
     Raises UserError if there is nothing to check, or if the settings name a base or data that does not exist.
     """
-    folder = existing_folder(settings.adapter_dir, "give the output folder of a run")
+    folder = existing_folder(settings.adapter_dir, tr("give the output folder of a run"))
     if (folder / RUN).is_file() or checkpoints(folder):
         return _verify_run(folder, settings, log)
     if any((folder / name).is_file() for name in (STATE, OPTIMIZER, RANDOM)):
@@ -87,16 +88,16 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
         files = check_checkpoint(folder, None, None)
         return _report(folder, "a checkpoint", [files, *findings], details)
     if not (folder / MANIFEST).is_file():
-        cure = "give the output folder of a run, a checkpoint, or an adapter folder copied from there"
-        raise UserError("no Yeonma run in this folder", place=settings.adapter_dir, cure=cure)
+        cure = tr("give the output folder of a run, a checkpoint, or an adapter folder copied from there")
+        raise UserError(tr("no Yeonma run in this folder"), place=settings.adapter_dir, cure=cure)
     is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
     full = is_model and is_full(read_object(folder / MANIFEST))
     if is_model and not full:
-        what = "this is a merged model, not an adapter"
-        cure = "give the folder of the adapter that was merged"
+        what = tr("this is a merged model, not an adapter")
+        cure = tr("give the folder of the adapter that was merged")
         raise UserError(what, place=settings.adapter_dir, cure=cure)
     findings, details = _check_adapter(folder, settings, log)
-    what = "a model without its run" if full else "an adapter without its run"
+    what = tr("a model without its run") if full else tr("an adapter without its run")
     return _report(folder, what, [check_files(folder, is_run=False), *findings], details)
 
 
@@ -105,7 +106,7 @@ def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyRepor
     try:
         run = read_object(folder / RUN)
         if not isinstance(run.get("identity"), dict) or not isinstance(run.get("finished"), bool):
-            raise UserError("damaged", place=str(folder / RUN), cure="restore a copy of the file")
+            raise UserError("damaged", place=str(folder / RUN), cure=tr("restore a copy of the file"))
         identity, finished = run["identity"], run["finished"]
         run_finding = checked("run", [], "")
     except UserError as error:
@@ -113,12 +114,12 @@ def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyRepor
         run_finding = checked("run", error.problems, "")
     findings = []
     if finished and not running:
-        adapter, what = folder, "a finished run"
+        adapter, what = folder, tr("a finished run")
         findings.append(check_files(folder, is_run=True))
     else:
         adapter = all_checkpoints[-1] if all_checkpoints else folder
-        what = "a run that is under way" if running else "a run that is not finished"
-        findings.append(not_checked("files", "the run has not written its adapter yet"))
+        what = tr("a run that is under way") if running else tr("a run that is not finished")
+        findings.append(not_checked("files", tr("the run has not written its adapter yet")))
     adapter_findings: list[Finding] = []
     details, config = None, None
     if adapter is not folder or finished:
@@ -135,8 +136,8 @@ def _remark(unknown: list[str]) -> str:
     if not unknown:
         return ""
     names = ", ".join(unknown[:MAX_UNKNOWN])
-    more = f" and {len(unknown) - MAX_UNKNOWN} more" if len(unknown) > MAX_UNKNOWN else ""
-    return f"not from the run: {names}{more}"
+    more = tr(" and {unknown} more", unknown=len(unknown) - MAX_UNKNOWN) if len(unknown) > MAX_UNKNOWN else ""
+    return tr("not from the run: {names}{more}", names=names, more=more)
 
 
 def _report(
@@ -155,10 +156,10 @@ def _check_adapter(
         adapter = read_adapter_folder(folder)
     except UserError as error:
         rest = [
-            not_checked(name, "the adapter folder cannot be read")
-            for name in ("adapter", "base", "base's content", "tokenizer", "sample rows")
+            not_checked(name, tr("the adapter folder cannot be read"))
+            for name in ("adapter", "base", tr("base's content"), "tokenizer", tr("sample rows"))
         ]
-        return [checked("template and rules", _with_cures(error), ""), *rest], None
+        return [checked(tr("template and rules"), _with_cures(error), ""), *rest], None
     config, problems = _adapter_config(folder)
     shapes: Shapes = {}
     if adapter.is_full:
@@ -174,7 +175,7 @@ def _check_adapter(
     elif adapter.is_full:
         findings.append(check_base_config(adapter, source))
     elif config is None or not shapes:
-        findings.append(not_checked("base", "the adapter cannot be read"))
+        findings.append(not_checked("base", tr("the adapter cannot be read")))
     else:
         findings.append(check_model(adapter, source, shapes))
     findings.append(check_base_content(adapter, source, log))
@@ -197,11 +198,11 @@ def _check_tokenizers(
     try:
         samples = read_samples(adapter.path)
     except UserError as error:
-        damaged = checked("sample rows", _with_cures(error), "")
+        damaged = checked(tr("sample rows"), _with_cures(error), "")
     own = BaseSource(str(adapter.path), None, settings.trust_remote_code)
-    tokenizers = [("tokenizer", "sample rows", own)]
+    tokenizers = [("tokenizer", tr("sample rows"), own)]
     if not isinstance(source, Finding):
-        tokenizers.append(("base's tokenizer", "sample rows, as the base", source))
+        tokenizers.append((tr("base's tokenizer"), tr("sample rows, as the base"), source))
     for check, rows, place in tokenizers:
         try:
             tokenizer = load_tokenizer(place)
@@ -209,7 +210,7 @@ def _check_tokenizers(
                 add_new_tokens(tokenizer, adapter.new_tokens)
         except UserError as error:
             findings.append(checked(check, error.problems, ""))
-            findings.append(not_checked(rows, "the tokenizer cannot be loaded"))
+            findings.append(not_checked(rows, tr("the tokenizer cannot be loaded")))
             continue
         findings.append(check_tokenizer(adapter, tokenizer, check, place.name))
         findings.append(damaged or check_samples(adapter, samples, tokenizer, rows, place.name))
@@ -231,7 +232,9 @@ def _check_data(adapter: AdapterFolder, data_path: str, settings: VerifySettings
     trained_on = adapter.details.get("trained_on", {})
     records = trained_on.get("data_sets") or [trained_on]
     if any(not isinstance(record.get("data_sha256"), str) for record in records):
-        return not_checked("data", f"{MANIFEST} does not say what the adapter was trained on")
+        return not_checked(
+            "data", tr("{manifest} does not say what the adapter was trained on", manifest=MANIFEST)
+        )
     identities = []
     for record in records:
         max_rows, delimiter = record.get("max_rows"), record.get("delimiter")
@@ -244,9 +247,13 @@ def _check_data(adapter: AdapterFolder, data_path: str, settings: VerifySettings
             max_rows=max_rows if type(max_rows) is int and max_rows > 0 else None,
         )
         if rows.identity == record["data_sha256"]:
-            return checked("data", [], f"the adapter was trained on {data_path}")
+            return checked("data", [], tr("the adapter was trained on {data_path}", data_path=data_path))
         identities.append(rows.identity)
     recorded = " or ".join(record["data_sha256"] for record in records)
-    hashes = f"its SHA-256 is {identities[0]}, that of the run's data {recorded}"
-    what = f"the adapter was not trained on this data: {hashes}"
-    return checked("data", [Problem(what, data_path, "give the data file of the run")], "")
+    hashes = tr(
+        "its SHA-256 is {identities}, that of the run's data {recorded}",
+        identities=identities[0],
+        recorded=recorded,
+    )
+    what = tr("the adapter was not trained on this data: {hashes}", hashes=hashes)
+    return checked("data", [Problem(what, data_path, tr("give the data file of the run"))], "")

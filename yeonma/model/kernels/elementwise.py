@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from yeonma.messages import tr
+
 TensorPair = tuple[torch.Tensor, torch.Tensor]
 
 MIN_ROWS = 16
@@ -159,8 +161,10 @@ def _compile_or_plain(
     except Exception as error:  # a compiler may raise anything
         if strict:
             raise
-        message = (
-            f"PyTorch's compiler fails at {function.__name__} ({type(error).__name__}), which runs uncompiled"
+        message = tr(
+            "PyTorch's compiler fails at {name} ({name2}), which runs uncompiled",
+            name=function.__name__,
+            name2=type(error).__name__,
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return function

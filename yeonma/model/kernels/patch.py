@@ -25,6 +25,7 @@ from torch import nn
 
 from yeonma.config.settings import TorchCompile
 from yeonma.errors import Log, UserError, first_line
+from yeonma.messages import tr
 from yeonma.model.kernels.elementwise import MIN_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.lora import gated_lora, patch_linear, supports_gated
@@ -80,7 +81,7 @@ class KernelReport:
             parts.append(f"attention {self.attention[0]}")
         elif layers:
             parts += [f"attention {name} {count}/{len(self.attention)}" for name, count in layers.items()]
-        return ", ".join([*parts, "compiled by PyTorch"] if self.is_compiled else parts)
+        return ", ".join([*parts, tr("compiled by PyTorch")] if self.is_compiled else parts)
 
 
 def patch_kernels(
@@ -159,12 +160,16 @@ def pick_kernels(torch_compile: TorchCompile, device: torch.device, dtype: torch
     try:
         _run_all(compiled(strict=True), device, dtype)
     except Exception as error:  # a compiler may raise anything
-        problem = f"PyTorch's compiler fails here ({type(error).__name__}: {first_line(error)})"
+        problem = tr(
+            "PyTorch's compiler fails here ({name}: {error})",
+            name=type(error).__name__,
+            error=first_line(error),
+        )
         if torch_compile == "auto":
-            log(f"{problem}; norms, SwiGLU and rotary positions run uncompiled")
+            log(tr("{problem}; norms, SwiGLU and rotary positions run uncompiled", problem=problem))
             return PLAIN
         raise UserError(
-            problem, place="torch_compile", cure="use --torch_compile false, or install a C++ compiler"
+            problem, place="torch_compile", cure=tr("use --torch_compile false, or install a C++ compiler")
         ) from error
     return compiled()
 

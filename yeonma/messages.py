@@ -8,13 +8,35 @@ What is stored and compared stays English: keys, names, and what programs read.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from functools import cache
 from gettext import GNUTranslations, NullTranslations
 from pathlib import Path
+from string import Formatter
 
 from yeonma.language import language
 
 CATALOGUES = Path(__file__).parent / "catalogue"
+
+
+class Said(str):
+    """A message in another language, with its `english`."""
+
+    english: str
+
+    @staticmethod
+    def of(text: str, english: str) -> str:
+        if text == english:
+            return text
+        said = Said(text)
+        said.english = english
+        return said
+
+
+def in_english(text: object) -> object:
+    """What `tr` and `counted` gave, in English, as it is stored and compared. Anything else as it is."""
+    return text.english if isinstance(text, Said) else text
 
 
 def tr(message: str, /, **values: object) -> str:
@@ -23,12 +45,20 @@ def tr(message: str, /, **values: object) -> str:
     `message` is a literal, so that a script finds it, or a name of what `later` got. Braces that stand for themselves
     are doubled.
     """
-    return _catalogue(language()).gettext(message).format(**values)
+    if (name := language()) == "en":
+        return message.format(**values)
+    text = _catalogue(name).gettext(message).format(**values)
+    return Said.of(text, message.format(**{key: in_english(value) for key, value in values.items()}))
 
 
 def counted(number: int, one: str, many: str = "", /, **values: object) -> str:
     """`1 row`, `1,200 rows`: a number with what it counts. many: for other numbers than 1, by default with an s."""
-    return _catalogue(language()).ngettext(*forms(one, many), number).format(number=number, **values)
+    english = forms(one, many)[number != 1]
+    if (name := language()) == "en":
+        return english.format(number=number, **values)
+    text = _catalogue(name).ngettext(*forms(one, many), number).format(number=number, **values)
+    english_values = {key: in_english(value) for key, value in values.items()}
+    return Said.of(text, english.format(number=number, **english_values))
 
 
 def counted_in_english(number: int, one: str, many: str = "", /) -> str:
@@ -44,6 +74,57 @@ def forms(one: str, many: str = "") -> tuple[str, str]:
 def later(message: str, /) -> str:
     """A message that is stored or compared in English, and shown with `tr(it)`."""
     return message
+
+
+def translated(english: str) -> str:
+    """What was stored in English, in the language of help, as far as the catalogue has it: the message with the most
+    text of its own that fits. What stands at its places is translated too."""
+    if not english or (name := language()) == "en":
+        return english
+    whole = _catalogue(name).gettext(english)
+    if whole != english:
+        return _filled(whole, {})
+    fitting = (
+        (pattern, text) for own, pattern, text in _patterns(name) if all(part in english for part in own)
+    )
+    for pattern, text in fitting:
+        if found := pattern.fullmatch(english):
+            values = {key: translated(value) for key, value in found.groupdict().items()}
+            return _filled(text, values)
+    return english
+
+
+def _filled(text: str, values: dict[str, str]) -> str:
+    """A translation with texts at its places."""
+    parts = Formatter().parse(text)
+    return "".join(
+        f"{literal}{values.get(place, '')}" if place else literal for literal, place, _, _ in parts
+    )
+
+
+_LEAST_OWN = 6
+"""Letters that a message needs besides its places to be told by them."""
+
+
+@cache
+def _patterns(name: str) -> list[tuple[list[str], re.Pattern[str], str]]:
+    """(texts between places, expression, translation) of messages with places or braces, those with most text first."""
+    found: list[tuple[int, list[str], re.Pattern[str], str]] = []
+    for key, text in getattr(_catalogue(name), "_catalog", {}).items():
+        message, plural = (key[0], "s?") if isinstance(key, tuple) else (key, "")
+        parts = list(Formatter().parse(message))
+        places = [place for _, place, _, _ in parts if place]
+        own = [literal for literal, _, _, _ in parts if literal]
+        size = sum(map(str.isalpha, "".join(own)))
+        if (places or own != [message]) and size >= _LEAST_OWN and len(set(places)) == len(places):
+            expression = "".join(_expressions(parts)) + plural
+            found.append((size, own, re.compile(expression, re.DOTALL), text))
+    return [entry[1:] for entry in sorted(found, key=lambda entry: -entry[0])]
+
+
+def _expressions(parts: list[tuple[str, str | None, str | None, str | None]]) -> Iterator[str]:
+    for literal, place, _, _ in parts:
+        yield re.escape(literal) + (f"(?P<{place}>.+?)" if place else "")
 
 
 @cache

@@ -411,13 +411,14 @@ def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
     now, then = os.path.realpath(name), adapter.details.get(BASE_FOLDER)
     what = tr("it was trained on {name}, where another model is now", name=name)
     if now != name:
-        earlier = tr("; it pointed to {then}", then=then) if then and then != now else ""
-        what = tr(
-            "it was trained on {name}, which points to {now} now, another model{earlier}",
-            name=name,
-            now=now,
-            earlier=earlier,
-        )
+        what = tr("it was trained on {name}, which points to {now} now, another model", name=name, now=now)
+        if then and then != now:
+            what = tr(
+                "it was trained on {name}, which points to {now} now, another model; it pointed to {then}",
+                name=name,
+                now=now,
+                then=then,
+            )
     cure = tr("give the model that it was trained on with --base_model")
     if then and then != now and Path(then).is_dir():
         cure = tr("use --base_model {then}", then=then)

@@ -82,11 +82,7 @@ def another_base(
             found=listed(found),
         )
         if is_there or not is_folder:
-            revision = (
-                tr(" --model_revision {revision}", revision=trained.revision)
-                if trained.revision and not is_folder
-                else ""
-            )
+            revision = f" --model_revision {trained.revision}" if trained.revision and not is_folder else ""
             give = (
                 tr("use --base_model {trained}{revision}", trained=trained.name, revision=revision)
                 if is_continued
@@ -100,14 +96,18 @@ def another_base(
         found=listed(found),
     )
     if is_folder and now != trained.name:
-        earlier = tr("; it pointed to {then}", then=then) if then and then != now else ""
-        what = tr(
-            "it was trained on {trained}, which points to {now} now: {found}{earlier}",
-            trained=trained.name,
-            now=now,
-            found=listed(found),
-            earlier=earlier,
-        )
+        values = {"trained": trained.name, "now": now, "found": listed(found)}
+        what = tr("it was trained on {trained}, which points to {now} now: {found}", **values)
+        if then and then != now:
+            what = tr(
+                "it was trained on {trained}, which points to {now} now: {found}; it pointed to {then}",
+                then=then,
+                **values,
+            )
     if then and then != now and Path(then).is_dir():
         return UserError(what, place=place, cure=tr("use --base_model {then}", then=then))
-    return UserError(what, place=place, cure=tr("restore its files, or {give}", give=give))
+    return UserError(
+        what,
+        place=place,
+        cure=tr("restore its files, or give the model that it was trained on with --base_model"),
+    )

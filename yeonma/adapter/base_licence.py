@@ -49,7 +49,7 @@ TABLE: tuple[tuple[str, BaseLicence], ...] = (
         BaseLicence(
             "EXAONE AI Model License Agreement 1.2 - NC",
             "https://github.com/LG-AI-EXAONE/EXAONE-4.0",
-            tr("{nc}, and no use for models that compete with EXAONE", nc=_NC),
+            tr("it allows no commercial use, and no use for models that compete with EXAONE"),
         ),
     ),
     (
@@ -129,18 +129,26 @@ def licence_note(base: str) -> list[str]:
     found = base_licence(base)
     if found is None:
         return []
-    asks = f": {found.asks}" if found.asks else ""
-    text = tr(
-        "The base's licence is {found} ({where}){asks}.",
-        found=markdown(found.name),
-        where=markdown(found.where),
-        asks=markdown(asks),
-    )
     name = Path(base).name if Path(base).is_absolute() else base
-    return [
-        f"{text} It applies to models derived from {code(name)} too; read it before you share or use this one.",
-        "",
-    ]
+    licence, where, name = markdown(found.name), markdown(found.where), code(name)
+    if found.asks:
+        text = tr(
+            "The base's licence is {licence} ({where}): {asks}. It applies to models derived from {name} too; read it "
+            "before you share or use this one.",
+            licence=licence,
+            where=where,
+            asks=markdown(found.asks),
+            name=name,
+        )
+    else:
+        text = tr(
+            "The base's licence is {licence} ({where}). It applies to models derived from {name} too; read it before "
+            "you share or use this one.",
+            licence=licence,
+            where=where,
+            name=name,
+        )
+    return [text, ""]
 
 
 def _of_name(name: str) -> BaseLicence | None:

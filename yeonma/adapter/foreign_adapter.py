@@ -74,15 +74,17 @@ def remark_on(adapter: AdapterFolder, *, own_tokenizer: bool, base_is_given: boo
     """A line that says what was taken for such an adapter."""
     base = tr("as given") if base_is_given else tr("named in its adapter_config.json")
     template = (
-        f"template {adapter.template.name}" if adapter.has_template else tr("no template, plain text only")
+        tr("template {name}", name=adapter.template.name)
+        if adapter.has_template
+        else tr("no template, plain text only")
     )
     tokenizer = tr("its own tokenizer") if own_tokenizer else tr("the base's tokenizer")
     return tr(
-        "{path} was made by another tool: base {base} ({base2}), {template}, {tokenizer}, "
+        "{path} was made by another tool: base {base} ({origin}), {template}, {tokenizer}, "
         "default token rules (cutoff_len {cutoff_len})",
         path=adapter.path,
         base=adapter.base.name,
-        base2=base,
+        origin=base,
         template=template,
         tokenizer=tokenizer,
         cutoff_len=adapter.rules.cutoff_len,

@@ -23,11 +23,12 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.messages import tr
 from yeonma.model.adapter_file import check_adapter_files
 from yeonma.model.source import BaseSource, find_base
 
 MAX_PROBLEMS = 20
-BASE_CURE = "name a folder that has it with --base_model"
+BASE_CURE = tr("name a folder that has it with --base_model")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class FoundAdapter:
             except UserError as error:
                 problems += error.problems
             if len(problems) > MAX_PROBLEMS:
-                problems = [*problems[:MAX_PROBLEMS], Problem("there are more such problems", name)]
+                problems = [*problems[:MAX_PROBLEMS], Problem(tr("there are more such problems"), name)]
                 break
         if problems:
             raise UserError(problems)
@@ -71,21 +72,24 @@ class FoundAdapter:
         check_columns_there(asked, known)
         for field in columns or {}:
             if field != "answer" and field not in fields:
-                cure = did_you_mean(field, fields) or f"it has {', '.join(sorted(fields))}"
-                raise UserError(f'the template has no field "{field}"', place="--columns", cure=cure)
+                cure = did_you_mean(field, fields) or tr("it has {fields}", fields=", ".join(sorted(fields)))
+                problem = tr('the template has no field "{field}"', field=field)
+                raise UserError(problem, place="--columns", cure=cure)
 
     def check_room(
-        self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
+        self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = tr("lower it")
     ) -> None:
         """Raises UserError if `max_new_tokens` leave no room for a prompt in the adapter's `cutoff_len`."""
         cutoff_len = self.adapter.rules.cutoff_len
-        check_room(max_new_tokens, cutoff_len, f"cutoff_len {cutoff_len}", place, cure)
+        check_room(
+            max_new_tokens, cutoff_len, tr("cutoff_len {cutoff_len}", cutoff_len=cutoff_len), place, cure
+        )
 
 
 def given_twice(folders: Sequence[str]) -> list[Problem]:
     """A problem for every folder that was named before."""
     return [
-        Problem("given twice", folder, "give each adapter once")
+        Problem(tr("given twice"), folder, tr("give each adapter once"))
         for index, folder in enumerate(folders)
         if folder in folders[:index]
     ]
@@ -95,14 +99,20 @@ def check_columns_there(columns: Columns, known: Sequence[str]) -> None:
     """Raises UserError for a column in `--columns` that is not among those of the data, which are `known`."""
     for column in (columns or {}).values():
         if column not in known:
-            cure = did_you_mean(column, known) or f"it has {', '.join(known)}"
-            raise UserError(f'the data has no column "{column}"', place="--columns", cure=cure)
+            cure = did_you_mean(column, known) or tr("it has {known}", known=", ".join(known))
+            raise UserError(
+                tr('the data has no column "{column}"', column=column), place="--columns", cure=cure
+            )
 
 
 def check_room(max_new_tokens: int, tokens: int, limit: str, place: str, cure: str) -> None:
     """Raises UserError if `max_new_tokens` leave no room for a prompt in so many `tokens`, whose name is `limit`."""
     if max_new_tokens >= tokens:
-        problem = f"{max_new_tokens} new tokens leave no room for a prompt in {limit}"
+        problem = tr(
+            "{max_new_tokens} new tokens leave no room for a prompt in {limit}",
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+        )
         raise UserError(problem, place=place, cure=cure)
 
 
@@ -125,8 +135,9 @@ def find_adapter(
         return _find_foreign(adapter_dir, base_model, trust_remote_code, template)
     adapter = read_adapter_folder(adapter_dir)
     if template is not None:
-        what = f"{adapter_dir} has a template of its own"
-        raise UserError(what, place="--template", cure="leave it out; it is for adapters of other tools")
+        what = tr("{adapter_dir} has a template of its own", adapter_dir=adapter_dir)
+        cure = tr("leave it out; it is for adapters of other tools")
+        raise UserError(what, place="--template", cure=cure)
     if not adapter.is_whole:
         check_adapter_files(adapter.path)
     if data_set is not None:
@@ -134,8 +145,8 @@ def find_adapter(
     base_is_given = base_model is not None
     if adapter.is_whole:
         if base_is_given:
-            cure = "leave base_model out"
-            raise UserError("the base model is part of this folder", place=str(adapter_dir), cure=cure)
+            cure = tr("leave base_model out")
+            raise UserError(tr("the base model is part of this folder"), place=str(adapter_dir), cure=cure)
         base_model = str(adapter.path)
     _check_base_there(adapter, adapter_dir, base_model)
     name, revision = (base_model, None) if base_model else (adapter.base.name, adapter.base.revision)
@@ -145,7 +156,7 @@ def find_adapter(
 def check_has_template(adapter: AdapterFolder) -> None:
     """Raises UserError if there is no template: an adapter of another tool, and none was given."""
     if not adapter.has_template:
-        what = "another tool made this adapter, so it has no template"
+        what = tr("another tool made this adapter, so it has no template")
         raise UserError(what, place=str(adapter.path), cure=TEMPLATE_CURE)
 
 
@@ -190,7 +201,10 @@ def _base(name: str, revision: str | None, trust_remote_code: bool) -> BaseSourc
     except UserError as error:
         if user_path(name).exists():
             raise
-        problems = [replace(problem, cure=f"{problem.cure}, or {BASE_CURE}") for problem in error.problems]
+        problems = [
+            replace(problem, cure=tr("{cure}, or {other}", cure=problem.cure, other=BASE_CURE))
+            for problem in error.problems
+        ]
         raise UserError(problems) from error
 
 
@@ -198,8 +212,8 @@ def _check_base_there(adapter: AdapterFolder, folder: str | Path, base_model: st
     """Raises UserError if the base was a local folder and is gone."""
     name = adapter.base.name
     if base_model is None and Path(name).is_absolute() and not Path(name).is_dir():
-        what = f"its base model is no longer at {name}"
-        raise UserError(what, place=str(folder), cure="give its new place with --base_model")
+        what = tr("its base model is no longer at {name}", name=name)
+        raise UserError(what, place=str(folder), cure=tr("give its new place with --base_model"))
 
 
 def _find_foreign(
@@ -210,8 +224,8 @@ def _find_foreign(
     _check_base_there(adapter, folder, base_model)
     source = _base(adapter.base.name, adapter.base.revision, trust_remote_code)
     if source.adapter is not None:
-        what = f"its base {adapter.base.name} is an adapter too"
+        what = tr("its base {base} is an adapter too", base=adapter.base.name)
         raise UserError(
-            what, place=str(folder), cure="merge that one into its base first, and give --base_model"
+            what, place=str(folder), cure=tr("merge that one into its base first, and give --base_model")
         )
     return FoundAdapter(adapter, source, is_foreign=True, base_is_given=base_model is not None)

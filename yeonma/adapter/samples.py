@@ -17,6 +17,7 @@ from yeonma.data.rows import Row
 from yeonma.data.task import TASKS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.shown import json_text
 from yeonma.tokenization.dataset import DatasetPart
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
@@ -88,12 +89,12 @@ def read_samples(folder: Path) -> Samples | None:
         for row in rows:
             ids = row.prompt_ids
             if not (isinstance(ids, list) and all(type(number) is int for number in (row.row_number, *ids))):
-                raise TypeError("ids and row numbers are whole numbers")
+                raise TypeError(tr("ids and row numbers are whole numbers"))
             if not isinstance(row.row, dict):
-                raise TypeError("a row is an object")
+                raise TypeError(tr("a row is an object"))
         return Samples(TASKS[content["kind"]], rows)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise UserError(f"damaged ({error})", place=str(path)) from error
+        raise UserError(tr("damaged ({error})", error=error), place=str(path)) from error
 
 
 def prompts_now(
@@ -107,8 +108,9 @@ def prompts_now(
 
     Raises UserError as rendering and encoding do.
     """
+    places = [tr("{file}, row {number}", file=SAMPLES, number=sample.row_number) for sample in samples.rows]
     rows = [
-        Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}") for sample in samples.rows
+        Row(sample.row_number, sample.row, place) for sample, place in zip(samples.rows, places, strict=True)
     ]
     if not rows:
         return []

@@ -253,7 +253,7 @@ def _size(count: int) -> str:
 
 
 def _ending(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"status {status}"
+    return signal.Signals(-status).name if status < 0 else tr("status {status}", status=status)
 
 
 def _child() -> _Child:
@@ -268,7 +268,7 @@ def _child() -> _Child:
                     "what others wrote (chat templates, expressions, tokenizers) runs in a process of its "
                     "own, and this could not be started ({name}: {value})",
                     name=type(error).__name__,
-                    value=error or "it ended",
+                    value=str(error) or tr("it ended"),
                 ),
                 cure=tr(
                     "free memory, file handles or processes (`ulimit -n -u -v`), and run the command again"

@@ -21,9 +21,11 @@ def bounded_match(
     try:
         return [found == 1 for found in ask("match", (pattern, list(names)), bounds)]
     except Refused as error:
-        problem = tr('"{pattern}" is no regular expression: {error}', pattern=brief(pattern), error=error)
+        problem = tr(
+            '"{pattern}" is no regular expression: {error}', pattern=brief(pattern), error=error.args[0]
+        )
         raise UserError(problem, place=place, cure=cure or tr("write it as Python's `re` reads it")) from None
     except OverBounds as error:
-        problem = tr('the expression "{pattern}" {error}', pattern=brief(pattern), error=error)
+        problem = tr('the expression "{pattern}" {error}', pattern=brief(pattern), error=error.args[0])
         cure = cure or tr("list the names, or write an expression without repetitions within repetitions")
         raise UserError(problem, place=place, cure=cure) from None

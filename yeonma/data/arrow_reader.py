@@ -13,6 +13,7 @@ from typing import Any
 from yeonma.data.class_labels import Naming, named, namings_of, notes_of_classes
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN
+from yeonma.data.words import row_place
 from yeonma.errors import Problem, UserError, brief
 from yeonma.messages import counted, tr
 
@@ -71,7 +72,11 @@ def _parquet_rows(path: Path, name: str, skip_bad: bool) -> Iterator[Record]:
 
             yield from _batch_rows(counting(), name, skip_bad)
             if read != expected:
-                problem = f"only {read} of the {counted(expected, 'row')} in its metadata can be read"
+                problem = tr(
+                    "only {read} of the {rows} in its metadata can be read",
+                    read=read,
+                    rows=counted(expected, "row"),
+                )
                 raise UserError(problem, place=name, cure=WRITE_AGAIN)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable("Parquet", error, name) from None
@@ -153,13 +158,15 @@ def _batch_rows(batches: Iterator[Any], name: str, skip_bad: bool, rows_before: 
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError):
-            place = f"{name} rows {number + 1}-{number + batch.num_rows}"
+            place = tr(
+                "{name} rows {first}-{last}", name=name, first=number + 1, last=number + batch.num_rows
+            )
             raise _unreadable_column(batch, place) from None
         if namings:
             yield from _named_rows(rows, namings, name, number, skip_bad)
         else:
             for at, values in enumerate(rows, number + 1):
-                yield f"{name} row {at}", values
+                yield row_place(name, at), values
         number += len(rows)
 
 
@@ -167,7 +174,7 @@ def _named_rows(
     rows: Sequence[dict[str, object]], namings: dict[str, Naming], name: str, rows_before: int, skip_bad: bool
 ) -> Iterator[Record]:
     for number, values in enumerate(rows, rows_before + 1):
-        place = f"{name} row {number}"
+        place = row_place(name, number)
         record = named(values, namings, place)
         if isinstance(record, Problem) and not skip_bad:
             raise UserError([replace(record, of_row=number > rows_before + 1)])

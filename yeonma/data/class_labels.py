@@ -46,24 +46,18 @@ def named(
             values[column] = naming(values.get(column))
         except NamelessLabel as fault:
             cure = tr("write null where there is no label, or the text itself")
-            return Problem(f'column "{brief(column)}": {fault}', place, cure)
+            what = tr('column "{column}": {fault}', column=brief(column), fault=fault.args[0])
+            return Problem(what, place, cure)
     return values
 
 
 def notes_of_classes(metadata: Mapping[bytes, bytes] | None, name: str) -> tuple[str, ...]:
     """A line that names the columns whose class numbers are read as names; none if there are none."""
     columns = [f'"{brief(column)}"' for column in namings_of(metadata, name)]
-    return (
-        (
-            tr(
-                "{name}: class labels are read as their names: {columns}",
-                name=name,
-                columns=", ".join(columns[:10]),
-            ),
-        )
-        if columns
-        else ()
-    )
+    if not columns:
+        return ()
+    shown = ", ".join(columns[:10])
+    return (tr("{name}: class labels are read as their names: {columns}", name=name, columns=shown),)
 
 
 def _naming(feature: Any) -> Naming | None:
@@ -107,9 +101,10 @@ def _class_name(names: list[Any], value: Any) -> Any:
     if 0 <= value < len(names):
         return str(names[value])
     shown = ", ".join([str(name) for name in names[:MOST_NAMES]] + ["..."] * (len(names) > MOST_NAMES))
-    why = (
-        tr("stands for a missing label")
-        if value == -1
-        else tr("has no name; the names are {value}", value=brief(shown) or "missing")
+    if value == -1:
+        raise NamelessLabel(tr("the class label {value} stands for a missing label", value=value))
+    if not names:
+        raise NamelessLabel(tr("the class label {value} has no name; the names are missing", value=value))
+    raise NamelessLabel(
+        tr("the class label {value} has no name; the names are {names}", value=value, names=brief(shown))
     )
-    raise NamelessLabel(tr("the class label {value} {why}", value=value, why=why))

@@ -108,9 +108,9 @@ def _as_json(value: object, path: str, place: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_refused)
     except (TypeError, ValueError) as error:
-        problem = tr('field "{path}" cannot be written as JSON: {error}', path=path, error=error)
+        problem = tr('field "{path}" cannot be written as JSON: {error}', path=path, error=error.args[0])
         raise UserError(problem, place=place, cure=tr("write the value as text")) from None
 
 
 def _refused(value: object) -> object:
-    raise TypeError(f"it holds {kind_of(value)}")
+    raise TypeError(tr("it holds {kind}", kind=kind_of(value)))

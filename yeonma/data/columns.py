@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Literal
 
 from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
 from yeonma.data.turns import check_characters, is_turn_list
+from yeonma.data.words import any_of
 from yeonma.errors import Problem, UserError, brief, did_you_mean
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
 Columns = Mapping[str, str] | None
 """`--columns`: field of the template -> column of the data, if their names differ."""
@@ -60,9 +62,29 @@ class Recognised:
     """The built-in template that a data set's columns fit, and a line to print that says why."""
 
     template: str
-    reason: str
+    shown: str
+    """The columns by which it was chosen, for the reason."""
     columns: tuple[tuple[str, str], ...] = ()
     """The `--columns` that the template needs, as (field, column), if their names differ."""
+    system_columns: tuple[str, ...] = ()
+    """Those of system turns, in a template with turns."""
+    holds_turns: bool = False
+    """Whether the columns of texts hold turns."""
+
+    @property
+    def reason(self) -> str:
+        """A line that says why this template was chosen."""
+        values = {"template": self.template, "shown": self.shown}
+        if self.holds_turns:
+            return tr("template {template}, because the columns are {shown}, and they hold turns", **values)
+        if self.system_columns:
+            names = any_of(self.system_columns)
+            return tr(
+                "template {template}, because the columns are {shown}; system turns are in {names}",
+                names=names,
+                **values,
+            )
+        return tr("template {template}, because the columns are {shown}", **values)
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,8 @@ class Form:
     optional: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.template} needs {', '.join(' or '.join(group) for group in self.needs)}"
+        needs = ", ".join(map(any_of, self.needs))
+        return tr("{template} needs {needs}", template=self.template, needs=needs)
 
 
 FORMS = (
@@ -127,18 +150,10 @@ def recognise(
         ]
         if beside and template in with_turns:
             shown = ", ".join((*(used[column] for column in names if column in used), *beside))
-            reason = tr(
-                "template {with_turns}, because the columns are {shown}",
-                with_turns=with_turns[template],
-                shown=shown,
-            )
-            return Recognised(with_turns[template], reason)
+            return Recognised(with_turns[template], shown)
         shown = ", ".join(used[column] for column in names if column in used)
-        return Recognised(
-            template,
-            tr("template {template}, because the columns are {shown}", template=template, shown=shown),
-        )
-    listed = ", ".join(names) or "none"
+        return Recognised(template, shown)
+    listed = ", ".join(names) or tr("none")
     if fitting:
         problem = tr(
             "the columns ({listed}) fit several templates: {fitting}",
@@ -216,8 +231,20 @@ def field_text(row: Row, column: str) -> str | None:
         return text
     if not value or value.isspace():
         return None
-    check_characters(value, f'field "{column}"', row.place)
+    check_characters(value, field_name(column), row.place)
     return value
+
+
+def field_name(column: str) -> str:
+    """A column for a message."""
+    return tr('field "{column}"', column=column)
+
+
+def without_value(where: str, state: Literal["missing", "null", "empty"]) -> str:
+    """The problem that a field has no value."""
+    if state == "missing":
+        return tr("{where} is missing", where=where)
+    return tr("{where} is null", where=where) if state == "null" else tr("{where} is empty", where=where)
 
 
 def number_text(value: object) -> str | None:
@@ -262,7 +289,7 @@ def kinds_of_numbers(row: Row, columns: Iterable[str]) -> Iterator[tuple[str, st
     for column in columns:
         value = row.values.get(column)
         if value is not None and not isinstance(value, str) and isinstance(value, (int, float)):
-            yield column, "booleans" if isinstance(value, bool) else "numbers"
+            yield column, later("booleans") if isinstance(value, bool) else later("numbers")
 
 
 def _not_text(value: object, column: str, place: str) -> UserError:
@@ -277,7 +304,7 @@ def _not_text(value: object, column: str, place: str) -> UserError:
     elif is_turn_list(value):
         cure = tr("turn lists need --template chat")
     elif isinstance(value, (Mapping, list, tuple)):
-        paths = " or ".join(f'"{path}"' for path in (*_path_to_text(value, column), f"json({column})"))
+        paths = any_of(f'"{path}"' for path in (*_path_to_text(value, column), f"json({column})"))
         cure = tr("map the field to {paths} with --columns, in these quotes", paths=paths)
     return UserError(problem, place=place, cure=cure)
 
@@ -311,4 +338,4 @@ def _columns_used(form: Form, names: Sequence[str], columns: Mapping[str, str]) 
 
 
 def _suggestion(column: str, names: Sequence[str]) -> str:
-    return did_you_mean(column, names) or tr("it has {value}", value=", ".join(names) or "none")
+    return did_you_mean(column, names) or tr("it has {names}", names=", ".join(names) or tr("none"))

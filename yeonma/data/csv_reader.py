@@ -62,11 +62,9 @@ def open_csv(file: TextFile, options: FileOptions, delimiter: str = ",") -> Sour
     notes = []
     if options.delimiter is None and found != delimiter:
         notes.append(
-            tr(
-                "{file}: columns are separated by {found}",
-                file=file.name,
-                found="a tab" if found == chr(9) else found,
-            )
+            tr("{file}: columns are separated by a tab", file=file.name)
+            if found == chr(9)
+            else tr("{file}: columns are separated by {found}", file=file.name, found=found)
         )
     delimiter = options.delimiter or found
     line, cells = next(_records(file, delimiter, lines_before), (1, []))
@@ -127,12 +125,18 @@ def unnamed_note(name: str, header: Header, rows: Iterable[Sequence[str]]) -> li
     }
     if not unnamed:
         return []
-    columns = (
-        f"column {min(unnamed)}"
-        if len(unnamed) == 1
-        else tr("{unnamed}, the first is {unnamed2}", unnamed=len(unnamed), unnamed2=min(unnamed))
-    )
-    return [tr("{name}: columns without a name are not read: {columns}", name=name, columns=columns)]
+    if len(unnamed) == 1:
+        return [
+            tr("{name}: columns without a name are not read: column {first}", name=name, first=min(unnamed))
+        ]
+    return [
+        tr(
+            "{name}: columns without a name are not read: {count}, the first is {first}",
+            name=name,
+            count=len(unnamed),
+            first=min(unnamed),
+        )
+    ]
 
 
 def _twice(names: Sequence[str]) -> list[str]:
@@ -181,7 +185,9 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
         if len(cells) != columns:
             fitted = header.fitted(cells)
             if fitted is None:
-                problem = f"{counted(len(cells), 'cell')}; the header has {columns}"
+                problem = tr(
+                    "{cells}; the header has {columns}", cells=counted(len(cells), "cell"), columns=columns
+                )
                 cure = tr("put cells with commas or line breaks in quotes")
                 wrong = Problem(problem, f"{name}:{line}", cure)
                 if skip_bad:

@@ -15,7 +15,8 @@ from typing import Any
 
 from yeonma.config.yaml_text import read_items
 from yeonma.data.library_sets import needs_code, unknown_split
-from yeonma.data.readers import KNOWN_FILES, ending_of
+from yeonma.data.readers import GIVE_FILES, KNOWN_FILES, ending_of
+from yeonma.data.words import with_more
 from yeonma.errors import UserError, brief, did_you_mean
 from yeonma.messages import counted, tr
 
@@ -152,10 +153,17 @@ def _not_read(name: str, split: str, by_split: Mapping[str, Sequence[DataFile]])
     others = [brief(other) for other in sorted(by_split) if other and other != split]
     others += [PurePosixPath(file.name).name for file in by_split.get("", ())]
     count = len(by_split[split])
-    shown = ", ".join(others[:10]) + (
-        tr(" and {others} more", others=len(others) - 10) if len(others) > 10 else ""
+    return (_read_and_not(name, split, count, with_more(others, 10)),)
+
+
+def _read_and_not(name: str, split: str, count: int, others: str) -> str:
+    return tr(
+        '{name}: the split "{split}" is read ({files}); not {others}',
+        name=name,
+        split=split,
+        files=counted(count, "file"),
+        others=others,
     )
-    return (f'{name}: the split "{split}" is read ({counted(count, "file")}); not {shown}',)
 
 
 # Splits by the README
@@ -242,7 +250,7 @@ def _chosen_config(name: str, configs: Sequence[_Config], config: str | None) ->
     if config is not None:
         if config not in names:
             cure = did_you_mean(config, names) or tr(
-                "its README names {value}", value=", ".join(map(brief, names[:20])) or "none"
+                "its README names {names}", names=", ".join(map(brief, names[:20])) or tr("none")
             )
             raise UserError(tr('no config "{config}"', config=brief(config)), place=name, cure=cure)
         return configs[names.index(config)]
@@ -285,7 +293,7 @@ def _files_of_config(name: str, path: Path, split: str, config: _Config) -> Foun
         )
     others = [brief(other) for other in config.files if other != wanted]
     count = len(files)
-    notes = [f'{name}: the split "{wanted}" is read ({counted(count, "file")}); not {", ".join(others[:10])}']
+    notes = [_read_and_not(name, wanted, count, ", ".join(others[:10]))]
     return FoundFiles(tuple(files.values()), tuple(notes if others else ()))
 
 
@@ -302,7 +310,11 @@ def _checked(files: Sequence[DataFile]) -> tuple[DataFile, ...]:
     for file in files:
         status = file.path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(tr("not a regular file"), place=file.name, cure=f"give {KNOWN_FILES}")
+            raise UserError(
+                tr("not a regular file"),
+                place=file.name,
+                cure=GIVE_FILES,
+            )
         ending = file.path.suffix.lower()
         if ending == ".py":
             raise needs_code(file.name, file.name)

@@ -12,13 +12,14 @@ from functools import partial
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.data.text_file import CHUNK, WRITE_AGAIN, TextFile, is_stray, place_after
+from yeonma.data.words import row_place, with_more
 from yeonma.errors import Problem, UserError, brief, did_you_mean
 from yeonma.messages import tr
 
 MAX_PROBLEMS = 10
 MAX_COLUMNS = 100
 """Columns of lists are read side by side, each through a file of its own."""
-OBJECT, LINES = 'write {"column": "value", ...}', tr("write one object a line")  # cures
+OBJECT, LINES = tr('write {{"column": "value", ...}}'), tr("write one object a line")  # cures
 
 
 def open_json_lines(file: TextFile, options: FileOptions) -> Source:
@@ -44,7 +45,7 @@ def open_json(file: TextFile, options: FileOptions) -> Source:
             tr("a .json file must hold a list of objects: [{{...}}, ...]"), cure=tr("write such a list")
         )
     if options.part is not None:
-        raise _no_parts(file.name, options.part, "a list")
+        raise _no_parts(file.name, options.part, tr("a list"))
     return Source(partial(_list_rows, file, options))
 
 
@@ -123,7 +124,7 @@ def _open_one_object(file: TextFile, by_key: dict[str, _List | None], options: F
     tables = {key: entry for key, entry in lists.items() if entry.holds_objects}
     if part is not None:
         if part not in lists:
-            cure = did_you_mean(part, lists) or tr("its lists are {value}", value=_shown(lists) or "none")
+            cure = did_you_mean(part, lists) or tr("its lists are {lists}", lists=_shown(lists) or tr("none"))
             raise UserError(tr('no list under the key "{part}"', part=brief(part)), place=name, cure=cure)
         return Source(partial(_list_rows, file, options, lists[part].start))
     if any(entry.holds_turns for entry in lists.values()):
@@ -149,7 +150,7 @@ def _open_columns(file: TextFile, lists: dict[str, _List]) -> Source:
     name, lengths = file.name, {entry.length for entry in lists.values()}
     if len(lengths) > 1:
         shown = ", ".join(f'"{brief(key)}" {entry.length:,}' for key, entry in list(lists.items())[:10])
-        cure = tr("make them equally long, or {lines}", lines=LINES)
+        cure = tr("make them equally long, or write one object a line")
         raise UserError(tr("columns of different lengths: {shown}", shown=shown), place=name, cure=cure)
     if len(lists) > MAX_COLUMNS:
         raise UserError(
@@ -162,8 +163,7 @@ def _open_columns(file: TextFile, lists: dict[str, _List]) -> Source:
 
 
 def _shown(keys: dict[str, _List]) -> str:
-    more = tr(" and {keys} more", keys=len(keys) - 10) if len(keys) > 10 else ""
-    return ", ".join(f'"{brief(key)}"' for key in list(keys)[:10]) + more
+    return with_more((f'"{brief(key)}"' for key in keys), 10)
 
 
 def _no_parts(name: str, part: str, what: str) -> UserError:
@@ -283,7 +283,7 @@ def _rows_of_columns(file: TextFile, starts: dict[str, _Position]) -> Iterator[R
     """One row for each position of the lists that begin at `starts`."""
     columns = [_entries(_Window(file, start)) for start in starts.values()]
     for number, cells in enumerate(zip(*columns, strict=True), 1):
-        yield f"{file.name} row {number}", {key: cell for key, (_, cell) in zip(starts, cells, strict=True)}
+        yield row_place(file.name, number), {key: cell for key, (_, cell) in zip(starts, cells, strict=True)}
 
 
 def _row_of_line(line: str) -> dict[str, object]:
@@ -405,7 +405,7 @@ def _entries(window: _Window) -> Iterator[tuple[int, object]]:
             _take_key(window, ())
         window.next_character()
         yield window.line, window.take_value()
-        separator = _separator(window, closing, "row")
+        separator = _separator(window, closing, of_rows=True)
 
 
 def _lists_by_key(window: _Window) -> dict[str, _List | None]:
@@ -419,7 +419,7 @@ def _lists_by_key(window: _Window) -> dict[str, _List | None]:
     while separator == ",":
         key = _take_key(window, by_key)
         by_key[key] = _list_at(window) if window.next_character() == "[" else _numbered_values_at(window)
-        separator = _separator(window, "}", "value")
+        separator = _separator(window, "}", of_rows=False)
     return by_key
 
 
@@ -460,18 +460,17 @@ def _take_key(window: _Window, known: Container[str]) -> str:
     return key
 
 
-def _separator(window: _Window, closing: str, what: str) -> str:
+def _separator(window: _Window, closing: str, *, of_rows: bool) -> str:
     """The comma or the closing bracket after an entry; the window moves behind it."""
     separator = window.next_character()
     if separator not in (",", closing):
-        cure = tr(
-            "put a comma between two {what}s, and {closing} after the last one", what=what, closing=closing
-        )
-        raise _cut_or(
-            window,
-            tr('not JSON: expecting "," or "{closing}" after a {what}', closing=closing, what=what),
-            cure,
-        )
+        if of_rows:
+            problem = tr('not JSON: expecting "," or "{closing}" after a row', closing=closing)
+            cure = tr("put a comma between two rows, and {closing} after the last one", closing=closing)
+        else:
+            problem = tr('not JSON: expecting "," or "{closing}" after a value', closing=closing)
+            cure = tr("put a comma between two values, and {closing} after the last one", closing=closing)
+        raise _cut_or(window, problem, cure)
     window.move(window.at + 1)
     return separator
 

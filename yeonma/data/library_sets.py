@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from yeonma.data.arrow_reader import one_line, open_table
-from yeonma.data.readers import KNOWN_FILES
+from yeonma.data.readers import GIVE_FILES
 from yeonma.data.records import DataSet
 from yeonma.data.splits import SplitSlice, parse_split
 from yeonma.errors import UserError, brief, did_you_mean
@@ -101,7 +101,11 @@ def hub_set(data_path: str, split: str, revision: str | None, *, skip_bad: bool 
     name, _, config = data_path.partition(":")
     # `json`, `csv`, ... would read files of the working directory.
     if name in _PACKAGED_DATASETS_MODULES:
-        raise UserError(tr("no such file or folder"), place=data_path, cure=f"give {KNOWN_FILES}")
+        raise UserError(
+            tr("no such file or folder"),
+            place=data_path,
+            cure=GIVE_FILES,
+        )
     check_on_hub(data_path)
     try:
         table = datasets.load_dataset(name, config or None, split=split, revision=revision)

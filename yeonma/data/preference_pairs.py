@@ -11,6 +11,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
 from yeonma.data.column_paths import value_in, with_paths
 from yeonma.data.columns import (
@@ -22,10 +23,12 @@ from yeonma.data.columns import (
     Form,
     Recognised,
     column_of,
+    field_name,
     field_text,
     filled_columns,
     is_filled,
     recognise,
+    without_value,
 )
 from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
@@ -39,6 +42,7 @@ from yeonma.data.template import (
 from yeonma.data.template_syntax import joined
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
 from yeonma.data.turns import ROLES, Role, Turn, tools_of, turn_of, turns_of
+from yeonma.data.words import all_of, any_of
 from yeonma.errors import Problem, UserError, brief
 from yeonma.messages import tr
 
@@ -199,16 +203,14 @@ def _as_turns(recognised: Recognised, rows: Rows, columns: Mapping[str, str]) ->
     beside = [name for name in (*SYSTEM_COLUMNS, *TOOL_COLUMNS) if name in filled_columns(rows)]
     if recognised.template != "prompt-completion" or not beside:
         return recognised
-    reason = recognised.reason.replace(tr("template prompt-completion"), tr("template chat"))
-    reason = f"{reason}, {', '.join(beside)}"
-    return replace(recognised, template="chat", reason=reason, columns=tuple(columns.items()))
+    shown = ", ".join((recognised.shown, *beside))
+    return replace(recognised, template="chat", shown=shown, columns=tuple(columns.items()))
 
 
 def _with_system_turns(recognised: Recognised, rows: Rows) -> Recognised:
     """The same, with a reason that names the columns of system prompts."""
-    names = [name for name in SYSTEM_COLUMNS if name in rows.columns]
-    reason = tr("{reason}; system turns are in {names}", reason=recognised.reason, names=" or ".join(names))
-    return replace(recognised, reason=reason) if names else recognised
+    names = tuple([name for name in SYSTEM_COLUMNS if name in rows.columns])
+    return replace(recognised, system_columns=names)
 
 
 def labelled_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
@@ -302,7 +304,7 @@ def _check_answers(row: Row, answers: Mapping[str, str], rejected: Sequence[str]
     """Raises UserError unless all answers have a value. `answers`: side -> column; `rejected`: the columns of each."""
     cure = tr(
         "a pair needs both answers ({answers}); fill it or remove the row",
-        answers=" and ".join(answers.values()),
+        answers=all_of(answers.values()),
     )
     if problems := _without_value(row, (answers["chosen"], *rejected), cure):
         raise UserError(problems)
@@ -314,8 +316,10 @@ def _without_value(row: Row, columns: Sequence[str], cure: str) -> list[Problem]
     for name in columns:
         value = row.values.get(name)
         if value is None or value in ([], {}) or (isinstance(value, str) and not value.strip()):
-            state = "missing" if name not in row.values else "null" if value is None else "empty"
-            problems.append(Problem(tr('field "{name}" is {state}', name=name, state=state), row.place, cure))
+            state: Literal["missing", "null", "empty"] = (
+                "missing" if name not in row.values else "null" if value is None else "empty"
+            )
+            problems.append(Problem(without_value(field_name(name), state), row.place, cure))
     return problems
 
 
@@ -333,8 +337,9 @@ def _label(row: Row, column: str) -> bool:
     good, bad = (
         ", ".join(word for word, is_good in LABEL_WORDS.items() if is_good == side) for side in (True, False)
     )
+    found = tr('field "{column}" is {state}', column=column, state=state)
     raise UserError(
-        tr('field "{column}" is {state}', column=column, state=state if column in row.values else "missing"),
+        found if column in row.values else without_value(field_name(column), "missing"),
         place=row.place,
         cure=tr("say whether the answer is desirable: {good}; or not: {bad}", good=good, bad=bad),
     )
@@ -364,13 +369,11 @@ def _labelled_turns(template: Template, row: Row, columns: dict[str, str]) -> Re
     *prompt, last = rendered.turns
     if last.role != "assistant":
         what = (
-            tr("the turn list does not end")
+            tr("the turn list does not end with an assistant turn")
             if apart is None
-            else tr('field "{apart}" does not end', apart=apart)
+            else tr('field "{apart}" does not end with an assistant turn', apart=apart)
         )
-        raise UserError(
-            tr("{what} with an assistant turn", what=what), place=row.place, cure=tr("end it with the answer")
-        )
+        raise UserError(what, place=row.place, cure=tr("end it with the answer"))
     _refuse_weights([last.turn], row.place)
     rendered = replace(rendered, turns=tuple(prompt), answer=last.pieces, answer_turn=last.turn)
     return _with_tools(template, row, columns, column, rendered)
@@ -407,7 +410,7 @@ def _turn_pair(
                 place=row.place,
                 cure=tr(
                     "give the turns before the answers in {prompt_columns}",
-                    prompt_columns=" or ".join(prompt_columns),
+                    prompt_columns=any_of(prompt_columns),
                 ),
             )
         sides = {side: (*before, *turns) for side, turns in sides.items()}
@@ -445,12 +448,18 @@ def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     (first, text), *others = (own | texts).items()
     for other, other_text in others:
         if other_text.strip() != text.strip():
-            where = (
-                tr("the turns begin with another system turn")
+            problem = (
+                tr(
+                    'field "{other}" is a system prompt, but the turns begin with another system turn',
+                    other=other,
+                )
                 if own
-                else tr('field "{first}" says another', first=first)
+                else tr(
+                    'field "{other}" is a system prompt, but field "{first}" says another',
+                    other=other,
+                    first=first,
+                )
             )
-            problem = tr('field "{other}" is a system prompt, but {where}', other=other, where=where)
             raise UserError(problem, place=row.place, cure=tr("keep one of them"))
     return turns if own else (Turn("system", text), *turns)
 
@@ -511,9 +520,10 @@ def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) ->
     ]
     role = sides["chosen"][count - 1].role
     if role in ("assistant", "system"):
-        article = "an" if role == "assistant" else "a"
-        problem = tr(
-            "the prompt of chosen and rejected ends with {article} {role} turn", article=article, role=role
+        problem = (
+            tr("the prompt of chosen and rejected ends with an assistant turn")
+            if role == "assistant"
+            else tr("the prompt of chosen and rejected ends with a system turn")
         )
         problems.append(Problem(problem, place, tr("end it with the turn to answer")))
     if problems:

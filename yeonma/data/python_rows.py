@@ -28,6 +28,7 @@ from yeonma.config.data_sets import is_entry
 from yeonma.data.arrow_reader import open_table
 from yeonma.data.records import DataSet, Record, Source
 from yeonma.data.strict_json import kind_of
+from yeonma.data.words import row_place
 from yeonma.errors import Problem, UserError, brief
 from yeonma.messages import tr
 
@@ -115,7 +116,7 @@ def given_set(data_path: str) -> DataSet | None:
 def _read(path: Path, setting: str) -> Iterator[Record]:
     with path.open(encoding="ascii") as lines:
         for number, line in enumerate(lines, 1):
-            yield f"{setting} row {number}", json.loads(line)
+            yield row_place(setting, number), json.loads(line)
 
 
 def _write(data: Any, setting: str, folder: Path) -> str:
@@ -126,7 +127,7 @@ def _write(data: Any, setting: str, folder: Path) -> str:
     try:
         with temporary.open("wb") as file:
             for count, values in enumerate(rows, 1):
-                line = _line(values, f"{setting} row {count}")
+                line = _line(values, row_place(setting, count))
                 digest.update(line)
                 file.write(line)
         temporary.rename(folder / f"{setting}-{digest.hexdigest()}.jsonl")
@@ -245,7 +246,7 @@ def _row(values: Any, place: str) -> dict[str, Any]:
         cure = (
             tr("give one path, or a folder of files")
             if isinstance(values, str)
-            else 'write {"column": "value", ...}'
+            else tr('write {{"column": "value", ...}}')
         )
         raise UserError(
             tr("a row must be a dict, not {values}", values=kind_of(values)), place=place, cure=cure
@@ -259,7 +260,7 @@ def _row(values: Any, place: str) -> dict[str, Any]:
             row[column] = plain(value)
         except NotData as fault:
             problem = tr(
-                'column "{column}" holds {fault}, which is no data', column=brief(column), fault=fault
+                'column "{column}" holds {fault}, which is no data', column=brief(column), fault=fault.args[0]
             )
             raise UserError(
                 problem, place=place, cure=tr("leave the column out, or write text instead")
@@ -275,7 +276,7 @@ def plain(value: Any) -> Any:
         return None
     if isinstance(value, float):
         if math.isinf(value):
-            raise NotData("infinity")
+            raise NotData(tr("infinity"))
         return None if math.isnan(value) else float(value)
     for kinds, convert in _CONVERSIONS:
         if isinstance(value, kinds):

@@ -32,6 +32,7 @@ KNOWN_FILES = tr(
     "a .jsonl, .ndjson, .json, .csv or .tsv file (also with .gz or .zst), or a .parquet, .arrow or .xlsx file"
 )
 """What can be read, for messages."""
+GIVE_FILES = tr("give {known_files}", known_files=KNOWN_FILES)
 _WITH_PARTS = (".jsonl", ".ndjson", ".json", ".xlsx")
 
 

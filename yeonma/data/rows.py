@@ -282,7 +282,11 @@ def _rows(data: DataSet, max_rows: int | None) -> Rows:
     if len(notes) > MOST_NOTES:
         notes = [
             *notes[:MOST_NOTES],
-            f"{data.name}: and {counted(len(notes) - MOST_NOTES, 'more such line')}",
+            tr(
+                "{name}: and {lines}",
+                name=data.name,
+                lines=counted(len(notes) - MOST_NOTES, "more such line"),
+            ),
         ]
     identity = data.identity
     if identity and max_rows is not None:

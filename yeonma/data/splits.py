@@ -93,7 +93,8 @@ def _part(text: str) -> SplitSlice:
     elif rounding is not None and not in_percent:
         problem, cure = tr("only slices in per cent are rounded"), tr("leave the rounding out")
     if problem:
-        raise UserError(f"{problem} in {brief(text)}", place="--data_split", cure=cure)
+        what = tr("{problem} in {text}", problem=problem, text=brief(text))
+        raise UserError(what, place="--data_split", cure=cure)
     return SplitSlice(match["name"], start, stop, in_percent, rounding or "closest")
 
 

@@ -42,7 +42,7 @@ def parse(text: str, at: int) -> tuple[object, int]:
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        problem = f"not JSON: {error.msg[0].lower()}{error.msg[1:]}"
+        problem = tr("not JSON: {error}", error=f"{error.msg[0].lower()}{error.msg[1:]}")
         raise Fault(problem, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
     except _DuplicateKey:
         key, second = _second_key(text, at)
@@ -71,17 +71,23 @@ def parse(text: str, at: int) -> tuple[object, int]:
 def kind_of(value: object) -> str:
     """The kind of a value for messages: `a number`, `null`, ..."""
     if value is None:
-        return "null"
+        return tr("null")
     if isinstance(value, bool):
         return tr("true or false")
-    named = ((str, "text"), ((int, float), "a number"), (Mapping, tr("an object")), ((list, tuple), "a list"))
-    return next((kind for types, kind in named if isinstance(value, types)), f"a {type(value).__name__}")
+    named = (
+        (str, tr("text")),
+        ((int, float), tr("a number")),
+        (Mapping, tr("an object")),
+        ((list, tuple), tr("a list")),
+    )
+    other = tr("a {type}", type=type(value).__name__)
+    return next((kind for types, kind in named if isinstance(value, types)), other)
 
 
 def described(value: object) -> str:
     """Like `kind_of`, but with the value of numbers: `a number (3)`, `null`, `a list`."""
     name = kind_of(value)
-    return f"{name} ({value})" if isinstance(value, (int, float)) else name
+    return tr("{kind} ({value})", kind=name, value=value) if isinstance(value, (int, float)) else name
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -170,7 +176,7 @@ def _check_escapes(text: str, at: int, end: int) -> None:
             if match["low"]:
                 raise _lone_surrogate(text, match.start("low"))
         elif text[start : match.end()] == "\\u0000":
-            raise Fault("a NUL character (\\u0000)", start, tr("remove it"))
+            raise Fault(tr("a NUL character (\\u0000)"), start, tr("remove it"))
         elif not match["low"]:
             raise _lone_surrogate(text, start)
 

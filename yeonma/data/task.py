@@ -40,9 +40,10 @@ from yeonma.data.rows import Row, Rows
 from yeonma.data.template import BUILT_IN, Rendered, Template, load_template
 from yeonma.data.template_syntax import Piece, visible
 from yeonma.data.text_checks import Notes, notes_of
+from yeonma.data.words import all_of
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import user_path
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, later, tr
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Task:
     name: str
     """Part of the key of token stores."""
     units: str
-    """What a step counts, for messages: `examples`, `pairs`."""
+    """What a step counts, for messages: `examples`, `pairs`. Shown with `tr`."""
     count: Callable[[int], str]
     """`1 example`, `2 examples`."""
     recognise: Callable[[Rows, Columns], Recognised]
@@ -81,7 +82,7 @@ def _texts(fields: Callable[[Template], frozenset[str]]) -> Callable[[Template],
 
 ANSWERS = Task(
     name="answers",
-    units="examples",
+    units=later("examples"),
     count=lambda number: counted(number, "example"),
     recognise=lambda rows, columns: _recognise_answers(rows, columns),
     fields=lambda template: template.fields,
@@ -93,7 +94,7 @@ ANSWERS = Task(
 )
 PAIRS = Task(
     name="pairs",
-    units="pairs",
+    units=later("pairs"),
     count=lambda number: counted(number, "pair"),
     recognise=recognise_pairs,
     fields=fields_of_pair,
@@ -106,8 +107,8 @@ PAIRS = Task(
     continues_template=True,
 )
 LABELLED = Task(
-    name=tr("labelled answers"),
-    units=tr("labelled answers"),
+    name="labelled answers",
+    units=later("labelled answers"),
     count=lambda number: counted(number, "labelled answer"),
     recognise=recognise_labelled,
     fields=fields_of_label,
@@ -158,18 +159,16 @@ class Choice:
     @property
     def notes(self) -> list[str]:
         """Lines to print."""
-        unused = (
-            tr("columns not used: {visible}", visible=", ".join(map(visible, self.unused)))
-            if self.unused
-            else ""
-        )
+        shown = ", ".join(map(visible, self.unused))
+        unused = tr("columns not used: {columns}", columns=shown) if self.unused else ""
         fields = "" if self.reason else _fields_note(self.template)
         weights = [name for name in self.unused if self.weighs_rows and name in WEIGHT_COLUMNS]
-        unused += (
-            tr(" (--row_weights {weights} makes it the weight of the rows in the loss)", weights=weights[0])
-            if weights
-            else ""
-        )
+        if weights:
+            unused = tr(
+                "columns not used: {columns} (--row_weights {weights} makes it the weight of the rows in the loss)",
+                columns=shown,
+                weights=weights[0],
+            )
         return [line for line in (self.reason, fields, unused) if line]
 
 
@@ -222,30 +221,49 @@ def lost_columns(template: str, lost: Sequence[str], rows: str = "", better: str
 
     `rows`: those that fill them, if the first rows do not. `better`: a built-in template that uses them.
     """
-    held = (
-        tr(", and {value} filled in {rows}", value="is" if len(lost) == 1 else "are", rows=rows)
-        if rows
-        else ""
-    )
-    cure = (
-        tr("give --template {better}", better=better)
-        if better
-        else tr("write a template that has {{{lost}}}", lost=lost[0])
-    )
     if set(lost) <= set(MEDIA_COLUMNS):
-        cure = tr("Yeonma trains on text alone: leave out rows that need more")
-    return UserError(
-        tr(
-            "the built-in template {template} does not use the column{value} {lost}, which usually "
-            "belong{value2} to the prompt{held}",
+        cure = tr(
+            "Yeonma trains on text alone: leave out rows that need more; or give --template {template} to train "
+            "without",
             template=template,
-            value="s" * (len(lost) > 1),
-            lost=" and ".join(lost),
-            value2="s" * (len(lost) == 1),
-            held=held,
-        ),
-        place="--template",
-        cure=tr("{cure}; or give --template {template} to train without", cure=cure, template=template),
+        )
+    elif better:
+        cure = tr(
+            "give --template {better}; or give --template {template} to train without",
+            better=better,
+            template=template,
+        )
+    else:
+        cure = tr(
+            "write a template that has {{{lost}}}; or give --template {template} to train without",
+            lost=lost[0],
+            template=template,
+        )
+    return UserError(_lost(template, lost, rows), place="--template", cure=cure)
+
+
+def _lost(template: str, lost: Sequence[str], rows: str) -> str:
+    values = {"template": template, "lost": all_of(lost), "rows": rows}
+    if len(lost) == 1:
+        if not rows:
+            return tr(
+                "the built-in template {template} does not use the column {lost}, which usually belongs to the prompt",
+                **values,
+            )
+        return tr(
+            "the built-in template {template} does not use the column {lost}, which usually belongs to the prompt, "
+            "and is filled in {rows}",
+            **values,
+        )
+    if not rows:
+        return tr(
+            "the built-in template {template} does not use the columns {lost}, which usually belong to the prompt",
+            **values,
+        )
+    return tr(
+        "the built-in template {template} does not use the columns {lost}, which usually belong to the prompt, and are "
+        "filled in {rows}",
+        **values,
     )
 
 
@@ -262,8 +280,7 @@ def _fields_note(template: Template) -> str:
     if variant.answer_role is not None or not variant.prompt_fields or template.name in BUILT_IN:
         return ""
     prompt, answer = (
-        " and ".join(f"{{{name}}}" for name in fields)
-        for fields in (variant.prompt_fields, variant.answer_fields)
+        all_of(f"{{{name}}}" for name in fields) for fields in (variant.prompt_fields, variant.answer_fields)
     )
     parts = [part for turn in variant.turns for part in turn.parts]
     border = parts[-1].text if isinstance(parts[-1], Piece) else ""
@@ -302,5 +319,4 @@ def _recognise_answers(rows: Rows, columns: Columns) -> Recognised:
     names = (column_of(name, columns, "completion") for name in ("prompt", "completion"))
     if not any(isinstance(first.get(name), (list, Mapping)) for name in names):
         return recognised
-    reason = recognised.reason.replace(f"template {text}", f"template {turns}")
-    return replace(recognised, template=turns, reason=tr("{reason}, and they hold turns", reason=reason))
+    return replace(recognised, template=turns, holds_turns=True)

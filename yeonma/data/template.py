@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unicodedata import category
 
 from yeonma.data.bundled_samples import sample_template
@@ -23,8 +23,10 @@ from yeonma.data.columns import (
     TOOL_COLUMNS,
     Columns,
     column_of,
+    field_name,
     field_text,
     is_filled,
+    without_value,
 )
 from yeonma.data.rows import Row
 from yeonma.data.template_syntax import (
@@ -40,6 +42,7 @@ from yeonma.data.template_syntax import (
     visible,
 )
 from yeonma.data.turns import Turn, is_turn_list, object_of, tools_of, turn_list, with_system
+from yeonma.data.words import all_of
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.messages import tr
 
@@ -275,8 +278,7 @@ class Template:
 
     def _missing_column(self, placeholder: Placeholder, names: Sequence[str], columns: Columns) -> Problem:
         column = self._column(placeholder.field, columns)
-        field = "" if column == placeholder.field else tr(' for the field "{field}"', field=placeholder.field)
-        return missing_column(column, names, placeholder.place, field)
+        return missing_column(column, names, placeholder.place, placeholder.field)
 
     def _render_turn_list(self, row: Row, columns: Columns, with_answer: bool) -> Rendered:
         texts: dict[str, str] = {}
@@ -291,7 +293,7 @@ class Template:
             after = _turns_in(row, name, "assistant" if variant.turn_fields else None)
         elif with_answer or not before:
             raise UserError([_missing_field(row, variant.answer_placeholder.field, name, name)])
-        after = _turns_to_render(after, f'"{name}"', row.place, with_answer, bool(before))
+        after = _turns_to_render(after, name, row.place, with_answer, bool(before))
         turns = (*before, *as_rendered_turns(after, len(before)))
         rendered = Rendered(turns, (), number, "assistant", first_answer=len(before))
         return self._with_side_columns(rendered, row, columns)
@@ -354,9 +356,7 @@ class Template:
         offered = self._side_values(TOOL_COLUMNS, row, columns)
         tools = [tools_of(value, column, row.place) for column, value in offered]
         if len(tools) > 1 and tools[0] != tools[1]:
-            problem = tr(
-                "the columns {tool_columns} have different tools", tool_columns=" and ".join(TOOL_COLUMNS)
-            )
+            problem = tr("the columns {tool_columns} have different tools", tool_columns=all_of(TOOL_COLUMNS))
             raise UserError(problem, place=row.place, cure=tr("keep one of them"))
         for column, value in self._side_values((KWARGS_COLUMN,), row, columns):
             rendered = replace(rendered, chat_kwargs=object_of(value, column, row.place))
@@ -487,10 +487,15 @@ def as_rendered_turns(turns: Sequence[Turn], before: int = 0) -> tuple[RenderedT
 
 
 def missing_column(column: str, names: Sequence[str], place: str, field: str = "") -> Problem:
-    """The problem that no column of the data is named `column`. `field` is appended to the message."""
+    """The problem that no column of the data is named `column`, for `field`, which is named if it has another name."""
     listed = tr("it has {visible}", visible=", ".join(map(visible, names)))
     cure = visible(did_you_mean(column, names)) or listed
-    return Problem(tr('the data has no column "{column}"{field}', column=column, field=field), place, cure)
+    problem = (
+        tr('the data has no column "{column}"', column=column)
+        if field in ("", column)
+        else tr('the data has no column "{column}" for the field "{field}"', column=column, field=field)
+    )
+    return Problem(problem, place, cure)
 
 
 def field_lengths(rendered: Rendered) -> dict[str, int]:
@@ -557,37 +562,38 @@ def _list_in_text(text: str) -> object:
 def _turns_to_render(
     turns: tuple[Turn, ...], column: str, place: str, with_answer: bool, has_prompt: bool
 ) -> tuple[Turn, ...]:
-    """All turns for training; for a prompt, without the final assistant turn. `column` is its quoted name.
+    """All turns for training; for a prompt, without the final assistant turn.
 
     `has_prompt`: other turns of the row stand before them.
     """
     last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if with_answer and last < 0:
-        problem = tr("{column} has no assistant turn: there is nothing to train", column=column)
+        problem = tr('"{column}" has no assistant turn: there is nothing to train', column=column)
         raise UserError(problem, place=place, cure=tr("add the answer, or remove the row"))
     ends_with_answer = last == len(turns) - 1
     prompt = turns[:last] if with_answer or (turns and ends_with_answer) else turns
     if not prompt and not has_prompt:
-        problem = tr("{column} has no turn before the answer", column=column)
+        problem = tr('"{column}" has no turn before the answer', column=column)
         raise UserError(problem, place=place, cure=tr("add the question, or remove the row"))
     if not with_answer and not ends_with_answer and prompt and prompt[-1].role == "system":
-        problem = tr("{column} ends with a system turn: there is nothing to answer", column=column)
+        problem = tr('"{column}" ends with a system turn: there is nothing to answer', column=column)
         raise UserError(problem, place=place, cure=tr("add a user turn"))
     return turns if with_answer else prompt
 
 
 def _missing_field(row: Row, name: str, column: str, used: str) -> Problem:
     where = (
-        f'field "{name}"'
+        field_name(name)
         if name == column
         else tr('field "{name}" (column "{column}")', name=name, column=column)
     )
     cure = tr("the template uses {used}", used=used)
     if column in row.values:
-        return Problem(f"{where} is {'null' if row.values[column] is None else 'empty'}", row.place, cure)
+        state: Literal["null", "empty"] = "null" if row.values[column] is None else "empty"
+        return Problem(without_value(where, state), row.place, cure)
     if suggestion := visible(did_you_mean(column, row.values)):
         cure = f"{cure}; {suggestion}"
-    return Problem(tr("{where} is missing", where=where), row.place, cure)
+    return Problem(without_value(where, "missing"), row.place, cure)
 
 
 # Shortening

@@ -180,12 +180,20 @@ def _placeholder(name: str, place: str) -> Placeholder | Problem:
         )
     if inside and inside != name:
         return Problem(
-            tr('"{{{name}}}" begins or ends with a space', name=name), place, f'write "{{{inside}}}"'
+            tr('"{{{name}}}" begins or ends with a space', name=name),
+            place,
+            tr('write "{{{inside}}}"', inside=inside),
         )
     if not inside or name.isdigit() or not all(_allowed_in_name(char) for char in name):
-        rule = tr("a field is just a column's name (letters, digits, _, - and spaces)")
         cure = tr('write "{{{{" and "}}}}" for literal braces')
-        return Problem(tr('"{{{name}}}" is not a field: {rule}', name=name, rule=rule), place, cure)
+        return Problem(
+            tr(
+                '"{{{name}}}" is not a field: a field is just a column\'s name (letters, digits, _, - and spaces)',
+                name=name,
+            ),
+            place,
+            cure,
+        )
     return Placeholder(name, place)
 
 
@@ -266,7 +274,7 @@ def _with_roles(lines: Sequence[_Line], markers: Sequence[int]) -> Variant:
             raise UserError(
                 tr('"{text}" does not begin a turn', text=line.text),
                 place=line.place,
-                cure=f'write "[{word}]"',
+                cure=tr('write "[{word}]"', word=word),
             )
     ends = [*markers[1:], len(lines)]
     turns = [

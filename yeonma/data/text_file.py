@@ -82,7 +82,7 @@ class TextFile:
             if suggestion
             else tr("remove it")
         )
-        return Problem("a NUL character (U+0000)", place, cure)
+        return Problem(tr("a NUL character (U+0000)"), place, cure)
 
     @contextmanager
     def _opened(self) -> Iterator[TextIO]:

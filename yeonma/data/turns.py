@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from yeonma.data.rows import Row
 from yeonma.data.strict_json import described
+from yeonma.data.words import all_of
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.messages import counted, tr
 
@@ -108,7 +109,7 @@ def turn_list(value: object, column: str, place: str) -> tuple[Turn, ...]:
         problem = tr(
             'field "{column}" is {value}, not a list of turns', column=column, value=described(value)
         )
-        raise UserError(problem, place=place, cure='write [{"role": "user", "content": "..."}, ...]')
+        raise UserError(problem, place=place, cure=tr('write [{{"role": "user", "content": "..."}}, ...]'))
     turns: list[Turn] = []
     problems: list[Problem] = []
     for index, entry in enumerate(value):
@@ -137,7 +138,7 @@ def turn_of(entry: object, where: str, place: str) -> Turn | None:
     """
     if not isinstance(entry, Mapping):
         problem = tr("{where} is {entry}, not a turn", where=where, entry=described(entry))
-        raise UserError(problem, place=place, cure='write {"role": "user", "content": "..."}')
+        raise UserError(problem, place=place, cure=tr('write {{"role": "user", "content": "..."}}'))
     role_key, text_key = ("from", "value") if entry.get("from") is not None else ("role", "content")
     role = _role(entry.get(role_key), f"{where}.{role_key}", place)
     content = entry.get(text_key)
@@ -191,7 +192,7 @@ def tools_of(value: object, column: str, place: str) -> tuple[dict[str, Any], ..
     A description without {"type": "function", "function": ...} around it gets it. Raises UserError if it is no such
     list.
     """
-    cure = 'write [{"type": "function", "function": {"name": "...", "parameters": {...}}}, ...]'
+    cure = tr('write [{{"type": "function", "function": {{"name": "...", "parameters": {{...}}}}}}, ...]')
     if isinstance(value, str):
         if not value.strip():
             return ()
@@ -240,16 +241,22 @@ def object_of(value: object, column: str, place: str) -> dict[str, Any]:
 def check_characters(text: str, where: str, place: str) -> None:
     """Raises UserError for a NUL character and for a lone surrogate, which no tokenizer encodes."""
     if "\0" in text:
-        problem = (
-            f"{where} contains a NUL character (U+0000) after {counted(text.index(chr(0)), 'character')}"
+        problem = tr(
+            "{where} contains a NUL character (U+0000) after {characters}",
+            where=where,
+            characters=counted(text.index("\0"), "character"),
         )
         raise UserError(problem, place=place, cure=tr("remove it"))
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        after = counted(error.start, "character")
-        problem = f"{where} contains half a character, the lone surrogate {code}, after {after}"
+        problem = tr(
+            "{where} contains half a character, the lone surrogate {code}, after {characters}",
+            where=where,
+            code=code,
+            characters=counted(error.start, "character"),
+        )
         raise UserError(problem, place=place, cure=tr("remove it")) from None
 
 
@@ -307,7 +314,7 @@ def _reasoning(entry: Mapping[str, object], role: Role, where: str, place: str) 
         problem = tr("{where}.{key}: only an assistant turn has reasoning", where=where, key=key)
         raise UserError(problem, place=place, cure=tr("remove it"))
     if any(other != value for other in given.values()):
-        problem = tr("{where} has different texts in {given}", where=where, given=" and ".join(given))
+        problem = tr("{where} has different texts in {given}", where=where, given=all_of(given))
         raise UserError(problem, place=place, cure=tr("keep one of them"))
     text = _content(value, f"{where}.{key}", place)
     return text if text.strip() else None
@@ -326,7 +333,7 @@ def _weight(entry: Mapping[str, object], role: Role, where: str, place: str) -> 
             raise UserError(problem, place=place, cure=tr("write true, false or a number from 0 to 1"))
         weights.add(float(value))
     if len(weights) > 1:
-        problem = tr("{where} has different weights in {given}", where=where, given=" and ".join(given))
+        problem = tr("{where} has different weights in {given}", where=where, given=all_of(given))
         raise UserError(problem, place=place, cure=tr("keep one of them"))
     (weight,) = weights
     if role != "assistant":
@@ -362,7 +369,7 @@ def _tool_calls(entry: Mapping[str, object], role: Role, where: str, place: str)
     return tuple(_tool_call(call, f"{where}.{key}[{index}]", place) for index, call in enumerate(calls))
 
 
-_CALL_CURE = 'write [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
+_CALL_CURE = tr('write [{{"type": "function", "function": {{"name": "...", "arguments": {{...}}}}}}]')
 
 
 def _tool_call(call: object, where: str, place: str) -> ToolCall:

@@ -15,7 +15,7 @@ from yeonma.data.template import Template
 from yeonma.data.template_syntax import visible
 from yeonma.data.text_checks import NO_NOTES, Notes
 from yeonma.errors import Problem, UserError, brief
-from yeonma.messages import counted
+from yeonma.messages import counted_in_english, in_english, later
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import over_limit_problems
@@ -77,13 +77,16 @@ def bad_row(row: Row, error: UserError) -> LeftOut:
     if row.fault is None and any(problem.place != row.place for problem in error.problems):
         raise error
     first, *more = error.problems
-    reason = f"{first.what}, and {counted(len(more), 'more problem')}" if more else first.what
+    reason = str(in_english(first.what))
+    if more:
+        problems = counted_in_english(len(more), "more problem")
+        reason = later("{what}, and {problems}").format(what=reason, problems=problems)
     return LeftOut(row.number, row.place, visible(brief(reason, MOST_CHARACTERS)), fault_of(first))
 
 
 def fault_of(problem: Problem) -> str:
-    """What is wrong with a row, with N in place of numbers: `messages[N].content is empty`."""
-    plain = _DETAIL.sub(lambda match: match[0] if match[0][0] == '"' else "N", problem.what)
+    """What is wrong with a row, in English and with N in place of numbers: `messages[N].content is empty`."""
+    plain = _DETAIL.sub(lambda match: match[0] if match[0][0] == '"' else "N", str(in_english(problem.what)))
     return visible(brief(plain, MOST_CHARACTERS))
 
 

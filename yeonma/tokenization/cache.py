@@ -30,7 +30,7 @@ from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
 from yeonma.files import NO_LOCKS, kind_of, sync
-from yeonma.messages import tr
+from yeonma.messages import later, tr, translated
 from yeonma.packages import version_of
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
 from yeonma.tokenization.chat_remarks import ChatWatch
@@ -322,7 +322,9 @@ def _check_some_trained(counts: Counts, rows: Rows, reasons: Mapping[str, int]) 
     """Raises UserError if all rows were left out because nothing of them is trained. `reasons`: of how many rows."""
     found = [reason for reason in (NOT_TRAINED, WEIGHTLESS) if reasons.get(reason)]
     if counts.rows and sum(reasons.get(reason, 0) for reason in found) == counts.rows:
-        problem = tr("no row is left of {rows}: {found}", rows=counts.rows, found="; ".join(found))
+        problem = tr(
+            "no row is left of {rows}: {found}", rows=counts.rows, found="; ".join(map(translated, found))
+        )
         raise UserError(problem, place=rows.name, cure=tr("give weights above 0, or another --train_on"))
 
 
@@ -334,18 +336,17 @@ def _check_some_left(
         raise UserError(tr("there are no rows"), place=rows.name)
     if counts.examples:
         return
-    reason = TASK_ENCODERS[task.name].left_out.format(cutoff_len=rules.cutoff_len)
-    problem = tr("no row is left of {rows}: each {reason}", rows=counts.rows, reason=reason)
+    encoder = TASK_ENCODERS[task.name]
+    problem = tr(encoder.none_left, rows=counts.rows, cutoff_len=rules.cutoff_len)
     cure = tr("raise --cutoff_len, or shorten the template")
     if faults:
         commonest = sorted(faults.items(), key=lambda fault: -fault[1])[:MOST_FAULTS]
-        shown = "; ".join(f"{fault} ({count:,})" for fault, count in commonest)
-        each = (
-            tr("is bad") if sum(faults.values()) == counts.rows else tr("{reason} or is bad", reason=reason)
+        shown = "; ".join(f"{translated(fault)} ({count:,})" for fault, count in commonest)
+        all_bad = sum(faults.values()) == counts.rows
+        message = (
+            later("no row is left of {rows}: each is bad: {shown}") if all_bad else encoder.none_left_or_bad
         )
-        problem = tr(
-            "no row is left of {rows}: each {each}: {shown}", rows=counts.rows, each=each, shown=shown
-        )
+        problem = tr(message, rows=counts.rows, cutoff_len=rules.cutoff_len, shown=shown)
         cure = tr("give a --template and --columns that fit the rows, or mend them")
     raise UserError(problem, place=rows.name, cure=cure)
 
@@ -363,7 +364,9 @@ def _locked(cache_dir: Path, key: str) -> Iterator[bool]:
         cache_dir.mkdir(parents=True, exist_ok=True)
         if (kind := kind_of(place)) not in ("", "file"):
             raise UserError(
-                tr("it is a {kind} where a file belongs", kind=kind), place=str(place), cure=tr("remove it")
+                tr("it is a {kind} where a file belongs", kind=tr(kind)),
+                place=str(place),
+                cure=tr("remove it"),
             )
         try:
             lock.acquire()

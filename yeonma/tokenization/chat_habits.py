@@ -54,11 +54,13 @@ def _habits_of(source: str) -> Habits:
     try:
         found = names_in(source) if source else (frozenset[str](),) * 3
     except (OverBounds, Refused) as error:
-        what = error if isinstance(error, OverBounds) else tr("cannot be read: {error}", error=error)
+        problem = (
+            tr("the model's chat template {error}", error=error.args[0])
+            if isinstance(error, OverBounds)
+            else tr("the model's chat template cannot be read: {error}", error=error)
+        )
         cure = tr("use a template without turns, or the model's original files")
-        raise UserError(
-            tr("the model's chat template {what}", what=what), place=tr("chat template"), cure=cure
-        ) from None
+        raise UserError(problem, place=tr("chat template"), cure=cure) from None
     if found is None:  # rendering reports it
         return Habits(frozenset(re.findall(r"\w+", source)), frozenset(re.findall(r"\w+", source)))
     variables, names, assigned = found

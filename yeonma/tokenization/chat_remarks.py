@@ -299,5 +299,5 @@ def _described(key: Key) -> str:
     if key == CALLS:
         return tr("the chat template ignores tool calls of earlier turns")
     return tr(
-        'the chat template ignores the key "{key}" of {key2} turns', key=visible(brief(key[1])), key2=key[0]
+        'the chat template ignores the key "{key}" of {role} turns', key=visible(brief(key[1])), role=key[0]
     )

@@ -191,10 +191,7 @@ class Chat:
                     "a turn has reasoning, and the model's chat template closes the think block in the prompt"
                 ),
                 place=place,
-                cure=tr(
-                    "{conversation}, or leave reasoning out with --thinking drop",
-                    conversation=self._cure_of_closed(conversation, tags),
-                ),
+                cure=self._cure_of_closed(conversation, tags),
             )
         header = prompt if tags is None else tags.header(prompt)
         without = conversation.with_last(self._without_reasoning(message, content))
@@ -214,9 +211,13 @@ class Chat:
             block = tags.open + tags.after_open + reasoning + tags.closing
         answer = self._located(block + written, reasoning, content, calls)
         if answer is None:
-            what = tr("tool calls") if calls else tr("the text of a turn with reasoning")
+            problem = (
+                tr("the model's chat template does not write tool calls")
+                if calls
+                else tr("the model's chat template does not write the text of a turn with reasoning")
+            )
             raise UserError(
-                tr("the model's chat template does not write {what}", what=what),
+                problem,
                 place=place,
                 cure=tr("use a model whose chat template does, or write it as the turn's text"),
             )
@@ -246,8 +247,14 @@ class Chat:
             kwargs = {**before.kwargs, name: True}
             with suppress(UserError):
                 if not tags.is_closed(self.prompt(replace(before, kwargs=kwargs), tr("chat template"))):
-                    return tr("switch thinking on with --chat_template_kwargs '{{{name}: true}}'", name=name)
-        return tr("use a model whose chat template has a place for it")
+                    return tr(
+                        "switch thinking on with --chat_template_kwargs '{{{name}: true}}', or leave reasoning out "
+                        "with --thinking drop",
+                        name=name,
+                    )
+        return tr(
+            "use a model whose chat template has a place for it, or leave reasoning out with --thinking drop"
+        )
 
     def _located(
         self, text: str, reasoning: str | None, content: str, calls: Sequence[str]
@@ -331,7 +338,7 @@ class Chat:
         for name in kwargs:
             if name not in self.habits.variables:
                 arguments = self.habits.variables - self.habits.assigned - _GIVEN
-                listed = ", ".join(sorted(arguments)) or "none"
+                listed = ", ".join(sorted(arguments)) or tr("none")
                 cure = did_you_mean(name, arguments) or tr("its arguments: {listed}", listed=listed)
                 problem = tr('the model\'s chat template has no argument "{name}"', name=name)
                 raise UserError(problem, place="chat_template_kwargs", cure=cure)
@@ -471,12 +478,15 @@ class Chat:
         try:
             return self.ahead.text_of(request_of(tokenizer, conversation, generate))
         except OverBounds as error:
-            problem = tr("the model's chat template {error}", error=error)
+            problem = tr("the model's chat template {error}", error=error.args[0])
             raise _BatchEnded(
                 UserError(problem, place=place, cure=tr("use a template without turns"))
             ) from None
         except (Refused, ValueError) as error:  # the model's template may raise anything
-            problem = tr("the model's chat template refuses this row: {error}", error=error)
+            problem = tr(
+                "the model's chat template refuses this row: {error}",
+                error=error.args[0] if error.args else error,
+            )
             cure = tr("change the row's turns, or use a template without turns")
             raise UserError(problem, place=place, cure=cure) from error
 

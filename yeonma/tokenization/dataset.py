@@ -37,9 +37,10 @@ from yeonma.data.text_checks import (
     WHOLE_FRACTION,
     ZERO_WIDTH,
 )
+from yeonma.data.words import all_of
 from yeonma.errors import Log, UserError
 from yeonma.files import default_cache_dir, user_path
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, in_english, later, tr, translated
 from yeonma.tokenization.cache import build_store, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.store import TokenStore
@@ -257,7 +258,7 @@ def _prepare_set(
         rows = with_paths(rows, columns)
         store = store_of(rows, template, columns)
         for line in (
-            tr("column {name} holds {kind}, written as text", name=name, kind=kind)
+            tr("column {name} holds {kind}, written as text", name=name, kind=tr(kind))
             for name, kind in store.number_columns
         ):
             if line not in told:
@@ -312,8 +313,15 @@ def _check_unused(
         better = using(task, template.name, names, columns)
         raise lost_columns(template.name, names, format_rows(first.rows, first.count), better)
     for column in store.unused:
-        what = tr("which usually belongs to the prompt, is not used; rows that hold something in it")
-        log(f"column {column.name}, {what}: {column.count:,} ({format_rows(column.rows, column.count)})")
+        log(
+            tr(
+                "column {name}, which usually belongs to the prompt, is not used; rows that hold something in it: "
+                "{count:,} ({rows})",
+                name=column.name,
+                count=column.count,
+                rows=format_rows(column.rows, column.count),
+            )
+        )
 
 
 def describe(dataset: Dataset, log: Log) -> None:
@@ -353,16 +361,30 @@ def _also_in(earlier: PreparedSet, one: PreparedSet) -> DataWarning | None:
 
 def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     counts = store.counts
-    line = f"{name}: {counted(counts.rows, 'row')}, {task.count(counts.units)}, {counted(counts.tokens, 'token')}"
-    log(tr("{line}, {trained_tokens:,} of them trained", line=line, trained_tokens=counts.trained_tokens))
-    if counts.shortened:
-        cuts = [f"by {counted(counts.cut_characters, 'character')}"] if counts.cut_characters else []
-        cuts += (
-            [f"by {counted(counts.dropped_turns, 'old turn')} of conversations"]
-            if counts.dropped_turns
-            else []
+    log(
+        tr(
+            "{name}: {rows}, {units}, {tokens}, {trained:,} of them trained",
+            name=name,
+            rows=counted(counts.rows, "row"),
+            units=task.count(counts.units),
+            tokens=counted(counts.tokens, "token"),
+            trained=counts.trained_tokens,
         )
-        log(f"{name}: {counted(counts.shortened, 'example')} shortened {' and '.join(cuts)} to fit")
+    )
+    if counts.shortened:
+        cuts = []
+        if counts.cut_characters:
+            cuts.append(tr("by {characters}", characters=counted(counts.cut_characters, "character")))
+        if counts.dropped_turns:
+            cuts.append(tr("by {turns} of conversations", turns=counted(counts.dropped_turns, "old turn")))
+        log(
+            tr(
+                "{name}: {examples} shortened {cuts} to fit",
+                name=name,
+                examples=counted(counts.shortened, "example"),
+                cuts=all_of(cuts),
+            )
+        )
     if counts.dropped_turns:
         numbers = np.unique(store.row_numbers[store.dropped_turns > 0]).tolist()
         log(
@@ -378,21 +400,21 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
         if numbers:
             log(
                 tr(
-                    "{name}: {reason}: {numbers:,} left out ({numbers2})",
+                    "{name}: {reason}: {count:,} left out ({rows})",
                     name=name,
-                    reason=reason,
-                    numbers=len(numbers),
-                    numbers2=format_rows(numbers),
+                    reason=translated(reason),
+                    count=len(numbers),
+                    rows=format_rows(numbers),
                 )
             )
     numbers = [left.row for left in left_out if left.reason not in WITHIN_LIMIT and not left.fault]
     if numbers:
         log(
             tr(
-                "{name}: {numbers:,} left out: {numbers2}",
+                "{name}: {count:,} left out: {rows}",
                 name=name,
-                numbers=len(numbers),
-                numbers2=format_rows(numbers),
+                count=len(numbers),
+                rows=format_rows(numbers),
             )
         )
     for fault in faults_of(left_out):
@@ -406,7 +428,7 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
 
 @dataclass(frozen=True)
 class DataWarning:
-    """A warning about some rows. `what` describes them; `rows` are their first few numbers."""
+    """A warning about some rows. `what` describes them, in English; `rows` are their first few numbers."""
 
     kind: str
     count: int
@@ -414,7 +436,8 @@ class DataWarning:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.count:,} ({format_rows(self.rows, self.count)})"
+        rows = format_rows(self.rows, self.count)
+        return tr("{what}: {count:,} ({rows})", what=translated(self.what), count=self.count, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -437,47 +460,49 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
     return [
         warning
         for warning in (
-            rows_warning("large", rows[flags & LARGE > 0], tr("rows over 10 MB")),
+            rows_warning("large", rows[flags & LARGE > 0], later("rows over 10 MB")),
             rows_warning(
                 "nothing",
                 rows[flags & NOTHING > 0],
-                tr("rows whose answer is a word for nothing, such as NaN, None or null"),
+                later("rows whose answer is a word for nothing, such as NaN, None or null"),
             ),
             rows_warning(
                 "whole_fraction",
                 _whole_fractions(rows, flags),
-                tr("rows whose answer is a whole number with .0, where no answer is a fraction"),
+                later("rows whose answer is a whole number with .0, where no answer is a fraction"),
             ),
             rows_warning(
                 "decomposed",
                 rows[flags & DECOMPOSED > 0],
-                tr("rows with decomposed Hangul (NFD)"),
+                later("rows with decomposed Hangul (NFD)"),
             ),
             rows_warning(
                 "spaced_apart",
                 rows[flags & SPACED_APART > 0],
-                tr("pairs whose chosen and rejected answers differ only in white space"),
+                later("pairs whose chosen and rejected answers differ only in white space"),
             ),
             rows_warning(
                 "several_rejected",
                 paired[pairs > 1],
-                tr("rows with several rejected answers, each in a pair of its own"),
+                later("rows with several rejected answers, each in a pair of its own"),
             ),
-            rows_warning("zero_width", rows[flags & ZERO_WIDTH > 0], tr("rows with zero-width characters")),
+            rows_warning(
+                "zero_width", rows[flags & ZERO_WIDTH > 0], later("rows with zero-width characters")
+            ),
             rows_warning(
                 "carriage_return",
                 rows[flags & CARRIAGE_RETURN > 0],
-                tr("rows with carriage returns (line ends of Windows)"),
+                later("rows with carriage returns (line ends of Windows)"),
             ),
             rows_warning(
                 "no_break_edge",
                 rows[flags & NO_BREAK_EDGE > 0],
-                tr("rows with a text that begins or ends with a no-break space"),
+                later("rows with a text that begins or ends with a no-break space"),
             ),
             rows_warning(
                 "trimmed",
                 rows[flags & TRIMMED > 0],
-                tr(
+                later(
                     "rows whose answer begins or ends with blanks or line ends that the chat template "
                     "removes: trained without them"
                 ),
@@ -485,25 +510,25 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
             rows_warning(
                 "not_given_back",
                 rows[flags & NOT_GIVEN_BACK > 0],
-                tr(
+                later(
                     "rows whose tokens do not decode to their text: the tokenizer changes or drops "
                     "characters of it"
                 ),
             ),
             *(rows_warning(kind, rows[flags & bit > 0], what) for kind, bit, what in store.remarks.by_bit),
             rows_warning(
-                "special_text", special, tr("rows with special-token text, encoded as ordinary text")
+                "special_text", special, later("rows with special-token text, encoded as ordinary text")
             ),
-            rows_warning("repeated", repeats.rows, tr("rows that repeat an earlier row")),
+            rows_warning("repeated", repeats.rows, later("rows that repeat an earlier row")),
             rows_warning(
                 "asked_again",
                 repeats.prompts,
-                tr("rows that repeat an earlier prompt with another answer"),
+                later("rows that repeat an earlier prompt with another answer"),
             ),
             rows_warning(
                 "straddling",
                 straddling,
-                tr("rows whose answer's first token would have merged with the prompt"),
+                later("rows whose answer's first token would have merged with the prompt"),
             ),
         )
         if warning is not None
@@ -530,7 +555,7 @@ def faults_of(left_out: Sequence[LeftOut]) -> list[DataWarning]:
         rare = sorted(row for _, rows in faults[LISTED_FAULTS:] for row in rows)
         faults = [
             *faults[:LISTED_FAULTS],
-            (tr("{faults:,} other faults", faults=len(faults) - LISTED_FAULTS), rare),
+            (later("{faults:,} other faults").format(faults=len(faults) - LISTED_FAULTS), rare),
         ]
     return [DataWarning("bad_row", len(rows), tuple(rows[:LISTED_ROWS]), fault) for fault, rows in faults]
 
@@ -557,7 +582,8 @@ def repeated_rows(store: TokenStore, rows: np.ndarray) -> Repeats:
 
 def numbered_rows(numbers: Sequence[int]) -> str:
     """All of these row numbers: `rows 3, 17`."""
-    return f"{'row' if len(numbers) == 1 else 'rows'} {', '.join(map(str, numbers))}"
+    shown = ", ".join(map(str, numbers))
+    return tr("row {rows}", rows=shown) if len(numbers) == 1 else tr("rows {rows}", rows=shown)
 
 
 def format_rows(numbers: Sequence[int], count: int | None = None, most: int = LISTED_ROWS) -> str:
@@ -565,9 +591,9 @@ def format_rows(numbers: Sequence[int], count: int | None = None, most: int = LI
     count = len(numbers) if count is None else count
     shown = ", ".join(str(number) for number in numbers[:most])
     more = count - min(len(numbers), most)
-    return f"{'row' if count == 1 else 'rows'} {shown}" + (
-        tr(" and {more:,} more", more=more) if more else ""
-    )
+    if more:
+        shown = tr("{names} and {more:,} more", names=shown, more=more)
+    return tr("row {rows}", rows=shown) if count == 1 else tr("rows {rows}", rows=shown)
 
 
 def _is_repeat(digests: np.ndarray) -> np.ndarray:
@@ -579,4 +605,5 @@ def _is_repeat(digests: np.ndarray) -> np.ndarray:
 
 def rows_warning(kind: str, rows: np.ndarray, what: str) -> DataWarning | None:
     """A warning about these rows; None if there are none."""
-    return DataWarning(kind, len(rows), tuple(rows[:LISTED_ROWS].tolist()), what) if len(rows) else None
+    listed = tuple(rows[:LISTED_ROWS].tolist())
+    return DataWarning(kind, len(rows), listed, str(in_english(what))) if len(rows) else None

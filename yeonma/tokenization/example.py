@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
-from yeonma.messages import tr
+from yeonma.messages import in_english, later, tr
 from yeonma.tokenization.answer_shape import shape_of
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.reasoning import PLAIN, AnswerShape
@@ -65,13 +65,13 @@ class Unit:
     members: tuple[tuple[AnswerRole, Example], ...]
 
 
-NOT_TRAINED = tr("no assistant turn is trained (train_on, weight 0)")
-EQUAL = tr("chosen equals rejected")
-EQUAL_AS_TOKENS = tr("chosen and rejected are equal as tokens, after the prompt was fitted")
-WEIGHTLESS = tr("weight 0 in the column that --row_weights names")
+NOT_TRAINED = later("no assistant turn is trained (train_on, weight 0)")
+EQUAL = later("chosen equals rejected")
+EQUAL_AS_TOKENS = later("chosen and rejected are equal as tokens, after the prompt was fitted")
+WEIGHTLESS = later("weight 0 in the column that --row_weights names")
 NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
 WITHIN_LIMIT = (*NOTHING_TO_CHOOSE, NOT_TRAINED, WEIGHTLESS)
-"""Reasons for which rows are left out whatever `over_limit` is."""
+"""Reasons for which rows are left out whatever `over_limit` is. Shown with `translated`, as all reasons are."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class LeftOut:
     reason: str
     fault: str = ""
     """What is wrong with a bad row, in words that are the same for all rows with that fault; else empty."""
+
+    def __post_init__(self) -> None:
+        """What is stored and compared is English in every language."""
+        for name in ("place", "reason", "fault"):
+            object.__setattr__(self, name, in_english(getattr(self, name)))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from yeonma.data.template import Rendered, field_lengths, shorten
 from yeonma.data.template_syntax import Piece, joined
 from yeonma.data.text_checks import NOT_GIVEN_BACK, TRIMMED
 from yeonma.errors import Problem, UserError
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, tr, translated
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.example import (
     NOT_TRAINED,
@@ -75,8 +75,12 @@ def encode_prompts(
     with one character left of its field.
     """
     if max_new_tokens >= rules.cutoff_len:
-        leaves = counted(max_new_tokens, "new token leaves", "new tokens leave")
-        problem = f"{leaves} no room for a prompt in cutoff_len {rules.cutoff_len}"
+        problem = counted(
+            max_new_tokens,
+            "new token leaves no room for a prompt in cutoff_len {cutoff_len}",
+            "new tokens leave no room for a prompt in cutoff_len {cutoff_len}",
+            cutoff_len=rules.cutoff_len,
+        )
         raise UserError(problem, place="--max_new_tokens", cure=tr("lower it"))
     with encoder_for(tokenizer, rules, rendered) as encoder:
         return encoder.prompts(rendered, rows, rules.cutoff_len - max_new_tokens)
@@ -235,7 +239,7 @@ class ExampleEncoder:
                 fitted = self.fit_prompt(text, row, budget, self.prompt_ids(text, row))
                 if isinstance(fitted, LeftOut):
                     cure = tr("shorten the row, or lower max_new_tokens")
-                    problems.append(Problem(fitted.reason, row.place, cure))
+                    problems.append(Problem(translated(fitted.reason), row.place, cure))
                 else:
                     prompts.append(np.array(fitted.ids, dtype=np.int32))
             except UserError as error:
@@ -365,8 +369,13 @@ class ExampleEncoder:
         """The prompt, whose full ids are `ids`, with one field shortened to fit into `budget` tokens."""
         field, side = field_to_shorten(rendered, self.rules.shrink), self.rules.shrink_side
         if field is None:
-            name = f'field "{self.rules.shrink}"' if self.rules.shrink else tr("prompt field")
-            return LeftOut(row.number, row.place, tr("there is no {name} to shorten", name=name))
+            shrink = self.rules.shrink
+            none = (
+                tr('there is no field "{shrink}" to shorten', shrink=shrink)
+                if shrink
+                else tr("there is no prompt field to shorten")
+            )
+            return LeftOut(row.number, row.place, none)
         length = field_lengths(rendered)[field]
 
         def short_ids(keep: int) -> list[int]:
@@ -519,7 +528,7 @@ OVER_LIMIT_CURE = tr("raise --cutoff_len, or leave such rows out with --over_lim
 def over_limit_problems(outcomes: Sequence[object]) -> list[Problem]:
     """A problem for every row that is left out for its length, when `over_limit` is "error"."""
     return [
-        Problem(row.reason, row.place, OVER_LIMIT_CURE)
+        Problem(translated(row.reason), row.place, OVER_LIMIT_CURE)
         for row in outcomes
         if isinstance(row, LeftOut) and row.reason not in WITHIN_LIMIT
     ]

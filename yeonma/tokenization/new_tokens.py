@@ -40,7 +40,7 @@ def read_new_tokens(setting: Sequence[str] | str | None) -> list[str] | None:
         for token in twice
     ]
     if not tokens:
-        problems = [Problem(tr("there are none"), PLACE, f"give {EXAMPLE}")]
+        problems = [Problem(tr("there are none"), PLACE, tr("give {example}", example=EXAMPLE))]
     _raise_if(problems)
     return tokens
 
@@ -56,7 +56,7 @@ def _lines(name: str) -> list[str]:
         raise UserError(
             tr("cannot be read ({strerror})", strerror=error.strerror),
             place=f"{PLACE} {name}",
-            cure=f"give {EXAMPLE}",
+            cure=tr("give {example}", example=EXAMPLE),
         ) from None
     return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
 

@@ -10,7 +10,7 @@ from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
 from yeonma.data.rows import Row
 from yeonma.data.task import ANSWERS, LABELLED, PAIRS
 from yeonma.data.template import Rendered
-from yeonma.messages import tr
+from yeonma.messages import later
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import EncodeResult, ExampleEncoder, encode
 from yeonma.tokenization.preference_encoder import encode_labelled, encode_pair_results, encode_pairs
@@ -41,8 +41,12 @@ class TaskEncoder:
     """The rows' examples or units, or why they are left out."""
     answers: Callable[[ExampleEncoder, Sequence[Any], Sequence[Row]], Iterator[EncodedAnswer]]
     """The same, answer by answer and with texts."""
-    left_out: str = "is over cutoff_len {cutoff_len}"
-    """The reason that messages give when all rows are left out."""
+    none_left: str = later("no row is left of {rows}: each is over cutoff_len {cutoff_len}")
+    """The message when all rows are left out."""
+    none_left_or_bad: str = later(
+        "no row is left of {rows}: each is over cutoff_len {cutoff_len} or is bad: {shown}"
+    )
+    """The same, when some of them are bad."""
 
 
 def _answers(
@@ -79,7 +83,12 @@ def _labelled(
 TASK_ENCODERS: Mapping[str, TaskEncoder] = {
     ANSWERS.name: TaskEncoder(encode, _answers),
     PAIRS.name: TaskEncoder(
-        encode_pairs, _pairs, left_out=tr("is over cutoff_len {{cutoff_len}} or has two equal answers")
+        encode_pairs,
+        _pairs,
+        later("no row is left of {rows}: each is over cutoff_len {cutoff_len} or has two equal answers"),
+        later(
+            "no row is left of {rows}: each is over cutoff_len {cutoff_len} or has two equal answers or is bad: {shown}"
+        ),
     ),
     LABELLED.name: TaskEncoder(encode_labelled, _labelled),
 }

@@ -65,7 +65,7 @@ def try_tokenizer(path: Path) -> None:
     except Refused:
         return
     except OverBounds as error:
-        what = str(error)
+        what = error.args[0]
     if size > _LARGE:
         end()  # it would keep the memory
     if what:

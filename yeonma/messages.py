@@ -102,8 +102,8 @@ def _filled(text: str, values: dict[str, str]) -> str:
     )
 
 
-_LEAST_OWN = 6
-"""Letters that a message needs besides its places to be told by them."""
+_LEAST_OWN, _LEAST_OF_COUNTS = 5, 3
+"""Letters that a message needs besides its places to be told by them, and one that counts."""
 
 
 @cache
@@ -116,15 +116,17 @@ def _patterns(name: str) -> list[tuple[list[str], re.Pattern[str], str]]:
         places = [place for _, place, _, _ in parts if place]
         own = [literal for literal, _, _, _ in parts if literal]
         size = sum(map(str.isalpha, "".join(own)))
-        if (places or own != [message]) and size >= _LEAST_OWN and len(set(places)) == len(places):
+        least = _LEAST_OF_COUNTS if plural else _LEAST_OWN
+        if (places or own != [message]) and size >= least and len(set(places)) == len(places):
             expression = "".join(_expressions(parts)) + plural
             found.append((size, own, re.compile(expression, re.DOTALL), text))
     return [entry[1:] for entry in sorted(found, key=lambda entry: -entry[0])]
 
 
 def _expressions(parts: list[tuple[str, str | None, str | None, str | None]]) -> Iterator[str]:
-    for literal, place, _, _ in parts:
-        yield re.escape(literal) + (f"(?P<{place}>.+?)" if place else "")
+    for literal, place, spec, _ in parts:
+        kind = r"[\dN.,]+" if spec else ".+?"  # N: see `fault_of`
+        yield re.escape(literal) + (f"(?P<{place}>{kind})" if place else "")
 
 
 @cache

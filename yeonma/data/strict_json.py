@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 
 from yeonma.errors import brief
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
 SPACE = " \t\r\n"
 
@@ -42,8 +42,7 @@ def parse(text: str, at: int) -> tuple[object, int]:
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        problem = tr("not JSON: {error}", error=f"{error.msg[0].lower()}{error.msg[1:]}")
-        raise Fault(problem, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
+        raise Fault(_problem(error), error.pos, _cure(error), cut=_at_the_end(text, error)) from None
     except _DuplicateKey:
         key, second = _second_key(text, at)
         raise Fault(
@@ -86,8 +85,9 @@ def kind_of(value: object) -> str:
 
 def described(value: object) -> str:
     """Like `kind_of`, but with the value of numbers: `a number (3)`, `null`, `a list`."""
-    name = kind_of(value)
-    return tr("{kind} ({value})", kind=name, value=value) if isinstance(value, (int, float)) else name
+    if isinstance(value, bool):
+        return tr("true or false ({value})", value=value)
+    return tr("a number ({value})", value=value) if isinstance(value, (int, float)) else kind_of(value)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -115,6 +115,24 @@ _CURES = {
     "Invalid \\u": tr("write four hexadecimal digits after \\u"),
     "Unterminated string": tr("close the text with a double quote"),
 }
+
+
+_PROBLEMS = (
+    later("not JSON: expecting value"),
+    later("not JSON: expecting ',' delimiter"),
+    later("not JSON: expecting ':' delimiter"),
+    later("not JSON: expecting property name enclosed in double quotes"),
+    later("not JSON: illegal trailing comma before end of object"),
+    later("not JSON: illegal trailing comma before end of array"),
+    later("not JSON: invalid control character at"),
+    later("not JSON: invalid \\escape"),
+    later("not JSON: unterminated string starting at"),
+)
+
+
+def _problem(error: json.JSONDecodeError) -> str:
+    problem = f"not JSON: {error.msg[0].lower()}{error.msg[1:]}"
+    return tr(problem) if problem in _PROBLEMS else problem
 
 
 def _finite(text: str) -> float:

@@ -15,7 +15,7 @@ from yeonma.data.template import Template
 from yeonma.data.template_syntax import visible
 from yeonma.data.text_checks import NO_NOTES, Notes
 from yeonma.errors import Problem, UserError, brief
-from yeonma.messages import counted_in_english, in_english, later
+from yeonma.messages import in_english, later
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import over_limit_problems
@@ -79,8 +79,8 @@ def bad_row(row: Row, error: UserError) -> LeftOut:
     first, *more = error.problems
     reason = str(in_english(first.what))
     if more:
-        problems = counted_in_english(len(more), "more problem")
-        reason = later("{what}, and {problems}").format(what=reason, problems=problems)
+        one, many = later("{what}, and {number} more problem"), later("{what}, and {number} more problems")
+        reason = (one if len(more) == 1 else many).format(what=reason, number=len(more))
     return LeftOut(row.number, row.place, visible(brief(reason, MOST_CHARACTERS)), fault_of(first))
 
 

@@ -108,8 +108,9 @@ _LEAST_OWN, _LEAST_OF_COUNTS = 5, 3
 
 @cache
 def _patterns(name: str) -> list[tuple[list[str], re.Pattern[str], str]]:
-    """(texts between places, expression, translation) of messages with places or braces, those with most text first."""
-    found: list[tuple[int, list[str], re.Pattern[str], str]] = []
+    """(texts between places, expression, translation) of messages with places or braces. First those with most text,
+    and of them those with the fewest places."""
+    found: list[tuple[int, int, list[str], re.Pattern[str], str]] = []
     for key, text in getattr(_catalogue(name), "_catalog", {}).items():
         message, plural = (key[0], "s?") if isinstance(key, tuple) else (key, "")
         parts = list(Formatter().parse(message))
@@ -119,13 +120,13 @@ def _patterns(name: str) -> list[tuple[list[str], re.Pattern[str], str]]:
         least = _LEAST_OF_COUNTS if plural else _LEAST_OWN
         if (places or own != [message]) and size >= least and len(set(places)) == len(places):
             expression = "".join(_expressions(parts)) + plural
-            found.append((size, own, re.compile(expression, re.DOTALL), text))
-    return [entry[1:] for entry in sorted(found, key=lambda entry: -entry[0])]
+            found.append((-size, len(places), own, re.compile(expression, re.DOTALL), text))
+    return [entry[2:] for entry in sorted(found, key=lambda entry: entry[:2])]
 
 
 def _expressions(parts: list[tuple[str, str | None, str | None, str | None]]) -> Iterator[str]:
     for literal, place, spec, _ in parts:
-        kind = r"[\dN.,]+" if spec else ".+?"  # N: see `fault_of`
+        kind = r"[\dN.,]+" if spec and spec.startswith(",") else ".+?"  # N: see `fault_of`
         yield re.escape(literal) + (f"(?P<{place}>{kind})" if place else "")
 
 

@@ -314,7 +314,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
         _check_types(details)
         if whole_model and details.get(MERGED) is not True and not is_full(details):
-            raise ValueError("the folder also contains a complete model")
+            raise ValueError(tr("the folder also contains a complete model"))
         rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
         text = (folder / TEMPLATE).read_text("utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
@@ -331,7 +331,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
             details=details,
         )
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise UserError(f"damaged ({error})", place=str(folder / MANIFEST)) from error
+        raise UserError(tr("damaged ({error})", error=error), place=str(folder / MANIFEST)) from error
 
 
 def check_continued(path: str, base: BaseIdentity | None) -> None:
@@ -373,25 +373,25 @@ def _check_types(details: Any) -> None:
     )
     for group, name, kind in types:
         if not isinstance(group[name], kind):
-            raise TypeError(f"{name} is {group[name]!r:.100}")
+            raise TypeError(tr("{name} is {value!r:.100}", name=name, value=group[name]))
     if details.get(BASE_CONTENT) is not None:
         content_of(details[BASE_CONTENT])
     if details.get("quantization", "none") not in get_args(Quantization):
-        raise ValueError(f"quantization is {details['quantization']!r:.100}")
+        raise ValueError(tr("{name} is {value!r:.100}", name="quantization", value=details["quantization"]))
     for name in ("shrink_side", "over_limit", "thinking", "train_on"):
         if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
-            raise ValueError(f"{name} is {rules[name]!r:.100}")
+            raise ValueError(tr("{name} is {value!r:.100}", name=name, value=rules[name]))
     for one in details.get("trained_on", {}).get("data_sets", ()):
         texts = (one["name"], one["template"]["name"], one["template"]["text"])
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a data set is not described by text")
+            raise TypeError(tr("a data set is not described by text"))
         _check_columns(one["columns"])
     _check_columns(columns)
 
 
 def _check_columns(columns: Any) -> None:
     if columns is not None and not all(isinstance(text, str) for pair in columns.items() for text in pair):
-        raise TypeError("columns are not names")
+        raise TypeError(tr("columns are not names"))
 
 
 def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:

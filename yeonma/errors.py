@@ -72,7 +72,10 @@ def _within_bounds(problems: Sequence[Problem]) -> list[str]:
         line = str(problem)
         room -= len(line) + _BEFORE_A_LINE
         if room < 0:
-            return [*lines, f"... and {counted(len(problems) - number, 'more problem')}"]
+            return [
+                *lines,
+                tr("... and {problems}", problems=counted(len(problems) - number, "more problem")),
+            ]
         lines.append(line)
     return lines
 
@@ -107,6 +110,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     same = [name for name in names if plain(name) == plain(word)]
     close = same or get_close_matches(word, names, n=1, cutoff=0.6)
     return tr('did you mean "{close}"?', close=close[0]) if close else ""
+
+
+def either(cure: str, other: str) -> str:
+    """Two cures, of which either helps."""
+    return tr("{cure}, or {other}", cure=cure, other=other)
 
 
 def first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from yeonma.errors import UserError
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
 """Errors of the disk, which are no bugs."""
@@ -92,8 +92,8 @@ def new_output_folder(written: str) -> Path:
     """The folder that `output_dir` names, to be written as a whole. Raises UserError if it exists and is not empty."""
     output = user_path(written, f"output_dir {written}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        cure = "give another folder, or remove it"
-        raise UserError("it exists already", place=f"output_dir {output}", cure=cure)
+        cure = tr("give another folder, or remove it")
+        raise UserError(tr("it exists already"), place=f"output_dir {output}", cure=cure)
     return output
 
 
@@ -167,17 +167,28 @@ def disk_errors_as_user_errors(
         if number not in DISK_ERRORS and (number not in _CURES or not is_inside or is_gone):
             raise
         place = folder if is_inside else filename
-        problem = tr("{what} cannot be written: {number}", what=what, number=os.strerror(number))
-        if number in DISK_ERRORS:
-            free = f"{free_bytes(folder):,}"
-            size = (
-                f"{free} bytes"
-                if needed_bytes is None
-                else tr("it needs {needed_bytes:,} bytes, and {free}", needed_bytes=needed_bytes, free=free)
+        reason = os.strerror(number)
+        if number not in DISK_ERRORS:
+            problem = tr("{what} cannot be written: {number}", what=what, number=reason)
+        elif needed_bytes is None:
+            problem = tr(
+                "{what} cannot be written: {reason}; {free:,} bytes are free",
+                what=what,
+                reason=reason,
+                free=free_bytes(folder),
             )
-            problem += tr("; {size} are free", size=size)
-        cures = (_CURES.get(number, cure), then)
-        raise UserError(problem, place=str(place), cure=", ".join(filter(None, cures))) from error
+        else:
+            problem = tr(
+                "{what} cannot be written: {reason}; it needs {needed:,} bytes, and {free:,} are free",
+                what=what,
+                reason=reason,
+                needed=needed_bytes,
+                free=free_bytes(folder),
+            )
+        cure = _CURES.get(number, cure)
+        if then:
+            cure = tr("{cure}, {then}", cure=cure, then=then) if cure else then
+        raise UserError(problem, place=str(place), cure=cure) from error
 
 
 def _error_number(error: Exception) -> int:
@@ -194,21 +205,24 @@ def write_all(file: RawIOBase, content: bytes) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
+_KINDS = {
+    stat.S_IFREG: later("file"),
+    stat.S_IFDIR: later("folder"),
+    stat.S_IFLNK: later("symbolic link"),
+    stat.S_IFIFO: later("pipe"),
+    stat.S_IFSOCK: later("socket"),
+}
+_DEVICE, _SPECIAL = later("device"), later("special file")
+
+
 def kind_of(path: Path) -> str:
     """What lies there, by itself and not by what it points to: `file`, `folder`, `symbolic link`, `pipe`, `socket`,
-    `device`; empty if nothing does."""
+    `device`; empty if nothing does. In English for code; `tr(it)` shows it."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    kinds = {
-        stat.S_IFREG: "file",
-        stat.S_IFDIR: "folder",
-        stat.S_IFLNK: "symbolic link",
-        stat.S_IFIFO: "pipe",
-        stat.S_IFSOCK: "socket",
-    }
-    return kinds.get(stat.S_IFMT(mode), "device")
+    return _KINDS.get(stat.S_IFMT(mode), _DEVICE)
 
 
 def open_regular(path: str | Path, flags: int) -> int:
@@ -254,7 +268,7 @@ def _all_of(file: BinaryIO, path: Path) -> bytes:
 
 def _not_a_file(path: str | Path, kind: str) -> UserError:
     return UserError(
-        tr("it is a {value} where a file belongs", value=kind or "special file"),
+        tr("it is a {value} where a file belongs", value=tr(kind or _SPECIAL)),
         place=str(path),
         cure=tr("remove it"),
     )

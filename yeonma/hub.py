@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from yeonma.errors import UserError
+from yeonma.messages import later, tr
 from yeonma.streams import log_line
 
 Kind = Literal["model", "dataset"]
@@ -25,12 +26,16 @@ _TIME_OUT = "HF_HUB_ETAG_TIMEOUT"
 _REMEMBERED_SECONDS = 20.0
 _MOST_COPIES = 10
 _NOT_HERE: dict[Kind, str] = {
-    "model": "no such folder, and the hub cannot be reached ({failure})",
-    "dataset": "no such file or folder, and the hub cannot be reached ({failure})",
+    "model": later("no such folder, and the hub cannot be reached ({failure})"),
+    "dataset": later("no such file or folder, and the hub cannot be reached ({failure})"),
 }
 _FROM_CACHE: dict[Kind, str] = {
-    "model": "the hub cannot be reached ({failure}); taking the model {name} that was downloaded before",
-    "dataset": "the hub cannot be reached ({failure}); taking the data set {name} that was downloaded before",
+    "model": later(
+        "the hub cannot be reached ({failure}); taking the model {name} that was downloaded before"
+    ),
+    "dataset": later(
+        "the hub cannot be reached ({failure}); taking the data set {name} that was downloaded before"
+    ),
 }
 
 
@@ -62,7 +67,7 @@ def hub_failure(seconds: float | None = None) -> str:
             from huggingface_hub import constants, get_session
 
             status = get_session().head(constants.ENDPOINT, timeout=limit, follow_redirects=False).status_code
-            failures.append(f"status {status}" if status >= 500 else "")
+            failures.append(tr("status {status}", status=status) if status >= 500 else "")
         except Exception as error:  # the client may raise anything
             failures.append((str(error).strip().splitlines() or [type(error).__name__])[0][:120])
 
@@ -70,7 +75,11 @@ def hub_failure(seconds: float | None = None) -> str:
     thread.start()
     thread.join(limit)
     if not failures:
-        return f"no answer in {limit:g} seconds; {_TIME_OUT}=30 in the environment waits longer"
+        return tr(
+            "no answer in {limit:g} seconds; {time_out}=30 in the environment waits longer",
+            limit=limit,
+            time_out=_TIME_OUT,
+        )
     return failures[0]
 
 
@@ -79,7 +88,7 @@ def why_unreachable() -> str | None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE and not _state.is_put_offline:
-        return "HF_HUB_OFFLINE is set"
+        return tr("HF_HUB_OFFLINE is set")
     if time.monotonic() - _state.asked_at > _REMEMBERED_SECONDS:
         _put_offline(False)
         _state.failure = hub_failure()
@@ -103,12 +112,15 @@ def check_reachable(
         return
     if not is_downloaded(name, kind, revision):
         copies = sorted({*downloaded(kind), *other_copies})[:_MOST_COPIES]
-        cure = "give a path of this machine; nothing was downloaded before"
+        cure = tr("give a path of this machine; nothing was downloaded before")
         if copies:
-            cure = f"give a path of this machine, or what was downloaded before: {', '.join(copies)}"
-        raise UserError(_NOT_HERE[kind].format(failure=failure), place=place or name, cure=cure)
+            cure = tr(
+                "give a path of this machine, or what was downloaded before: {copies}",
+                copies=", ".join(copies),
+            )
+        raise UserError(tr(_NOT_HERE[kind], failure=failure), place=place or name, cure=cure)
     if _state.is_put_offline:
-        say_once(_FROM_CACHE[kind].format(failure=failure, name=name))
+        say_once(tr(_FROM_CACHE[kind], failure=failure, name=name))
 
 
 def say_once(line: str) -> None:

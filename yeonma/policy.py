@@ -35,7 +35,7 @@ from yeonma.config.settings import (
 from yeonma.data.columns import Columns
 from yeonma.data.python_rows import is_table, rows_of_table
 from yeonma.data.rows import Row
-from yeonma.errors import Log, UserError, first_line
+from yeonma.errors import Log, UserError, either, first_line
 from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.messages import counted, tr
@@ -340,7 +340,9 @@ def check_outline(source: BaseSource, adapters: Sequence[str], *, adapter_weight
 
 
 def _unknown_to_base(tokens: int, folder: str) -> UserError:
-    what = f"it has {counted(tokens, 'token')} of its own, which the base alone does not know"
+    what = tr(
+        "it has {tokens} of its own, which the base alone does not know", tokens=counted(tokens, "token")
+    )
     return UserError(what, place=folder, cure=tr("leave adapter_weights as it is, or ask the base itself"))
 
 
@@ -451,7 +453,7 @@ def load_policy(
     except UserError as error:
         if Path(source.name).is_dir():
             raise
-        problems = [replace(problem, cure=f"{problem.cure}, or {BASE_CURE}") for problem in error.problems]
+        problems = [replace(problem, cure=either(problem.cure, BASE_CURE)) for problem in error.problems]
         raise UserError(problems) from error
     check_content(builder.adapter, source, log=log)
     policy = _assemble(base, source, adapters, PLAIN)

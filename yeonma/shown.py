@@ -14,6 +14,8 @@ import shlex
 from functools import cache
 from typing import Any
 
+from yeonma.messages import tr
+
 MOST_OF_A_LINE = 10_000
 """Characters of a line of progress or a warning. A longer one is cut in its middle."""
 
@@ -79,7 +81,7 @@ def _escaped(text: str, pattern: str, most: int | None) -> str:
         text = hidden.sub(_escape, text)
         if most is None or len(text) <= most:
             return text
-    between = f" [... {len(text):,} characters ...] "
+    between = tr(" [... {count:,} characters ...] ", count=len(text))
     half = (most - len(between)) // 2
     return hidden.sub(_escape, text[:half])[:half] + between + hidden.sub(_escape, text[-half:])[-half:]
 

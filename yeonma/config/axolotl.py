@@ -212,6 +212,6 @@ def _entry(run: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
     if others:
         run.remark(
             "datasets",
-            tr("{path}: no counterpart for {str}", path=given["path"], str=", ".join(map(str, others))),
+            tr("{path}: no counterpart for {keys}", path=given["path"], keys=", ".join(map(str, others))),
         )
     return entry

@@ -231,7 +231,12 @@ def take_dtype(run: Conversion) -> None:
 
 def with_packing(run: Conversion, keys: Sequence[str], tokens: int) -> None:
     """What a batch is where several examples make up one."""
-    packs = f"{counted(run.settings['batch_size'], 'pack')} of up to {tokens} tokens"
+    packs = counted(
+        run.settings["batch_size"],
+        "pack of up to {tokens} tokens",
+        "packs of up to {tokens} tokens",
+        tokens=tokens,
+    )
     for key in keys:
         if run.take(key) is True:
             run.remark(

@@ -43,19 +43,19 @@ class DataSetSettings:
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "path": ((str,), "a path"),
-    "split": ((str,), "a split, such as train[:1000]"),
-    "revision": ((str,), "a branch, tag or commit"),
-    "encoding": ((str,), "an encoding, such as cp949"),
-    "delimiter": ((str,), "one character, or tab"),
-    "columns": ((dict,), "a mapping such as {document: body}"),
-    "template": ((str,), "a template's name, its file, or its text"),
-    "limit": ((int,), "a number of rows"),
-    "val_set_size": ((int, float), "a count, or a fraction below 1"),
-    "val_path": ((str,), "a path"),
-    "val_split": ((str,), "a split, such as validation"),
-    "weight": ((int, float), "a number above 0"),
-    "repeats": ((int,), "a whole number of at least 1"),
+    "path": ((str,), tr("a path")),
+    "split": ((str,), tr("a split, such as train[:1000]")),
+    "revision": ((str,), tr("a branch, tag or commit")),
+    "encoding": ((str,), tr("an encoding, such as cp949")),
+    "delimiter": ((str,), tr("one character, or tab")),
+    "columns": ((dict,), tr("a mapping such as {{document: body}}")),
+    "template": ((str,), tr("a template's name, its file, or its text")),
+    "limit": ((int,), tr("a number of rows")),
+    "val_set_size": ((int, float), tr("a count, or a fraction below 1")),
+    "val_path": ((str,), tr("a path")),
+    "val_split": ((str,), tr("a split, such as validation")),
+    "weight": ((int, float), tr("a number above 0")),
+    "repeats": ((int,), tr("a whole number of at least 1")),
 }
 """Key of an entry -> the types of its value, and their description."""
 KEYS = tuple(_KINDS)
@@ -111,7 +111,11 @@ def _validation_paths(data: DataSettings, count: int, problems: list[Problem]) -
     problem = (
         tr("not a path: {wrong}", wrong=brief(str(wrong[0])))
         if wrong
-        else (f"{counted(len(paths), 'path')} for {counted(count, 'data set')}")
+        else tr(
+            "{paths} for {data_sets}",
+            paths=counted(len(paths), "path"),
+            data_sets=counted(count, "data set"),
+        )
     )
     cure = tr("give one for each data set in a list, or `val_path` in the entries of data_path")
     problems.append(Problem(problem, "val_data_path", cure if count > 1 else tr("give one path")))
@@ -141,7 +145,9 @@ def _entry(item: object, place: str, problems: list[Problem]) -> dict[str, Any] 
         if not isinstance(value, kinds) or isinstance(value, bool) or not _is_good(key, value):
             problems.append(
                 Problem(
-                    tr("{value} is not valid", value=brief(str(value))), f"{place}.{key}", f"give {words}"
+                    tr("{value} is not valid", value=brief(str(value))),
+                    f"{place}.{key}",
+                    tr("give {values}", values=words),
                 )
             )
     return values if len(problems) == count else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from yeonma.messages import tr
+
 MIB = 2**20
-GPU_EXAMPLE = "a name such as rtx4090 or a size such as 24GB"
+GPU_EXAMPLE = tr("a name such as rtx4090 or a size such as 24GB")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ GPUS = (
 class UnknownGpu(ValueError):
     """A text that is no GPU of the table and no size of memory. `cure` says what to write."""
 
-    cure = f"give one of {', '.join(gpu.name for gpu in GPUS)}, or the size of its memory, such as 24GB"
+    cure = tr(
+        "give one of {gpus}, or the size of its memory, such as 24GB",
+        gpus=", ".join(gpu.name for gpu in GPUS),
+    )
 
 
 def gpu_named(text: str) -> Gpu:
@@ -59,7 +64,9 @@ def gpu_named(text: str) -> Gpu:
             return gpu
     similar = [gpu.name for gpu in GPUS if len(_plain(text)) > 2 and gpu.name.startswith(_plain(text))]
     raise UnknownGpu(
-        f'"{text}" may be {" or ".join(similar)}' if similar else f'"{text}" is not in the table'
+        tr('"{text}" may be {similar}', text=text, similar=tr(" or ").join(similar))
+        if similar
+        else tr('"{text}" is not in the table', text=text)
     )
 
 

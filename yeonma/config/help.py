@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, get_origin
 
-from yeonma.config.parse import ENGLISH, Setting, ValueWords, describe, settings_of, unknown_cure
+from yeonma.config.parse import ENGLISH, KOREAN, Setting, ValueWords, describe, settings_of, unknown_cure
 from yeonma.errors import UserError
 from yeonma.language import Language
 from yeonma.messages import tr
@@ -30,6 +30,7 @@ class Wording:
     """What the pages say between the settings."""
 
     usage: str
+    setting_value: str
     required: str
     important: str
     example: str
@@ -47,6 +48,7 @@ class Wording:
 WORDINGS: Mapping[Language, Wording] = {
     "en": Wording(
         usage="usage",
+        setting_value="setting value",
         required="required",
         important="the settings that matter most",
         example="example",
@@ -62,6 +64,7 @@ WORDINGS: Mapping[Language, Wording] = {
     ),
     "ko": Wording(
         usage="사용법",
+        setting_value="설정 값",
         required="필수",
         important="가장 중요한 설정",
         example="예",
@@ -73,19 +76,7 @@ WORDINGS: Mapping[Language, Wording] = {
         config="설정을 적은 YAML 파일. 명령줄에서 지정한 값이 우선합니다.",
         of_command="명령의 설정",
         version="연마의 버전",
-        values=ValueWords(
-            true_or_false="true 또는 false",
-            whole_number="정수",
-            number="수",
-            in_range="{range}의 {number}",
-            ends=("{} 이상", "{} 초과", "{} 이하", "{} 미만"),
-            between_ends=" ",
-            text="텍스트",
-            list="[{}] 같은 목록",
-            mapping="{{a: {}}} 같은 매핑, 콜론 뒤에 공백",
-            one_of="{} 가운데 하나",
-            between_kinds=" 또는 ",
-        ),
+        values=KOREAN,
     ),
 }
 
@@ -166,7 +157,7 @@ def _head(source: HelpSource, language: Language) -> list[str]:
     required = [name for name, setting in source.settings.items() if setting.required]
     usage = [f"yeonma {source.verb}", *([source.positional.upper()] if source.positional else [])]
     usage += ["[--config FILE]", *(f"--{name} ..." for name in required if name != source.positional)]
-    usage += ["[--setting value ...]"]
+    usage += [f"[--{WORDINGS[language].setting_value} ...]"]
     text = f"{WORDINGS[language].usage}: {' '.join(usage)}"
     about = about_command(source.verb, source.about, language)
     return [*_wrapped(text, "       "), "", *_wrapped(about, ""), ""]

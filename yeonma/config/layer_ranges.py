@@ -15,7 +15,7 @@ LayerRange = tuple[int, int | None]
 class InvalidRanges(ValueError):
     """A text that names no layers. `cure` says how to write them."""
 
-    cure = f"give {RANGES_EXAMPLE}"
+    cure = tr("give {values}", values=RANGES_EXAMPLE)
 
 
 def layer_ranges(text: str) -> tuple[LayerRange, ...]:

@@ -179,13 +179,13 @@ def _take_trackers(run: Conversion) -> None:
 
 
 def _take_intervals(run: Conversion) -> None:
-    for key, what in (
-        ("eval_strategy", "evaluated"),
-        ("save_strategy", "saved"),
-        ("logging_strategy", "logged"),
+    for key, why in (
+        ("eval_strategy", tr("without steps of its own, a run is evaluated after every epoch")),
+        ("save_strategy", tr("without steps of its own, a run is saved after every epoch")),
+        ("logging_strategy", tr("without steps of its own, a run is logged after every epoch")),
     ):
         if run.take(key) in ("epoch", "no", "steps", None):
-            run.no_use(key, tr("without steps of its own, a run is {what} after every epoch", what=what))
+            run.no_use(key, why)
     if isinstance(run.given.get("eval_steps"), int):
         run.put("eval_steps", run.take("eval_steps"))
 

@@ -89,6 +89,6 @@ def _weight(name: str, number: str) -> float:
     if not 0 < weight < math.inf:
         raise InvalidLoss(
             tr('the weight of {name}, "{number}", is not a number above 0', name=name, number=number),
-            f"write {name}:0.5",
+            tr("write {words}", words=f"{name}:0.5"),
         )
     return weight

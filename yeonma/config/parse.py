@@ -30,6 +30,7 @@ from yeonma.config.settings import (
 )
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.language import language
 from yeonma.messages import tr
 
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
@@ -216,9 +217,9 @@ def _looks_like_option(argument: str) -> bool:
 def _unexpected(argument: str, settings: Mapping[str, Setting]) -> Problem:
     if _looks_like_option(argument):
         name = argument.lstrip("-").replace("-", "_")
-        cure = f"write --{name}" if name in settings else tr("settings start with --")
+        cure = tr("write {words}", words=f"--{name}") if name in settings else tr("settings start with --")
     elif "=" in argument and argument.partition("=")[0].replace("-", "_") in settings:
-        cure = f"write --{argument}"
+        cure = tr("write {words}", words=f"--{argument}")
     else:
         cure = tr("write a list as '[a, b]', and put text with spaces in quotes")
     return Problem(
@@ -258,7 +259,7 @@ def config_text(path: str) -> str:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError:
-        raise UserError("not UTF-8", place=path, cure=tr("save it as UTF-8")) from None
+        raise UserError(tr("not UTF-8"), place=path, cure=tr("save it as UTF-8")) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -299,12 +300,11 @@ def _parse(
         )
     missing = [name for name, setting in settings.items() if setting.required and name not in raw_values]
     if missing:
-        pronoun = "them" if missing[1:] else "it"
-        cure = tr(
-            "write {format}, or set {pronoun} in a --config file",
-            format=" ".join(map(syntax.format, missing)),
-            pronoun=pronoun,
-        )
+        words = " ".join(map(syntax.format, missing))
+        if len(missing) == 1:
+            cure = tr("write {words}, or set it in a --config file", words=words)
+        else:
+            cure = tr("write {words}, or set them in a --config file", words=words)
         problems.append(Problem(tr("required, but not given"), ", ".join(missing), cure))
     if problems:
         raise UserError(problems)
@@ -386,7 +386,7 @@ def _check_text(check: Callable[[str], object], text: str) -> None:
     except InvalidRanges as error:
         raise InvalidValue(tr("names no layers: {error}", error=error), error.cure) from None
     except UnknownGpu as error:
-        raise InvalidValue(f"names no GPU: {error}", error.cure) from None
+        raise InvalidValue(tr("names no GPU: {error}", error=error), error.cure) from None
 
 
 def _is_list(text: str) -> bool:
@@ -429,19 +429,18 @@ def _numbers(value: object) -> Iterator[float]:
 def _value_problem(setting: Setting, raw: RawValue, reason: str, cure: str = "") -> Problem:
     value = raw.value
     if cure:
-        return Problem(f"{_format_value(value)} {reason}", raw.place, cure)
+        return Problem(tr("{value} {reason}", value=_format_value(value), reason=reason), raw.place, cure)
     if str in setting.members and isinstance(value, (bool, int, float, date)):
         return Problem(
             tr("{value} is not text", value=_format_value(value)), raw.place, tr("put it in quotes")
         )
-    cure = f"give {describe(setting)}"
+    cure = tr("give {values}", values=describe(setting, KOREAN if language() == "ko" else ENGLISH))
     choices = [
         choice for member in setting.members if get_origin(member) is Literal for choice in get_args(member)
     ]
     suggestion = did_you_mean(value, choices) if isinstance(value, str) else ""
-    return Problem(
-        f"{_format_value(value)} {reason}", raw.place, f"{cure}; {suggestion}" if suggestion else cure
-    )
+    what = tr("{value} {reason}", value=_format_value(value), reason=reason)
+    return Problem(what, raw.place, f"{cure}; {suggestion}" if suggestion else cure)
 
 
 def _format_value(value: object) -> str:
@@ -457,9 +456,12 @@ def _shorten(text: str) -> str:
 def _warnings(values: Mapping[str, Any]) -> Iterator[str]:
     """Warnings about settings that have no effect because another setting overrides them."""
     if values.get("max_steps") is not None and "num_epochs" in values:
-        yield f"num_epochs and max_steps are both given: max_steps ({values['max_steps']}) wins"
+        yield tr(
+            "num_epochs and max_steps are both given: max_steps ({steps}) wins", steps=values["max_steps"]
+        )
     if values.get("warmup_steps") and values.get("warmup_ratio"):
-        yield f"warmup_steps and warmup_ratio are both given: warmup_steps ({values['warmup_steps']}) wins"
+        steps = values["warmup_steps"]
+        yield tr("warmup_steps and warmup_ratio are both given: warmup_steps ({steps}) wins", steps=steps)
 
 
 # -------------------------------------------------------------------------------- settings and configs
@@ -521,6 +523,19 @@ ENGLISH = ValueWords(
     mapping="a mapping such as {{a: {}}}, with a space after each colon",
     one_of="one of {}",
     between_kinds=" or ",
+)
+KOREAN = ValueWords(
+    true_or_false="true 또는 false",
+    whole_number="정수",
+    number="수",
+    in_range="{range}의 {number}",
+    ends=("{} 이상", "{} 초과", "{} 이하", "{} 미만"),
+    between_ends=" ",
+    text="텍스트",
+    list="[{}] 같은 목록",
+    mapping="{{a: {}}} 같은 매핑, 콜론 뒤에 공백",
+    one_of="{} 가운데 하나",
+    between_kinds=" 또는 ",
 )
 
 

@@ -95,9 +95,9 @@ def _yaml_errors_as_user_errors(name: str) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise UserError(f"not YAML: {error.problem or error.context}", place=place) from None
+        raise UserError(tr("not YAML: {error}", error=error.problem or error.context), place=place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"not YAML: {' '.join(str(error).split())}", place=name) from None
+        raise UserError(tr("not YAML: {error}", error=" ".join(str(error).split())), place=name) from None
     except (AttributeError, LookupError):  # PyYAML at `!!timestamp x`, `!!bool x`, `!!int ""`
         problem = tr("not YAML: a value does not match its tag")
         raise UserError(problem, place=name, cure=tr("write values without tags")) from None

@@ -24,7 +24,7 @@ from yeonma.export.publish_check import (
     without_paths,
 )
 from yeonma.files import kind_of, open_regular, read_regular
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, later, tr
 
 CARD = "README.md"
 EDITED = (
@@ -122,11 +122,14 @@ def collect(
             problem for problem in own_problems if base is None or base_model or base not in problem.what
         ]
     if len(problems) > MAX_PROBLEMS:
-        more = Problem(f"and {counted(len(problems) - MAX_PROBLEMS, 'more such place')}")
+        more = Problem(tr("and {places}", places=counted(len(problems) - MAX_PROBLEMS, "more such place")))
         problems = [*problems[:MAX_PROBLEMS], more]
     if problems:
         raise UserError(problems)
     return uploads
+
+
+MISSING_FILE = later("missing file")
 
 
 def _check_kinds(paths: Sequence[Path]) -> None:
@@ -142,7 +145,7 @@ def _check_kinds(paths: Sequence[Path]) -> None:
         elif kind != "file":
             problems.append(
                 Problem(
-                    tr("it is a {value}, and only files are sent", value=kind or "missing file"),
+                    tr("it is a {value}, and only files are sent", value=tr(kind or MISSING_FILE)),
                     str(path),
                     tr("remove it"),
                 )
@@ -160,7 +163,7 @@ def _missing_shards(folder: Path, sent: Collection[str]) -> list[Problem]:
         shards = set(json.loads(read_regular(path))["weight_map"].values())
         missing = sorted(str(name) for name in shards if name not in sent)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"damaged ({error})", place=str(path)) from None
+        raise UserError(tr("damaged ({error})", error=error), place=str(path)) from None
     what, cure = (
         tr("the index names this file, and it is not among those to send"),
         tr("merge the adapter again"),
@@ -181,7 +184,7 @@ def base_of(folder: Path) -> str | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"damaged ({error})", place=str(folder / name)) from None
+            raise UserError(tr("damaged ({error})", error=error), place=str(folder / name)) from None
         if isinstance(value, str):
             return value
     return None
@@ -284,7 +287,7 @@ def _read_weights(path: Path) -> tuple[str, int, str]:
         text = header.decode("utf-8")
         ends = [entry["data_offsets"][1] for key, entry in json.loads(text).items() if key != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(f"damaged ({error})", place=str(path)) from None
+        raise UserError(tr("damaged ({error})", error=error), place=str(path)) from None
     if 8 + length + max(ends, default=0) != size:
         what = tr("damaged (it holds more or fewer bytes than its tensors)")
         raise UserError(what, place=str(path), cure=tr("write the file again"))
@@ -317,7 +320,10 @@ def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log
         except RepositoryNotFoundError:
             api.create_repo(repo, private=not public)
             private = bool(api.repo_info(repo).private)
-            log(tr("{repo} is new, and {value}", repo=repo, value="private" if private else "public"))
+            if private:
+                log(tr("{repo} is new, and private", repo=repo))
+            else:
+                log(tr("{repo} is new, and public", repo=repo))
         if private == public:
             raise _visibility_error(repo, public)
         operations = [

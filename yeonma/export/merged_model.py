@@ -256,7 +256,7 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
             log(
                 tr(
                     "its files have weights in {formats}; all are written in {written}",
-                    formats=" and ".join(sorted(formats)),
+                    formats=tr(" and ").join(sorted(formats)),
                     written=written,
                 )
             )
@@ -325,11 +325,17 @@ def _dequantised_from(plan: MergePlan) -> str:
 
 def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
     trained_on = adapter.details.get("trained_on", {})
-    about = ""
+    base = hub_name(adapter.base.name)
+    name = code(base or Path(adapter.base.name).name)
+    about = tr("{name} with a LoRA adapter merged into it.", name=name)
     if trained_on.get("data"):
         data = Path(trained_on["data"]).name if Path(trained_on["data"]).is_absolute() else trained_on["data"]
-        about = f", trained with Yeonma on {counted(trained_on['examples'], 'example')} of {code(data)}"
-    base = hub_name(adapter.base.name)
+        about = tr(
+            "{name} with a LoRA adapter merged into it, trained with Yeonma on {examples} of {data}.",
+            name=name,
+            examples=counted(trained_on["examples"], "example"),
+            data=code(data),
+        )
     head = {
         **({} if base is None else {"base_model": base}),
         "library_name": "transformers",
@@ -338,13 +344,13 @@ def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
     }
     lines = [
         *front_matter(head),
-        f"{code(base or Path(adapter.base.name).name)} with a LoRA adapter merged into it{about}.{dequantised_from}",
+        about + dequantised_from,
         "",
         *licence_note(adapter.base.name),
     ]
     if adapter.has_template:
         lines += [
-            "## Template",
+            tr("## Template"),
             "",
             *code_block(adapter.template.text.rstrip("\n")),
             "",
@@ -406,18 +412,15 @@ def _report(plan: MergePlan, agreement: Agreement, log: Log) -> None:
             adapter_effect=agreement.adapter_effect,
         )
     )
-    diverging = (
-        tr("; others diverge between tokens {max_gap:.2g} apart", max_gap=agreement.max_gap)
-        if agreement.max_gap
-        else ""
-    )
+    counts = {"same": agreement.same_answers, "rows": agreement.rows}
     log(
         tr(
-            "  {same_answers} of {rows} greedy answers are the same{diverging}",
-            same_answers=agreement.same_answers,
-            rows=agreement.rows,
-            diverging=diverging,
+            "  {same} of {rows} greedy answers are the same; others diverge between tokens {gap:.2g} apart",
+            gap=agreement.max_gap,
+            **counts,
         )
+        if agreement.max_gap
+        else tr("  {same} of {rows} greedy answers are the same", **counts)
     )
     if agreement.adapter_effect <= agreement.tolerance:
         log(tr("  the adapter changes so little that these rows cannot show whether it was merged"))

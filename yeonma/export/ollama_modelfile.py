@@ -73,7 +73,7 @@ def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, 
     try:
         texts = [None if entry is None else _variant(*entry, encoder) for entry in (system, plain)]
     except UserError as error:
-        return None, [f"no TEMPLATE: {error.problems[0].what}"]
+        return None, [tr("no TEMPLATE: {what}", what=error.problems[0].what)]
     if texts[0] is None or texts[1] is None:
         return texts[0] or texts[1], remarks
     return f"{{{{ if .System }}}}{texts[0]}{{{{ else }}}}{texts[1]}{{{{ end }}}}", remarks

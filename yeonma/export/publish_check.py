@@ -48,7 +48,7 @@ def find_problems(
     found: dict[bytes, Problem] = {}
     for secret in find_secrets(text, environment):
         line = text.encode("utf-8", "surrogatepass").count(b"\n", 0, secret.at) + 1
-        found[secret.value] = Problem(f"contains {secret.name}", f"{name}:{line}", REVOKE)
+        found[secret.value] = Problem(tr("contains {secret}", secret=secret.name), f"{name}:{line}", REVOKE)
     decoded = "\n".join(_lines(parsed)) if is_json else text
     readings = plain_readings(decoded)
     for plain in readings if readings or not is_json else [decoded]:
@@ -60,7 +60,9 @@ def find_problems(
             if is_json or not has_same_lines:
                 where = next(islice(_strings(parsed, ""), line, None), ("", ""))[0]
                 place = f"{name}: {where}" if where and has_same_lines else name
-            found.setdefault(secret.value, Problem(f"contains {secret.name}", place, REVOKE))
+            found.setdefault(
+                secret.value, Problem(tr("contains {secret}", secret=secret.name), place, REVOKE)
+            )
     return [*found.values(), *_private_problems(name, text, parsed, decoded, private)]
 
 
@@ -78,13 +80,13 @@ def _private_in(value: str, private: Private) -> Iterator[tuple[str, int]]:
     """Yields (what it contains, position)."""
     if private.paths:
         for at, path in paths_in(value):
-            yield f"contains a path of this machine, {path}", at
+            yield tr("contains a path of this machine, {path}", path=path), at
     else:
         for at, home in homes_in(value, private.names if private.homes_of_names else ()):
-            yield f"contains a home directory, {home}", at
+            yield tr("contains a home directory, {home}", home=home), at
     if private.words:
         for at, name in names_in(value, private.names):
-            yield f"contains {name}, a name of this machine's user, home or host", at
+            yield tr("contains {name}, a name of this machine's user, home or host", name=name), at
 
 
 def without_paths(name: str, text: str, names: Collection[str] = ()) -> str:
@@ -136,7 +138,7 @@ def _is_deep(value: Any) -> bool:
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
     """Yields (place, text) of every string in a JSON value, keys included. Places look like `base.name`."""
     if isinstance(value, str):
-        yield where or "the whole file", value
+        yield where or tr("the whole file"), value
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _strings(item, f"{where}[{index}]")

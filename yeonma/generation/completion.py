@@ -137,7 +137,10 @@ def _decode_all(
 
 
 def _out_of_memory(tokens: int) -> UserError:
-    problem = f"a prompt of {counted(tokens, 'token')} and its answer do not fit into the device's memory"
+    problem = tr(
+        "a prompt of {tokens} and its answer do not fit into the device's memory",
+        tokens=counted(tokens, "token"),
+    )
     return UserError(problem, cure=tr("lower --max_new_tokens, or use --dtype bfloat16 or --device cpu"))
 
 

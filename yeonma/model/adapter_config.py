@@ -79,7 +79,16 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     if problems:
         more = len(problems) - MAX_SHOWN
         rest = (
-            [Problem(f"{counted(more, 'more key is', 'more keys are')} wrong or not supported", str(path))]
+            [
+                Problem(
+                    counted(
+                        more,
+                        "more key is wrong or not supported",
+                        "more keys are wrong or not supported",
+                    ),
+                    str(path),
+                )
+            ]
             if more > 0
             else []
         )
@@ -134,7 +143,9 @@ def _check_kind(content: Mapping[str, Any], path: Path) -> None:
     if kind is None:
         what = tr("it has no peft_type, so PEFT did not write it")
         if "lora_parameters" in content or "fine_tune_type" in content:
-            what += tr(", but MLX, whose adapters Yeonma does not read")
+            what = tr(
+                "it has no peft_type, so PEFT did not write it, but MLX, whose adapters Yeonma does not read"
+            )
         raise UserError(what, place=str(path), cure=tr("give an adapter in PEFT's format"))
     if kind != "LORA":
         cure = (
@@ -335,15 +346,15 @@ _WITHOUT_EFFECT = frozenset(
 """Keys that change nothing once an adapter is trained."""
 
 _REFUSED: Mapping[str, str] = {
-    "alora_invocation_tokens": "switches the adapter on at certain tokens only",
-    "arrow_config": "chooses among several adapters token by token",
-    "kasa_config": "changes the base's own weights",
-    "layer_replication": "repeats layers of the base",
-    "lora_bias": "adds biases to the layers",
-    "megatron_config": "is for Megatron's layers",
-    "monteclora_config": "draws the adapter at random",
-    "use_bdlora": "is block-diagonal LoRA",
-    "use_qalora": "pools the layers' inputs",
-    "velora_config": "changes the layers' gradients",
+    "alora_invocation_tokens": tr("switches the adapter on at certain tokens only"),
+    "arrow_config": tr("chooses among several adapters token by token"),
+    "kasa_config": tr("changes the base's own weights"),
+    "layer_replication": tr("repeats layers of the base"),
+    "lora_bias": tr("adds biases to the layers"),
+    "megatron_config": tr("is for Megatron's layers"),
+    "monteclora_config": tr("draws the adapter at random"),
+    "use_bdlora": tr("is block-diagonal LoRA"),
+    "use_qalora": tr("pools the layers' inputs"),
+    "velora_config": tr("changes the layers' gradients"),
 }
 """Keys of PEFT that Yeonma does not support -> what they do."""

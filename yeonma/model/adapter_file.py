@@ -166,7 +166,7 @@ def check_adapter_files(folder: str | Path) -> AdapterConfig:
 def some(names: Sequence[str]) -> str:
     """The first of the names, and how many more there are."""
     shown = ", ".join(brief(name, 120) for name in names[:3])
-    return shown + (tr(" and {names} more", names=len(names) - 3) if len(names) > 3 else "")
+    return tr("{names} and {more} more", names=shown, more=len(names) - 3) if len(names) > 3 else shown
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -283,9 +283,10 @@ def _check_tensors(
     if own != expected and _as_peft_renames(peft_model, own, name) != expected:
         cure = _other_base(folder, peft_model)
         if left_out(peft_model):
-            cure += tr(
-                "; of a checkpoint that also reads images or sound, an adapter has to be on the language "
-                "model alone, with its names in the whole checkpoint"
+            cure = tr(
+                "{cure}; of a checkpoint that also reads images or sound, an adapter has to be on the language "
+                "model alone, with its names in the whole checkpoint",
+                cure=cure,
             )
         raise UserError(misfits(own, expected, str(user_path(folder) / WEIGHTS_FILE), cure))
     return copies
@@ -296,8 +297,12 @@ def misfits(stored: Shapes, expected: Shapes, place: str, cure: str) -> list[Pro
     problems = []
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
-        are = "is" if len(missing) == 1 else "are"
-        what = f"{len(missing)} of {counted(len(expected), 'tensor')} {are} missing: {some(missing)}"
+        places = {"tensors": counted(len(expected), "tensor"), "names": some(missing)}
+        what = (
+            tr("1 of {tensors} is missing: {names}", **places)
+            if len(missing) == 1
+            else tr("{missing} of {tensors} are missing: {names}", missing=len(missing), **places)
+        )
         problems.append(Problem(what, place, cure))
     if extra:
         what = tr(
@@ -306,14 +311,26 @@ def misfits(stored: Shapes, expected: Shapes, place: str, cure: str) -> list[Pro
         problems.append(Problem(what, place, cure))
     both = expected.keys() & stored.keys()
     if wrong := sorted(key for key in both if tuple(expected[key]) != tuple(stored[key])):
-        first = tr(
-            "shape {stored}, but the base needs {expected}",
-            stored=tuple(stored[wrong[0]]),
-            expected=tuple(expected[wrong[0]]),
+        places = {
+            "tensors": counted(len(expected), "tensor"),
+            "names": some(wrong),
+            "stored": tuple(stored[wrong[0]]),
+            "expected": tuple(expected[wrong[0]]),
+        }
+        what = (
+            tr(
+                "1 of {tensors} has another shape: {names}; the first has shape {stored}, but the base needs "
+                "{expected}",
+                **places,
+            )
+            if len(wrong) == 1
+            else tr(
+                "{wrong} of {tensors} have another shape: {names}; the first has shape {stored}, but the base "
+                "needs {expected}",
+                wrong=len(wrong),
+                **places,
+            )
         )
-        have = "has" if len(wrong) == 1 else "have"
-        of_all = f"{len(wrong)} of {counted(len(expected), 'tensor')}"
-        what = f"{of_all} {have} another shape: {some(wrong)}; the first has {first}"
         problems.append(Problem(what, place, cure))
     return problems
 

@@ -118,8 +118,10 @@ def config_changes(then: BaseContent, values: Mapping[str, Any], file_sha256: st
 
 def listed(found: list[str]) -> str:
     """Differences as part of a sentence."""
-    more = tr(" and {found} more", found=len(found) - MOST_SHOWN) if len(found) > MOST_SHOWN else ""
-    return "; ".join(found[:MOST_SHOWN]) + more
+    shown = "; ".join(found[:MOST_SHOWN])
+    if len(found) <= MOST_SHOWN:
+        return shown
+    return tr("{names} and {more} more", names=shown, more=len(found) - MOST_SHOWN)
 
 
 def _changed_files(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

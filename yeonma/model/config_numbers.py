@@ -174,7 +174,12 @@ def _too_large(level: Mapping[str, Any], weight_bytes: int) -> Iterator[str]:
     }
     for name, count in parts.items():
         if count is not None and count > 4 * weight_bytes + 10**6:
-            yield f"{name}: at least {count:,} numbers, but the weights have {weight_bytes:,} bytes"
+            yield tr(
+                "{name}: at least {count:,} numbers, but the weights have {weight_bytes:,} bytes",
+                name=name,
+                count=count,
+                weight_bytes=weight_bytes,
+            )
 
 
 def _product(*factors: int | None, over: int = 1) -> int | None:

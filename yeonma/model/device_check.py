@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from yeonma.errors import UserError
+from yeonma.messages import tr
 
 _DRIVERS = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 _AMD = Path("/dev/kfd")
-NO_CUDA = "there is no usable CUDA device"
-CURE_WITHOUT_CUDA = "use --device cpu or auto"
+NO_CUDA = tr("there is no usable CUDA device")
+CURE_WITHOUT_CUDA = tr("use --device cpu or auto")
 
 
 def check_device(device: str) -> None:

@@ -285,12 +285,15 @@ def _unsupported_layers(config: Any, windows: dict[int, int | None], recurrences
     if recurrences < recurrent:
         return tr(
             "its {recurrent} layers have recurrences that take no forests",
-            recurrent=" and ".join(sorted(RECURRENT & set(kinds))),
+            recurrent=tr(" and ").join(sorted(RECURRENT & set(kinds))),
         )
     if len(windows) < attending:
-        bypass = "bypasses" if attending - len(windows) == 1 else "bypass"
-        return (
-            f"{attending - len(windows)} of its {counted(layers, 'layer')} {bypass} the registered attention"
+        all_layers = counted(layers, "layer")
+        return counted(
+            attending - len(windows),
+            "of its {layers} bypasses the registered attention",
+            "of its {layers} bypass the registered attention",
+            layers=all_layers,
         )
     if any(kind == "sliding_attention" and windows.get(i) is None for i, kind in enumerate(kinds)):
         return tr("its sliding-window layers use their own mask")

@@ -44,12 +44,13 @@ def check_input_gradients(model: nn.Module, name: str) -> None:
         problem = _problem_of_experts(layer, draw) if _is_experts(layer) else _problem(layer, draw)
         if problem:
             weight = packed_weight(layer)
-            held = tr(", weights as {name}", name=type(weight).__name__) if weight is not None else ""
+            kind = type(layer).__name__
+            if weight is not None:
+                kind = tr("{kind}, weights as {weights}", kind=kind, weights=type(weight).__name__)
             what = tr(
-                "{path} ({name}{held}) {problem}, so that LoRA would train on wrong gradients",
+                "{path} ({kind}) {problem}, so that LoRA would train on wrong gradients",
                 path=path,
-                name=type(layer).__name__,
-                held=held,
+                kind=kind,
                 problem=problem,
             )
             raise UserError(what, place=name, cure=tr("give the unquantised model, and --quantization nf4"))

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
-from yeonma.errors import Problem, UserError, first_line
+from yeonma.errors import Problem, UserError, either, first_line
 from yeonma.messages import tr
 from yeonma.model.config_numbers import CURE
 from yeonma.model.device_check import CURE_WITHOUT_CUDA, NO_CUDA
@@ -95,9 +95,9 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
     except UserError:
         raise
     except Exception as error:  # tokenizers raises plain Exception; values of a wrong type may raise anything
-        raise _cannot_load("tokenizer", source, error) from error
+        raise _cannot_load(tr("tokenizer"), source, error) from error
     if ordinary_tokens <= 0:  # transformers returns such a tokenizer if there are no files
-        raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
+        raise _cannot_load(tr("tokenizer"), source, ValueError(tr("it has no vocabulary")))
     return tokenizer
 
 
@@ -109,7 +109,7 @@ def _try_files(source: BaseSource) -> None:
     try:
         path = file_of(source, TOKENIZER)
     except UserError as error:
-        raise _cannot_load("tokenizer", source, error) from error
+        raise _cannot_load(tr("tokenizer"), source, error) from error
     if path is not None:
         try_tokenizer(path)
 
@@ -154,7 +154,7 @@ def load_config(source: BaseSource) -> Any:
         try:
             path = file_of(source, "config.json")
         except UserError as error:
-            raise _cannot_load("config", source, error) from error
+            raise _cannot_load(tr("config"), source, error) from error
         if path is not None:
             check_numbers(path)
     try:
@@ -166,7 +166,7 @@ def load_config(source: BaseSource) -> Any:
         )
         _forget_run_settings(config)
     except Exception as error:  # values of a wrong type may raise anything in transformers
-        raise _cannot_load("config", source, error) from error
+        raise _cannot_load(tr("config"), source, error) from error
     return config
 
 
@@ -331,7 +331,7 @@ def load_base(
             cure=tr("download them again"),
         ) from error
     except (OSError, ValueError) as error:
-        raise _cannot_load("weights", source, error) from error
+        raise _cannot_load(tr("weights"), source, error) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError):
         _check_can_be_built(model_config, source)
         raise
@@ -440,7 +440,7 @@ def _check_complete(loading_info: Mapping[str, Any], name: str) -> None:
             cure=tr("download them again"),
         )
     shapes = [
-        f"{key} {tuple(stored)} for {tuple(expected)}"
+        tr("{key} {stored} for {expected}", key=key, stored=tuple(stored), expected=tuple(expected))
         for key, stored, expected in sorted(loading_info["mismatched_keys"])
     ]
     if shapes:
@@ -480,7 +480,8 @@ def _is_not_finite(weight: torch.Tensor) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (tr(" and {names} more", names=len(names) - 3) if len(names) > 3 else "")
+    shown = ", ".join(names[:3])
+    return tr("{names} and {more} more", names=shown, more=len(names) - 3) if len(names) > 3 else shown
 
 
 def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> None:
@@ -628,13 +629,13 @@ def _check_parameters(reached: Sequence[TargetLayer], shape: LoraShape) -> None:
         ("use_dora", shape.use_dora, tr("leave out use_dora")),
     ):
         if within and is_set:
-            parts = " and ".join(dict.fromkeys(layer.part for layer in within))
+            parts = tr(" and ").join(tr(part) for part in dict.fromkeys(layer.part for layer in within))
             what = tr(
                 "PEFT has none for the {parts} ({parameter}), whose adapter is added to the weight",
                 parts=parts,
                 parameter=within[0].parameter,
             )
             leave = tr("use --lora_experts false") if shape.experts else tr("name other layers")
-            problems.append(Problem(what, name, f"{cure}, or {leave}"))
+            problems.append(Problem(what, name, either(cure, leave)))
     if problems:
         raise UserError(problems)

@@ -75,7 +75,12 @@ def model_positions(config: Any) -> int | None:
 def check_fits(tokens: int, max_new_tokens: int, positions: int | None, place: str) -> None:
     """Raises UserError if a prompt of so many tokens and its answer exceed the model's positions."""
     if positions is not None and tokens + max_new_tokens > positions:
-        what = f"{counted(tokens, 'token')} and {max_new_tokens} new ones exceed the model's {positions} positions"
+        what = tr(
+            "{tokens} and {max_new_tokens} new ones exceed the model's {positions} positions",
+            tokens=counted(tokens, "token"),
+            max_new_tokens=max_new_tokens,
+            positions=positions,
+        )
         raise UserError(what, place=place, cure=tr("shorten it, or lower max_new_tokens"))
 
 

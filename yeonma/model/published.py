@@ -76,8 +76,10 @@ class Published:
 
     def __str__(self) -> str:
         method = f"{self.method} " if self.method != self.kind else ""
-        about = f", {self.about}" if self.about else ""
-        return f"{method}{self.kind} ({self.bits} bits{about})"
+        kind = f"{method}{self.kind}"
+        if not self.about:
+            return tr("{kind} ({bits} bits)", kind=kind, bits=self.bits)
+        return tr("{kind} ({bits} bits, {about})", kind=kind, bits=self.bits, about=self.about)
 
     def held(self, quantization: Quantization, dtype: str) -> str:
         """How the weights are held in memory, in words."""
@@ -85,12 +87,11 @@ class Published:
             return tr("held in these bits")
         if self.method == "mxfp4" and quantization != "none":
             return tr("experts held in these bits, dense layers in {quantization}", quantization=quantization)
-        held = (
-            tr("held in {dtype}", dtype=dtype)
-            if quantization == "none"
-            else tr("dense layers held in {quantization}", quantization=quantization)
+        if quantization == "none":
+            return tr("dequantised as they are read, held in {dtype}", dtype=dtype)
+        return tr(
+            "dequantised as they are read, dense layers held in {quantization}", quantization=quantization
         )
-        return tr("dequantised as they are read, {held}", held=held)
 
     def record(self) -> dict[str, Any]:
         """What yeonma.json records."""
@@ -206,6 +207,9 @@ def _base_of_readme(path: Path) -> str | None:
     return named.group(1) if named else None
 
 
+_UNNAMED = "an unnamed method"
+
+
 def _method(found: Mapping[str, Any]) -> str:
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         return "bitsandbytes"
@@ -214,16 +218,20 @@ def _method(found: Mapping[str, Any]) -> str:
         return method.lower()
     if "config_groups" in found:
         return "compressed-tensors"
-    return "mlx" if "group_size" in found and "bits" in found else tr("an unnamed method")
+    return "mlx" if "group_size" in found and "bits" in found else _UNNAMED
 
 
 def _not_read(method: str, found: Mapping[str, Any], place: str, unquantised: str | None) -> UserError:
     bits = next((found[key] for key in ("bits", "w_bit", "nbits") if isinstance(found.get(key), int)), None)
-    size = tr(" in {bits} bits", bits=bits) if bits else ""
-    problem = tr(
-        "its weights are quantised by {method}{size}, which Yeonma does not read",
-        method=_NAMES.get(method, method),
-        size=size,
+    name = tr("an unnamed method") if method == _UNNAMED else _NAMES.get(method, method)
+    problem = (
+        tr(
+            "its weights are quantised by {method} in {bits} bits, which Yeonma does not read",
+            method=name,
+            bits=bits,
+        )
+        if bits
+        else tr("its weights are quantised by {method}, which Yeonma does not read", method=name)
     )
     return UserError(problem, place=place, cure=_cure(place, unquantised))
 
@@ -263,13 +271,13 @@ def _mxfp4(found: Mapping[str, Any]) -> Published:
 
 def _compressed_tensors(found: Mapping[str, Any]) -> Published:
     if found.get("transform_config"):
-        raise ValueError("it rotates activations (transform_config)")
+        raise ValueError(tr("it rotates activations (transform_config)"))
     sparsity = found.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
-        raise ValueError(f"sparse weights ({sparsity['format']})")
+        raise ValueError(tr("sparse weights ({format})", format=sparsity["format"]))
     weights = [group["weights"] for group in found["config_groups"].values() if group.get("weights")]
     if not weights:
-        raise ValueError("no group of weights")
+        raise ValueError(tr("no group of weights"))
     kinds = sorted({f"{'fp' if one.get('type') == 'float' else 'int'}{one['num_bits']}" for one in weights})
     bits = max(int(one["num_bits"]) for one in weights)
     return Published("compressed-tensors", " and ".join(kinds), bits, str(found.get("format", "")), found)

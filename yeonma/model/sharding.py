@@ -80,7 +80,7 @@ def _check_trained(model: nn.Module) -> None:
     if len(formats) > 1:
         what = tr(
             "the model holds its weights in {formats}, which cannot be trained in shards",
-            formats=" and ".join(sorted(formats)),
+            formats=tr(" and ").join(sorted(formats)),
         )
         raise UserError(what, place="shard", cure=tr("use --dtype float32"))
 

@@ -49,8 +49,13 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
         copy = copy_of_demo_model(base_model, revision)
         if copy is not None and not is_downloaded(base_model, "model") and (failure := why_unreachable()):
             say_once(
-                f"the hub cannot be reached ({failure}); taking the copy of {base_model} in {copy}, "
-                "whose weights were once rounded to about 4 bits"
+                tr(
+                    "the hub cannot be reached ({failure}); taking the copy of {base_model} in {copy}, "
+                    "whose weights were once rounded to about 4 bits",
+                    failure=failure,
+                    base_model=base_model,
+                    copy=copy,
+                )
             )
             return find_base(str(copy))
         demo_model = [HUB_NAME] if copy_of_demo_model(HUB_NAME) is not None else []

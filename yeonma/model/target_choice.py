@@ -75,21 +75,27 @@ def _within(
     place, ranges = "lora_layers", layer_ranges(str(numbers))
     there = sorted({number for one in target_layers(model) if (number := layer_number(one)) is not None})
     if lacking := layers_lacking(ranges, there):
-        has = tr("has the layers {there}", there=as_ranges(there)) if there else tr("has no numbered layers")
-        raise UserError(
-            tr("the model has no layers {lacking}", lacking=", ".join(lacking)), place=place, cure=f"it {has}"
+        cure = (
+            tr("it has the layers {there}", there=as_ranges(there))
+            if there
+            else tr("it has no numbered layers")
         )
+        what = tr("the model has no layers {lacking}", lacking=", ".join(lacking))
+        raise UserError(what, place=place, cure=cure)
     wanted = layers_in(ranges, there)
     left = [layer for layer in reached if layer.part in OUTSIDE or layer_number(layer) in wanted]
     if not left:
         names = ", ".join(dict.fromkeys(layer.leaf for layer in reached))
         own = as_ranges([number for layer in reached if (number := layer_number(layer)) is not None])
-        where = tr("only the layers {own} have", own=own) if own else tr("no layer has")
-        what = tr(
-            "the layers {wanted} have none of the layers to adapt: {where} {names}",
-            wanted=as_ranges(sorted(wanted)),
-            where=where,
-            names=names,
+        places = {"wanted": as_ranges(sorted(wanted)), "names": names}
+        what = (
+            tr(
+                "the layers {wanted} have none of the layers to adapt: only the layers {own} have {names}",
+                own=own,
+                **places,
+            )
+            if own
+            else tr("the layers {wanted} have none of the layers to adapt: no layer has {names}", **places)
         )
         raise UserError(what, place=place, cure=tr("name other layers, or other lora_target_modules"))
     return left

@@ -21,28 +21,24 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.messages import counted, tr
+from yeonma.errors import Problem, UserError, did_you_mean, either
+from yeonma.messages import counted, later, tr
 from yeonma.model.language_part import left_out, left_out_paths
 from yeonma.model.token_rows import trained_rows
 
 ALL_LINEAR = "all-linear"
 PLACE = "lora_target_modules"
 EXCLUDED = "exclude_modules"
-ATTENTION, MLP, DENSE_MLP, RECURRENT = "attention", "MLP", "dense MLP", "recurrent layers"
-SHARED, ROUTED, ROUTER = "shared experts", "routed experts", "router"
-VISION, AUDIO, PROJECTOR, HEAD, OTHER = (
-    "vision tower",
-    "audio tower",
-    "projector",
-    "head",
-    "other layers",
-)
+ATTENTION, MLP, DENSE_MLP = later("attention"), later("MLP"), later("dense MLP")
+RECURRENT, OTHER = later("recurrent layers"), later("other layers")
+SHARED, ROUTED, ROUTER = later("shared experts"), later("routed experts"), later("router")
+VISION, AUDIO, PROJECTOR = later("vision tower"), later("audio tower"), later("projector")
+HEAD = later("head")
 PARTS = (
     *(ATTENTION, RECURRENT, MLP, DENSE_MLP, SHARED, ROUTED, ROUTER),
     *(OTHER, VISION, AUDIO, PROJECTOR, HEAD),
 )
-"""Parts of a model, in the order in which they are named."""
+"""Parts of a model, in the order in which they are named. In English for code; `tr(it)` shows one."""
 BY_NAME = {ROUTER, VISION, AUDIO, PROJECTOR, HEAD}
 """Parts that only their own name reaches."""
 
@@ -369,17 +365,17 @@ def _half(
     names, without = ([path.rpartition(".")[2] for path in paths] for paths in (way, lacking))
     what = tr(
         "the routed experts hold {names} in one parameter, and {without} is not named",
-        names=" and ".join(names),
+        names=tr(" and ").join(names),
         without=without[0],
     )
-    return Problem(
-        what, place, tr("name {without} too, or {otherwise}", without=without[0], otherwise=otherwise)
-    )
+    return Problem(what, place, either(tr("name {without} too", without=without[0]), otherwise))
 
 
 def _beside_text(layer: TargetLayer) -> Problem:
     what = tr(
-        "it reaches {path} in the {part}, through which text never passes", path=layer.path, part=layer.part
+        "it reaches {path} in the {part}, through which text never passes",
+        path=layer.path,
+        part=tr(layer.part),
     )
     return Problem(
         what, PLACE, tr("leave it out: an adapter trained on text reaches the language model alone")
@@ -402,7 +398,7 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = P
             what = tr(
                 '"{name}" is only in the {part}, which an adapter reaches by its own name alone',
                 name=name,
-                part=layer.part,
+                part=tr(layer.part),
             )
             return Problem(
                 what, place, tr("write {key}.*.{leaf}, or {key} for all of it", key=key, leaf=layer.leaf)
@@ -423,17 +419,21 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = P
     own = [layer for layer in every if layer.part not in (VISION, AUDIO, PROJECTOR)]
     fused = {layer.leaf: layer.in_files for layer in own if layer.kind == "experts"}
     leaves = sorted({layer.leaf for layer in own}.union(*fused.values()))
-    what = tr(
-        'no layer of the model is called "{name}"; it has {leaves}', name=name, leaves=", ".join(leaves)
-    )
-    if fused:
+    places = {"name": name, "leaves": ", ".join(leaves)}
+    if not fused:
+        what = tr('no layer of the model is called "{name}"; it has {leaves}', **places)
+    else:
         listed = [
             leaf
             if files in ((), (leaf,))
-            else tr("{leaf} ({files} in its files)", leaf=leaf, files=" and ".join(files))
+            else tr("{leaf} ({files} in its files)", leaf=leaf, files=tr(" and ").join(files))
             for leaf, files in fused.items()
         ]
-        what += tr("; its routed experts are {listed}", listed=" and ".join(listed))
+        what = tr(
+            'no layer of the model is called "{name}"; it has {leaves}; its routed experts are {experts}',
+            experts=tr(" and ").join(listed),
+            **places,
+        )
         if name in _BOTH and "gate_up_proj" in fused:
             return Problem(what, place, tr("use gate_up_proj, or all-linear"))
     return Problem(what, place, did_you_mean(name, leaves) or tr("or use all-linear"))
@@ -457,9 +457,10 @@ class PartCoverage:
     """Names of what has none, at least in one of these layers."""
 
     def __str__(self) -> str:
-        text = f"{self.part} {self.reached}/{self.blocks}"
+        text = f"{tr(self.part)} {self.reached}/{self.blocks}"
         if self.names and self.without:
-            text += f" ({', '.join(self.names)}; not {', '.join(self.without)})"
+            names, without = ", ".join(self.names), ", ".join(self.without)
+            return tr("{part} ({names}; not {without})", part=text, names=names, without=without)
         return text
 
 
@@ -476,7 +477,9 @@ class Coverage:
     def __str__(self) -> str:
         text = ", ".join(map(str, self.parts))
         text += tr("; trained whole: {whole}", whole=", ".join(self.whole)) if self.whole else ""
-        return text + (f"; rows of {counted(self.tokens, 'token')}" if self.tokens else "")
+        if self.tokens:
+            text += tr("; rows of {tokens}", tokens=counted(self.tokens, "token"))
+        return text
 
 
 def adapted(model: Any) -> set[str]:

@@ -117,10 +117,13 @@ def _read_fp8(
     try:
         return numbers.mul_(_expanded(factors, numbers.shape, block))
     except (ValueError, RuntimeError) as error:
-        shapes = tr("weight {shape}, scale {shape2}", shape=tuple(numbers.shape), shape2=tuple(factors.shape))
-        raise _unfit(
-            name, tr("{shapes}, and blocks of {block}", shapes=shapes, block=block), place
-        ) from error
+        why = tr(
+            "weight {weight}, scale {scale}, and blocks of {block}",
+            weight=tuple(numbers.shape),
+            scale=tuple(factors.shape),
+            block=block,
+        )
+        raise _unfit(name, why, place) from error
 
 
 def _float_scale(scale: torch.Tensor) -> torch.Tensor:

@@ -264,17 +264,18 @@ def _changes(trial: _Trial) -> list[_Change]:
         and setup.optimizer == "adamw"
         and not setup.sharded
     ):
-        note = "AdamW's averages in 8 bits, needs bitsandbytes"
+        note = tr("AdamW's averages in 8 bits, needs bitsandbytes")
         add("optimizer", "adamw_8bit", note, optimizer="adamw_8bit")
     if setup.dtype == torch.float32 and (setup.planned is None or setup.planned >= MIN_CAPABILITY):
-        slow = "lower precision, slow on most CPUs" if setup.device.type == "cpu" else "lower precision"
+        is_cpu = setup.device.type == "cpu"
+        slow = tr("lower precision, slow on most CPUs") if is_cpu else tr("lower precision")
         add("dtype", "bfloat16", slow, dtype=torch.bfloat16)
     is_packed = setup.published is not None and setup.published.stays_packed
     if setup.lora is not None and setup.quantization == "none" and not setup.sharded and not is_packed:
         if setup.has_fp8 and not (isinstance(setup.lora, load.LoraShape) and setup.lora.use_dora):
             add("quantization", "fp8", tr("changes the result"), quantization="fp8")
-        add("quantization", "int8", "changes the result, needs bitsandbytes", quantization="int8")
-        add("quantization", "nf4", "changes the result, needs bitsandbytes", quantization="nf4")
+        add("quantization", "int8", tr("changes the result, needs bitsandbytes"), quantization="int8")
+        add("quantization", "nf4", tr("changes the result, needs bitsandbytes"), quantization="nf4")
     changes += _cutoffs(trial, one_by_one)
     if setup.lora is None:
         lora = lora_shape(LoraSettings())
@@ -294,7 +295,7 @@ def _cutoffs(trial: _Trial, one_by_one: Any) -> list[_Change]:
     for length in (longest // 2 // 64 * 64, longest // 4 // 64 * 64):
         if length >= SHORTEST_CUTOFF:
             rows = int((prepared.plan.lengths > length).sum())
-            note = f"shortens {rows:,} of {len(prepared.plan.lengths):,} rows"
+            note = tr("shortens {rows:,} of {count:,} rows", rows=rows, count=len(prepared.plan.lengths))
             changed = {"micro": one_by_one}
             changes.append(_Change("cutoff_len", str(length), note, changed, cutoff=length, is_offered=False))
     return changes
@@ -313,7 +314,9 @@ def _sharded(trial: _Trial) -> list[_Change]:
     if setup.device.type != "cuda" or not (setup.sharded or _may_shard(setup)):
         return []
     return [
-        _Change("nproc", f"{count}, shard true", f"on {count} GPUs", changed, same_result=True)
+        _Change(
+            "nproc", f"{count}, shard true", tr("on {count} GPUs", count=count), changed, same_result=True
+        )
         for count in MORE_PROCESSES
         if count > setup.processes
         for changed in ({"processes": count, "sharded": True},)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from yeonma.config.gpus import Gpu
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.model.targets import Coverage, PartCoverage
 from yeonma.train.memory_parts import Memory
 
@@ -25,6 +25,22 @@ of its 989. Rows of usual lengths reach less."""
 
 SECONDS_PER_OPERATOR = 8e-6
 """The assumed time in which PyTorch calls an operator from Python, which bounds the speed of small models on a GPU."""
+
+
+WORDS_OF_MEMORY = {
+    "process": later("process"),
+    "weights": later("weights"),
+    "lora": later("lora"),
+    "gradients": later("gradients"),
+    "optimizer": later("optimizer"),
+    "activations": later("activations"),
+    "logits": later("logits"),
+    "workspace": later("workspace"),
+    "routines": later("routines"),
+    "copies": later("copies"),
+    "gathered": later("gathered"),
+}
+"""The parts of memory."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +201,7 @@ def forecast_lines(
     are named beside the parts of memory."""
     lines = [
         (
-            "parameters",
+            tr("parameters"),
             tr(
                 "{parameters_trained:,} trained, {parameters_frozen:,} frozen",
                 parameters_trained=forecast.parameters_trained,
@@ -195,9 +211,9 @@ def forecast_lines(
         *([(tr("base weights"), forecast.published)] if forecast.published else []),
         (tr("adapter on"), str(forecast.adapter))
         if forecast.adapter is not None
-        else ("training", tr("all weights")),
+        else (tr("training"), tr("all weights")),
         (
-            "steps",
+            tr("steps"),
             tr(
                 "{steps:,} ({epochs:.2f} epochs, {tokens:,} tokens)",
                 steps=forecast.steps,
@@ -207,29 +223,53 @@ def forecast_lines(
         ),
         (
             tr("heaviest micro-batch"),
-            f"{forecast.heaviest_units} {units}, {forecast.heaviest_tokens:,} tokens",
+            tr(
+                "{count} {units}, {tokens:,} tokens",
+                count=forecast.heaviest_units,
+                units=tr(units),
+                tokens=forecast.heaviest_tokens,
+            ),
         ),
-        (tr("peak memory"), f"{size(forecast.memory.peak)} on {forecast.device}, {forecast.dtype}"),
+        (
+            tr("peak memory"),
+            tr(
+                "{size} on {device}, {dtype}",
+                size=size(forecast.memory.peak),
+                device=forecast.device,
+                dtype=forecast.dtype,
+            ),
+        ),
     ]
     parts = {name: value for name, value in asdict(forecast.memory).items() if name != "loading" and value}
-    lines += [(f"  {name}", size(value)) for name, value in parts.items()]
+    lines += [(f"  {tr(WORDS_OF_MEMORY[name])}", size(value)) for name, value in parts.items()]
     if forecast.memory.loading > forecast.memory.training:
         lines.append((tr("  while loading"), size(forecast.memory.loading)))
-    lines += [(f"  with {other.name}", f"{size(other.peak_bytes)} ({other.note})") for other in savings]
+    lines += [
+        (tr("  with {settings}", settings=other.name), f"{size(other.peak_bytes)} ({other.note})")
+        for other in savings
+    ]
     time, price = forecast.time, forecast.price
     if time is not None:
         source = {
             "probe": tr("measured on real steps"),
             "rate": tr("roughly, from the device's speed"),
-            "data sheet": f"from the data sheet, at an assumed {DATA_SHEET_PARTS[1]:.0%} of its rate",
+            "data sheet": tr(
+                "from the data sheet, at an assumed {part:.0%} of its rate", part=DATA_SHEET_PARTS[1]
+            ),
         }[time.measured_by]
-        spread = f"{duration(time.seconds_low)} to {duration(time.seconds_high)}"
-        lines.append(("time", f"{duration(time.seconds)} ({spread}), {source}"))
-        lines.append(("speed", f"{time.tokens_per_second:,.0f} tokens/s"))
+        spread = tr(
+            "{time} ({least} to {most}), {source}",
+            time=duration(time.seconds),
+            least=duration(time.seconds_low),
+            most=duration(time.seconds_high),
+            source=source,
+        )
+        lines.append((tr("time"), spread))
+        lines.append((tr("speed"), tr("{rate:,.0f} tokens/s", rate=time.tokens_per_second)))
     if price is not None:
         lines.append(
             (
-                "price",
+                tr("price"),
                 tr(
                     "{of_the_run:,.2f} at {per_hour:g} an hour",
                     of_the_run=price.of_the_run,
@@ -254,7 +294,7 @@ def size(size_bytes: float) -> str:
 def duration(seconds: float) -> str:
     """`42s`, `12m` or `1h40m`."""
     if seconds < 1:
-        return "under 1s"
+        return tr("under 1s")
     if seconds < 100:
         return f"{seconds:.0f}s"
     minutes = round(seconds / 60)

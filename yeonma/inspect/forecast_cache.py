@@ -10,6 +10,7 @@ from pathlib import Path
 
 from yeonma.config.settings import RunConfig
 from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_of
+from yeonma.language import language
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
 from yeonma.train.target_device import TargetDevice
@@ -24,6 +25,7 @@ def forecast_key(config: RunConfig, prepared: Prepared, target: TargetDevice, pr
     adapter = Path(prepared.adapter or "") / "adapter_config.json"
     content = [
         FORMAT,
+        language(),  # that of the notes
         [version(package) for package in ("torch", "transformers", "peft", "yeonma")],
         prepared.config.to_json_string(),
         sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,

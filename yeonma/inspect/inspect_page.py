@@ -11,13 +11,15 @@ from rich.console import Console
 from yeonma.inspect.audit import Audit, Lengths, PartAudit
 from yeonma.inspect.terminal import (
     SHOWN_IN_LEGEND,
-    VERDICT,
     WORDS,
     heading_of,
     print_audit,
     printable,
+    shown_names,
     weight_text,
 )
+from yeonma.inspect.verdict import VERDICT
+from yeonma.language import language
 from yeonma.messages import tr
 from yeonma.shown import html
 from yeonma.tokenization.explain import TextSpan, View
@@ -71,35 +73,33 @@ def page(
     """
     lines = [
         "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
+        f'<html lang="{language()}"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html(title)}</h1>",
         *[f'<p class="verdict">{html(text)}</p>' for name, text in forecast if name == VERDICT],
-        tr(
-            '<p class="legend">{legend}<label><input type="checkbox" id="borders"> token borders; '
-            "hover over a token for its id</label></p>",
-            legend="".join(_legend()),
-        ),
+        f'<p class="legend">{"".join(_legend())}<label><input type="checkbox" id="borders"> '
+        f"{tr('token borders; hover over a token for its id')}</label></p>",
     ]
     for view in views:
         kind = ' class="left-out"' if view.left_out is not None else ""
         lines.append(f"<h2{kind}>{html(heading_of(view))}</h2>")
         lines.append(f"<pre>{''.join(_spans(view))}</pre>")
-    lines += [tr("<h1>The data set</h1>"), f"<pre>{escape(_audit_text(audit))}</pre>"]
-    lines += [f"<p>model: {html(remark)}</p>" for remark in remarks]
-    parts = [("trained", audit.train), ("validation", audit.validation)]
+    lines += [f"<h1>{tr('The data set')}</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
+    lines += [f"<p>{tr('model')}: {html(remark)}</p>" for remark in remarks]
+    trained, validation = tr("trained"), tr("validation")
+    parts = [(trained, audit.train), (validation, audit.validation)]
     for one in audit.sets:
-        parts += [(f"{one.name}, trained", one.train), (f"{one.name}, validation", one.validation)]
+        parts += [(f"{one.name}, {trained}", one.train), (f"{one.name}, {validation}", one.validation)]
     for name, part in parts:
         if part is not None:
             lines += _histograms(name, part)
     if forecast:
         rows = "".join(
             f'<tr><td style="text-align:left">{html(name)}</td><td style="text-align:left">{html(text)}</td></tr>'
-            for name, text in forecast
+            for name, text in shown_names(forecast)
         )
-        lines += ["<h1>Forecast</h1>", f"<table>{rows}</table>"]
+        lines += [f"<h1>{tr('Forecast')}</h1>", f"<table>{rows}</table>"]
     lines += [f"<script>{SCRIPT}</script>", "</body></html>", ""]
     return "\n".join(lines)
 
@@ -115,7 +115,8 @@ def _spans(view: View) -> Iterator[str]:
             yield f'<span class="weight">{weight_text(span.weight)}</span>'
         weight = span.weight
         if span.kind == "cut":
-            yield f'<span class="cut" title="cut: {len(span.text):,} characters">{_escaped(span.text)}</span>'
+            title = tr("cut: {count:,} characters", count=len(span.text))
+            yield f'<span class="cut" title="{title}">{_escaped(span.text)}</span>'
             continue
         start = 0
         while start < len(span.text):
@@ -137,7 +138,7 @@ def _trained_class(span: TextSpan) -> str:
 def _legend() -> Iterator[str]:
     for kind in SHOWN_IN_LEGEND:
         yield f'<span class="{kind}">{WORDS[kind]}</span>'
-    yield '<span><span class="weight">×0.5</span>weight in the loss</span>'
+    yield f'<span><span class="weight">×0.5</span>{tr("weight in the loss")}</span>'
 
 
 def _escaped(text: str) -> str:
@@ -155,8 +156,9 @@ def _audit_text(audit: Audit) -> str:
 
 
 def _histograms(name: str, part: PartAudit) -> Iterator[str]:
-    for label, lengths in (("prompt", part.prompt_tokens), ("answer", part.answer_tokens)):
-        yield f"<table><caption>{html(name)}: {label} tokens, examples</caption>{_bars(lengths)}</table>"
+    prompts, answers = tr("prompt tokens, examples"), tr("answer tokens, examples")
+    for label, lengths in ((prompts, part.prompt_tokens), (answers, part.answer_tokens)):
+        yield f"<table><caption>{html(name)}: {label}</caption>{_bars(lengths)}</table>"
 
 
 def _bars(lengths: Lengths) -> str:

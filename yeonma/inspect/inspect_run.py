@@ -84,7 +84,9 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     """
     target = target_device(config.model.device, options.gpu)
     if options.gpu is not None and options.probe:
-        raise UserError("real steps run on this machine", place="probe", cure="leave out --gpu or --probe")
+        raise UserError(
+            tr("real steps run on this machine"), place="probe", cure=tr("leave out --gpu or --probe")
+        )
     memory_bytes = memory_for_run(target)
     source, continued = check_folders(config.model, config.run)
     check_full(config, continued)
@@ -109,7 +111,7 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, selection, in_full=not options.json or options.html is not None
     )
-    title = f"{dataset.train.rows.name} for {Path(source.name).name}"
+    title = tr("{data} for {model}", data=dataset.train.rows.name, model=Path(source.name).name)
     if options.html is not None:
         views = list(views)
     inspection = Inspection(title, views, audit, forecast, verdict, lines, adapter, remarks)
@@ -137,7 +139,7 @@ def print_inspection(
     print_views(console, inspection.views, tokens=options.tokens)
     print_audit(console, inspection.audit)
     for remark in inspection.remarks:
-        print_remark(console, "model", remark)
+        print_remark(console, tr("model"), remark)
     verdict = inspection.verdict
     style = VERDICT_STYLES[verdict.outcome] if verdict is not None else ""
     print_forecast(console, inspection.forecast_lines, style)

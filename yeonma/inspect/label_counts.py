@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from yeonma.data.classification import IMBALANCED
+from yeonma.messages import tr
 from yeonma.tokenization.answer_labels import answer_labels
 from yeonma.tokenization.dataset import DatasetPart
 
@@ -41,14 +42,25 @@ def label_lines(counts: LabelCounts) -> Iterator[str | tuple[str, str]]:
     total = sum(count for _, count in counts.labels)
     listed = ", ".join(f"{label}: {count:,} ({count / total:.0%})" for label, count in counts.labels[:SHOWN])
     more = len(counts.labels) - SHOWN
-    rest = (
-        f" and {more:,} more, the rarest {counts.labels[-1][0]}: {counts.labels[-1][1]:,}" if more > 0 else ""
-    )
-    yield f"{len(counts.labels)} labels: {listed}{rest}"
-    share = (
-        f"always answering {counts.labels[0][0]} would give an accuracy of {counts.most_frequent_share:.3f}"
-    )
-    if counts.is_imbalanced:
-        yield f"! the labels are imbalanced: {share}, so judge by macro F1 as well", "yellow"
+    if more > 0:
+        yield tr(
+            "{count} labels: {listed} and {more:,} more, the rarest {rarest}: {rows:,}",
+            count=len(counts.labels),
+            listed=listed,
+            more=more,
+            rarest=counts.labels[-1][0],
+            rows=counts.labels[-1][1],
+        )
     else:
-        yield share
+        yield tr("{count} labels: {listed}", count=len(counts.labels), listed=listed)
+    label, share = counts.labels[0][0], counts.most_frequent_share
+    if counts.is_imbalanced:
+        text = tr(
+            "! the labels are imbalanced: always answering {label} would give an accuracy of {share:.3f}, so judge "
+            "by macro F1 as well",
+            label=label,
+            share=share,
+        )
+        yield text, "yellow"
+    else:
+        yield tr("always answering {label} would give an accuracy of {share:.3f}", label=label, share=share)

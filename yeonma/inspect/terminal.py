@@ -11,7 +11,8 @@ from rich.text import Text
 
 from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
 from yeonma.inspect.label_counts import label_lines
-from yeonma.messages import counted, tr
+from yeonma.inspect.verdict import VERDICT
+from yeonma.messages import counted, later, tr
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.tokenization.dataset import format_rows
 from yeonma.tokenization.explain import SpanKind, TextSpan, View
@@ -30,18 +31,20 @@ STYLES: dict[SpanKind, str] = {
     "untrained": "green",
 }
 WORDS: dict[SpanKind, str] = {
-    "start": "start token",
-    "frame": "frame",
-    "field": "field",
-    "prompt": "prompt",
-    "answer": "trained answer",
-    "end": "trained end token",
-    "cut": "cut",
-    "tools": "tools",
-    "reasoning": "reasoning",
-    "call": "tool call",
-    "untrained": "untrained answer",
+    "start": tr("start token"),
+    "frame": tr("frame"),
+    "field": tr("field"),
+    "prompt": tr("prompt"),
+    "answer": tr("trained answer"),
+    "end": tr("trained end token"),
+    "cut": tr("cut"),
+    "tools": tr("tools"),
+    "reasoning": tr("reasoning"),
+    "call": tr("tool call"),
+    "untrained": tr("untrained answer"),
 }
+ROLES = (later("chosen"), later("rejected"), later("desirable"), later("undesirable"))
+"""The roles of answers that a view may name."""
 SHOWN_IN_LEGEND: tuple[SpanKind, ...] = (
     *("frame", "field", "answer", "end", "cut"),
     *("tools", "reasoning", "call", "untrained"),
@@ -50,8 +53,6 @@ WITHIN_ANSWERS: tuple[SpanKind, ...] = ("answer", "end", "reasoning", "call")
 """The kinds that are trained in an ordinary answer."""
 NAMED_BY_MARKS: tuple[SpanKind, ...] = ("tools", "reasoning", "call", "untrained")
 WEIGHT_STYLE = "reverse"
-VERDICT = "verdict"
-"""The name of the forecast's first line."""
 VERDICT_STYLES = {
     "fits": "bold green",
     "may not fit": "bold yellow",
@@ -93,7 +94,7 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
         _print(console, (f"{one.name}", "bold"), f": {one.part}")
         for part in (one.train, one.validation):
             if part is not None:
-                _print_part(console, part, "trained" if part is one.train else "validation")
+                _print_part(console, part, tr("trained") if part is one.train else tr("validation"))
         for warning in one.overlaps:
             _print(console, (f"  ! {warning}", "yellow"))
     if audit.sets:
@@ -101,7 +102,7 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     else:
         for part in (audit.train, audit.validation):
             if part is not None:
-                _print_part(console, part, "trained" if part is audit.train else "validation")
+                _print_part(console, part, tr("trained") if part is audit.train else tr("validation"))
     if bars:
         console.print(_histograms(audit.train))
     if audit.overlap is not None:
@@ -109,19 +110,24 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     for remark in audit.warnings:
         _print(console, (f"! {remark}", "yellow"))
     _print(console, (tr("per epoch: "), "bold"), _epoch(audit))
-    _print(console, ("computation: ", "bold"), _saving(audit))
+    _print(console, (tr("computation: "), "bold"), _saving(audit))
 
 
 def print_forecast(console: Console, lines: Sequence[tuple[str, str]], verdict_style: str = "") -> None:
     """Print (name, text) lines. A name that starts with spaces is a part of the line before. `verdict_style`: of the
     line `verdict`."""
     if lines:
-        _print(console, ("── forecast ──", "bold"))
-    for name, text in lines:
+        _print(console, (tr("── forecast ──"), "bold"))
+    for (key, text), (name, _) in zip(lines, shown_names(lines), strict=True):
         part = name.startswith(" ")
         _print(
-            console, (f"{name}: ", "" if part else "bold"), (text, verdict_style if name == VERDICT else "")
+            console, (f"{name}: ", "" if part else "bold"), (text, verdict_style if key == VERDICT else "")
         )
+
+
+def shown_names(lines: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(name, text) lines of a forecast, with the name of the verdict in the language of help."""
+    return [(tr(VERDICT) if name == VERDICT else name, text) for name, text in lines]
 
 
 def print_remark(console: Console, label: str, text: str) -> None:
@@ -160,23 +166,28 @@ def _legend(console: Console) -> Text:
 def heading_of(view: View) -> str:
     """A line about a view."""
     trained = sum(view.trained)
-    row = f"{view.data_set} row {view.row}" if view.data_set else f"row {view.row}"
-    parts = [row, view.place, *([view.role] if view.role is not None else [])]
+    row = tr("row {row}", row=view.row)
+    if view.data_set:
+        row = tr("{data_set} row {row}", data_set=view.data_set, row=view.row)
+    parts = [row, view.place, *([tr(view.role)] if view.role is not None else [])]
     if view.left_out is not None:
         parts.append(tr("left out: {left_out}", left_out=view.left_out))
     else:
-        parts.append(f"{counted(len(view.token_ids), 'token')}, {trained:,} trained")
+        tokens = counted(len(view.token_ids), "token")
+        parts.append(tr("{tokens}, {trained:,} trained", tokens=tokens, trained=trained))
     if view.cut_characters:
         fields = sorted({part.field or "" for part in view.text_spans if part.kind == "cut"})
-        parts.append(f"{counted(view.cut_characters, 'character')} cut from {', '.join(fields)}")
+        characters = counted(view.cut_characters, "character")
+        parts.append(tr("{characters} cut from {fields}", characters=characters, fields=", ".join(fields)))
     if view.dropped_turns:
-        parts.append(f"{counted(view.dropped_turns, 'old turn')} dropped")
+        parts.append(tr("{turns} dropped", turns=counted(view.dropped_turns, "old turn")))
     if view.straddles:
         parts.append(tr("answer tokenised separately: its first token would merge with the prompt"))
     if view.special_text:
-        parts.append(f"{counted(view.special_text, 'special-token text')} encoded as ordinary text")
+        texts = counted(view.special_text, "special-token text")
+        parts.append(tr("{texts} encoded as ordinary text", texts=texts))
     if view.is_held_out:
-        parts.append("validation")
+        parts.append(tr("validation"))
     return " · ".join(parts)
 
 
@@ -194,7 +205,8 @@ def _coloured(spans: Sequence[TextSpan], *, marks: bool) -> Text:
         if span.kind == "cut":
             if len(content) > CUT_SHOWN:
                 content = f"{content[: CUT_SHOWN // 2]} … {content[-CUT_SHOWN // 2 :]}"
-            text.append(f"⟨{counted(len(span.text), 'character')} cut: ", "red" if not marks else "")
+            cut = tr("⟨{characters} cut: ", characters=counted(len(span.text), "character"))
+            text.append(cut, "red" if not marks else "")
             text.append(content, STYLES["cut"])
             text.append("⟩", "red")
         else:
@@ -228,12 +240,13 @@ def printable(text: str) -> str:
 
 def _token_table(view: View) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
-    for name, justify in (("at", "right"), ("id", "right"), ("text", "left"), ("", "left"), ("", "left")):
+    names = (tr("at"), "id", tr("text"), "", "")
+    for name, justify in zip(names, ("right", "right", "left", "left", "left"), strict=True):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for position, token in enumerate(view.tokens):
         text = _one_line(token.text) if token.text else f"({token.name})"
         style = style_of(token.kind, trained=token.trained)
-        words = "trained" if token.trained else ""
+        words = tr("trained") if token.trained else ""
         words += f" {weight_text(token.weight).strip()}" if token.weight != 1 else ""
         table.add_row(str(position), str(token.id), Text(text, style), Text(WORDS[token.kind], "dim"), words)
     return table
@@ -244,60 +257,79 @@ def _one_line(text: str) -> str:
 
 
 def _source_lines(source: AuditedSource) -> Iterator[str | tuple[str, str]]:
-    left_out = (
-        tr(", {left_out:,} left out", left_out=source.left_out) if source.left_out else tr(", none left out")
-    )
-    left_out += (
-        tr(" ({identical:,} with two equal answers)", identical=source.identical) if source.identical else ""
-    )
-    yield f"{source.name}: {counted(source.rows, 'row')} read{left_out}; template {source.template}"
+    about = {"name": source.name, "rows": counted(source.rows, "row"), "template": source.template}
+    if source.identical:
+        yield tr(
+            "{name}: {rows} read, {left_out:,} left out ({identical:,} with two equal answers); template {template}",
+            **about,
+            left_out=source.left_out,
+            identical=source.identical,
+        )
+    elif source.left_out:
+        yield tr(
+            "{name}: {rows} read, {left_out:,} left out; template {template}",
+            **about,
+            left_out=source.left_out,
+        )
+    else:
+        yield tr("{name}: {rows} read, none left out; template {template}", **about)
     for fault in source.bad_rows:
-        yield f"  bad rows, {fault}", "red"
+        yield tr("  bad rows, {fault}", fault=fault), "red"
     for row in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
         yield f"  {row.place}: {row.reason}", "red"
     more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)
     if more:
         rows = [row.row for row in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
-        yield f"  and {more:,} more: {format_rows(rows, more)}", "red"
+        yield tr("  and {more:,} more: {rows}", more=more, rows=format_rows(rows, more)), "red"
 
 
 def _print_mixture(console: Console, audit: Audit) -> None:
     part = audit.train
-    line = f"{counted(part.rows, 'row')}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
+    line = tr(
+        "{rows}, {tokens:,} tokens, {trained_tokens:,} of them trained",
+        rows=counted(part.rows, "row"),
+        tokens=part.tokens,
+        trained_tokens=part.trained_tokens,
+    )
     _print(console, (tr("all data sets: "), "bold"), line)
     _print_lengths(console, part)
 
 
 def _print_lengths(console: Console, part: PartAudit) -> None:
-    for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
+    for name, lengths in ((tr("prompts"), part.prompt_tokens), (tr("answers"), part.answer_tokens)):
         spread = tr(
-            "{least:,} to {most:,} tokens, median {median:,}",
+            "  {name}: {least:,} to {most:,} tokens, median {median:,}, 95% have at most {p95:,}",
+            name=name,
             least=lengths.least,
             most=lengths.most,
             median=lengths.median,
+            p95=lengths.p95,
         )
-        _print(
-            console,
-            tr("  {name}: {spread}, 95% have at most {p95:,}", name=name, spread=spread, p95=lengths.p95),
-        )
+        _print(console, spread)
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
-    examples = "" if part.examples == part.rows else f", {counted(part.examples, 'answer')}"
-    line = f"{counted(part.rows, 'row')}{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
+    rows = counted(part.rows, "row")
+    if part.examples != part.rows:
+        rows += f", {counted(part.examples, 'answer')}"
+    line = tr(
+        "{rows}, {tokens:,} tokens, {trained_tokens:,} of them trained",
+        rows=rows,
+        tokens=part.tokens,
+        trained_tokens=part.trained_tokens,
+    )
     _print(console, (f"{label}: ", "bold"), line)
     if part.shortened:
-        cuts = [f"by {counted(part.cut_characters, 'character')} in total"] if part.cut_characters else []
-        cuts += (
-            [f"by {counted(part.dropped_turns, 'old turn')} of conversations"] if part.dropped_turns else []
-        )
-        summary = f"{part.shortened:,} shortened, {' and '.join(cuts)}"
-        _print(console, (f"  {summary} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
+        _print(console, (_shortened(part), "red"))
     else:
         _print(console, tr("  none shortened"))
     if len(part.variants) > 1:
-        variants = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
-        _print(console, f"  template {', '.join(variants)}")
+        variants = ", ".join(
+            tr("variant {number}: {count:,}", number=number, count=count)
+            for number, count in enumerate(part.variants, 1)
+            if count
+        )
+        _print(console, tr("  template {variants}", variants=variants))
     _print(console, tr("  answers in {part}", part=_scripts(part)))
     for entry in label_lines(part.answer_labels) if part.answer_labels is not None else ():
         text, style = (entry, "") if isinstance(entry, str) else entry
@@ -312,24 +344,34 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
     _print_lengths(console, part)
 
 
+def _shortened(part: PartAudit) -> str:
+    characters = counted(part.cut_characters, "character")
+    turns = counted(part.dropped_turns, "old turn")
+    about = {"count": part.shortened, "rows": format_rows(part.shortened_rows, part.shortened)}
+    if not part.dropped_turns:
+        return tr("  {count:,} shortened, by {characters} in total ({rows})", **about, characters=characters)
+    if not part.cut_characters:
+        return tr("  {count:,} shortened, by {turns} of conversations ({rows})", **about, turns=turns)
+    return tr(
+        "  {count:,} shortened, by {characters} in total and by {turns} of conversations ({rows})",
+        **about,
+        characters=characters,
+        turns=turns,
+    )
+
+
 def _bias(bias: Bias, pairs: int) -> str:
-    means = tr(
-        "{chosen_mean:.0f} tokens on average against {rejected_mean:.0f}",
+    text = tr(
+        "length: the chosen answer is longer in {chosen_longer:.0%} of pairs, the rejected one in "
+        "{rejected_longer:.0%}; {chosen_mean:.0f} tokens on average against {rejected_mean:.0f}",
+        chosen_longer=bias.chosen_longer / pairs,
+        rejected_longer=bias.rejected_longer / pairs,
         chosen_mean=bias.chosen_mean,
         rejected_mean=bias.rejected_mean,
     )
-    shares = tr(
-        "in {chosen_longer:.0%} of pairs, the rejected one in {rejected_longer:.0%}",
-        chosen_longer=bias.chosen_longer / pairs,
-        rejected_longer=bias.rejected_longer / pairs,
-    )
-    warning = tr(": a model can learn length alone from this") if _leans(bias, pairs) else ""
-    return tr(
-        "length: the chosen answer is longer {shares}; {means}{warning}",
-        shares=shares,
-        means=means,
-        warning=warning,
-    )
+    if not _leans(bias, pairs):
+        return text
+    return tr("{lengths}: a model can learn length alone from this", lengths=text)
 
 
 def _leans(bias: Bias, pairs: int) -> bool:
@@ -348,7 +390,8 @@ def _scripts(part: PartAudit) -> str:
         )
         entries.append(f"{names}: {scripts.count:,}{rows}")
     more = len(part.scripts) - len(entries)
-    return ", ".join(entries) + (tr(" and {more} more mixtures", more=more) if more else "")
+    listed = ", ".join(entries)
+    return tr("{listed} and {more} more mixtures", listed=listed, more=more) if more else listed
 
 
 def _histograms(part: PartAudit) -> Table:
@@ -374,18 +417,23 @@ def _histogram(lengths: Lengths) -> Table:
 
 
 def _epoch(audit: Audit) -> str:
-    tokens = tr(
-        "{tokens_per_epoch:,} tokens, {trained_tokens_per_epoch:,} of them trained",
-        tokens_per_epoch=audit.tokens_per_epoch,
-        trained_tokens_per_epoch=audit.trained_tokens_per_epoch,
+    return tr(
+        "{steps_per_epoch}, {tokens:,} tokens, {trained_tokens:,} of them trained; whole run: {steps}",
+        steps_per_epoch=counted(audit.steps_per_epoch, "step"),
+        tokens=audit.tokens_per_epoch,
+        trained_tokens=audit.trained_tokens_per_epoch,
+        steps=counted(audit.steps, "step"),
     )
-    return f"{counted(audit.steps_per_epoch, 'step')}, {tokens}; whole run: {counted(audit.steps, 'step')}"
 
 
 def _saving(audit: Audit) -> str:
     work = audit.work
     padding, shared = 1 - work.unpadded / work.padded, (work.unpadded - work.forest) / work.padded
-    return (
-        f"{work.saved:.0%} less than with padding: {padding:.0%} from no padding, {shared:.0%} from shared prefixes"
-        f" (first {counted(work.steps, 'step')})"
+    return tr(
+        "{saved:.0%} less than with padding: {padding:.0%} from no padding, {shared:.0%} from shared prefixes "
+        "(first {steps})",
+        saved=work.saved,
+        padding=padding,
+        shared=shared,
+        steps=counted(work.steps, "step"),
     )

@@ -8,11 +8,19 @@ from typing import Literal
 
 from yeonma.config.gpus import GPUS
 from yeonma.inspect.forecast import Alternative, Forecast, duration, size
+from yeonma.messages import later, tr
 from yeonma.run_folder.progress import status_bytes
 from yeonma.train.memory_budget import free_memory
 from yeonma.train.target_device import TargetDevice
 
 FitOutcome = Literal["fits", "may not fit", "does not fit", "unknown"]
+WORDS_OF_OUTCOMES: dict[FitOutcome, str] = {
+    "fits": later("fits"),
+    "may not fit": later("may not fit"),
+    "does not fit": later("does not fit"),
+}
+VERDICT = later("verdict")
+"""The name of the forecast's first line."""
 USABLE = {"cpu": 0.85, "cuda": 0.9}
 """The share of memory that a run certainly has. The rest is for the CUDA driver, for holes between tensors, and for
 fragments of the CPU's heap. An assumption."""
@@ -65,31 +73,53 @@ def verdict_of(forecast: Forecast, target: TargetDevice, memory_bytes: int | Non
     outcome = outcome_of(peak, memory_bytes, kind)
     candidates = [one for one in (*forecast.alternatives, *forecast.combinations) if _saves(one, forecast)]
     cures = () if outcome in ("fits", "unknown") else _cures(candidates, memory_bytes, kind)
-    needs = f"needs {size(peak)}" if memory_bytes is None else f"needs {size(peak)} of {size(memory_bytes)}"
-    where = needs if target.gpu is not None and not target.gpu.source else f"{needs} on {target.name}"
-    parts = [where if outcome == "unknown" else f"{where}: {outcome}"]
+    is_named = target.gpu is None or bool(target.gpu.source)
+    where = _needs(size(peak), None if memory_bytes is None else size(memory_bytes), target.name, is_named)
+    parts = [where if outcome == "unknown" else f"{where}: {tr(WORDS_OF_OUTCOMES[outcome])}"]
     if forecast.time is not None:
-        parts.append(f"about {duration(forecast.time.seconds)}")
-    if forecast.price is not None:
-        parts.append(f"{forecast.price.of_the_run:,.2f} at {forecast.price.per_hour:g} an hour")
+        parts.append(tr("about {time}", time=duration(forecast.time.seconds)))
+    if (price := forecast.price) is not None:
+        parts.append(
+            tr(
+                "{of_the_run:,.2f} at {per_hour:g} an hour",
+                of_the_run=price.of_the_run,
+                per_hour=price.per_hour,
+            )
+        )
     return Verdict(outcome, memory_bytes, cures, "; ".join(parts))
+
+
+def _needs(peak: str, memory: str | None, name: str, is_named: bool) -> str:
+    """What the run needs of which memory, and on which device if that has a name of its own."""
+    if memory is None:
+        return (
+            tr("needs {peak} on {device}", peak=peak, device=name)
+            if is_named
+            else tr("needs {peak}", peak=peak)
+        )
+    if not is_named:
+        return tr("needs {peak} of {memory}", peak=peak, memory=memory)
+    return tr("needs {peak} of {memory} on {device}", peak=peak, memory=memory, device=name)
 
 
 def verdict_lines(verdict: Verdict, forecast: Forecast) -> list[tuple[str, str]]:
     """(name, value) lines: the sentence, and what would make the run fit."""
-    lines = [("verdict", verdict.sentence)]
-    lines += [("  fits with", f"{one.options}: {size(one.peak_bytes)} ({one.note})") for one in verdict.cures]
+    lines = [(VERDICT, verdict.sentence)]
+    lines += [
+        (tr("  fits with"), f"{one.options}: {size(one.peak_bytes)} ({one.note})") for one in verdict.cures
+    ]
     if verdict.outcome in ("fits", "unknown") or verdict.cures:
         return lines
     smallest = min((*forecast.alternatives, *forecast.combinations), key=_peak, default=None)
     if smallest is not None and _saves(smallest, forecast):
         least = f"{smallest.options}: {size(smallest.peak_bytes)} ({smallest.note})"
-        lines.append(("  needs least with", least))
+        lines.append((tr("  needs least with"), least))
     needed = forecast.memory.peak
     large = [gpu for gpu in GPUS if needed <= USABLE["cuda"] * gpu.memory_bytes]
     if large and verdict.memory_bytes is not None and not forecast.device.startswith("cpu"):
         gpu = min(large, key=lambda gpu: gpu.memory_bytes)
-        lines.append(("  fits on", f"{gpu.name}, which has {size(gpu.memory_bytes)}, as it is"))
+        on = tr("{gpu}, which has {memory}, as it is", gpu=gpu.name, memory=size(gpu.memory_bytes))
+        lines.append((tr("  fits on"), on))
     return lines
 
 

@@ -41,7 +41,7 @@ from yeonma.files import (
     sync,
     sync_and_verify,
 )
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.run_folder.entries import (
     PARTIAL_FILES,
     PARTIAL_FINAL,
@@ -79,7 +79,7 @@ class AdapterWriter:
 
     write: Callable[[Path], None]
     about_bytes: int
-    noun: str = "adapter"
+    noun: str = later("adapter")
     gather: Callable[[], None] = lambda: None
     """Called by all processes before the first one writes: brings what they share out to it."""
 
@@ -157,7 +157,10 @@ def write_checkpoint(
     )
     cure = tr("make room or lower --save_total_limit")
     delete(partial)
-    check_free(output, needed, what, f"{cure}, {THEN_CONTINUE}")
+    whole_cure = tr(
+        "make room or lower --save_total_limit, then run the same command to continue from the last checkpoint"
+    )
+    check_free(output, needed, what, whole_cure)
     with disk_errors_as_user_errors(output, what, needed, cure, THEN_CONTINUE):
         try:
             partial.mkdir(parents=True)
@@ -227,7 +230,7 @@ def read_state(checkpoint: Path) -> RunProgress:
                 raise UserError(tr("it lists {name}", name=brief(name)), place=str(checkpoint / MANIFEST))
             if (kind := kind_of(path)) != "file":
                 what = (
-                    tr("it is a {kind}, not a file", kind=kind)
+                    tr("it is a {kind}, not a file", kind=tr(kind))
                     if kind
                     else tr("it is missing, but the manifest lists it")
                 )

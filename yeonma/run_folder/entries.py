@@ -12,7 +12,7 @@ from pathlib import Path
 
 from yeonma.errors import Problem, UserError
 from yeonma.files import kind_of
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
 RUN = "run.json"
 SEAL = "manifest.json"
@@ -66,6 +66,11 @@ WRITTEN_IN_PLACE = ("metrics.jsonl", "trained_rows.jsonl", PRINTED, LOCK)
 _CHECKPOINT = re.compile("checkpoint-[1-9][0-9]{0,17}")
 _UNFINISHED = re.compile(r"\.checkpoint-[1-9][0-9]{0,17}\.(partial|removed|former)")
 _MOST_NAMED = 10
+KINDS = (
+    *(later("file"), later("folder"), later("symbolic link")),
+    *(later("pipe"), later("socket"), later("device")),
+)
+"""What `kind_of` says."""
 
 
 def is_checkpoint(name: str) -> bool:
@@ -97,7 +102,9 @@ def check_entries(output: Path, *, full: bool = False) -> None:
         wanted = _kind_wanted(name) or ("file" if full and is_model_file(name) else "")
         found = kind_of(output / name) if wanted else ""
         if found and found != wanted:
-            what = tr("it is a {found}, and a run has a {wanted} of this name", found=found, wanted=wanted)
+            what = tr(
+                "it is a {found}, and a run has a {wanted} of this name", found=tr(found), wanted=tr(wanted)
+            )
             problems.append(Problem(what, str(output / name), tr("remove it, or give another output_dir")))
         elif name in WRITTEN_IN_PLACE and _names_of(output / name) > 1:
             what = tr("it has another name elsewhere (a hard link), and a run would write there too")

@@ -12,8 +12,22 @@ from importlib.metadata import version
 
 import torch
 
-from yeonma.messages import tr
+from yeonma.language import Language, language
+from yeonma.messages import later, tr
 from yeonma.packages import version_of
+
+WORDS = {
+    "processes": later("processes"),
+    "threads of a process": later("threads of a process"),
+    "device": later("device"),
+    "processor": later("processor"),
+    "kernels": later("kernels"),
+}
+"""The entries that are no packages."""
+WORDS_OF_KERNELS = {"compiled": later("compiled"), "plain": later("plain"), "none": later("none")}
+LANGUAGE = "language"
+"""The entry for the language of help, in which the card is written and loss.svg is labelled."""
+NAMES_OF_LANGUAGES: dict[Language, str] = {"en": later("English"), "ko": later("Korean")}
 
 
 def environment(processes: int, device: torch.device) -> dict[str, str | int]:
@@ -25,6 +39,7 @@ def environment(processes: int, device: torch.device) -> dict[str, str | int]:
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         **versions(),
+        LANGUAGE: language(),
         **({"triton": version_of("triton") or "none"} if on_gpu else {}),
     }
 
@@ -38,15 +53,46 @@ def environment_change(
 ) -> str | None:
     """A line that lists the changes and their effect; None if there are none. Entries that an older checkpoint does not
     record are ignored."""
-    changes = [
-        tr("{name} was {before} and is now {now}", name=name, before=before[name], now=now[name])
-        for name in now
-        if name in before and before[name] != now[name]
-    ]
-    if not changes:
-        return None
-    effect = tr(
-        "every step has the same rows, but the result equals that of an uninterrupted run only to rounding"
-    )
-    dropout_effect = tr("; dropout draws other numbers") if dropout and "processes" in changes[0] else ""
-    return f"{', '.join(changes)}: {effect}{dropout_effect}"
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    numbers = [name for name in changed if name != LANGUAGE]
+    lines = []
+    if numbers:
+        changes = ", ".join(
+            tr(
+                "{name} was {before} and is now {now}",
+                name=tr(WORDS[name]) if name in WORDS else name,
+                before=_shown(before[name]),
+                now=_shown(now[name]),
+            )
+            for name in numbers
+        )
+        if dropout and "processes" in numbers:
+            line = tr(
+                "{changes}: every step has the same rows, but the result equals that of an uninterrupted run only to "
+                "rounding; dropout draws other numbers",
+                changes=changes,
+            )
+        else:
+            line = tr(
+                "{changes}: every step has the same rows, but the result equals that of an uninterrupted run only to "
+                "rounding",
+                changes=changes,
+            )
+        lines.append(line)
+    if LANGUAGE in changed:
+        lines.append(
+            tr(
+                "the language was {before} and is now {now}: the card is written in the latter",
+                before=_name_of_language(before[LANGUAGE]),
+                now=_name_of_language(now[LANGUAGE]),
+            )
+        )
+    return "; ".join(lines) or None
+
+
+def _shown(value: str | int) -> str:
+    return tr(WORDS_OF_KERNELS[value]) if value in WORDS_OF_KERNELS else str(value)
+
+
+def _name_of_language(code: str | int) -> str:
+    return next((tr(name) for known, name in NAMES_OF_LANGUAGES.items() if known == code), str(code))

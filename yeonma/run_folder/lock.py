@@ -172,30 +172,29 @@ def _locked_error(output: Path) -> UserError:
     if kind_of(output / SOFT_LOCK):
         with suppress(OSError, UserError, ValueError):
             process, host, *_ = read_regular(output / SOFT_LOCK).decode("utf-8", "replace").splitlines()
-            who = tr("process {process} on {host}", process=brief(process), host=brief(host))
-            cure += tr("; if that process has ended, delete {output}", output=output / SOFT_LOCK)
-            return UserError(
-                tr("another run is writing here ({who})", who=who),
-                place=tr("output_dir {output}", output=output),
-                cure=cure,
+            what = tr(
+                "another run is writing here (process {process} on {host})",
+                process=brief(process),
+                host=brief(host),
             )
+            cure = tr(
+                "wait until it ends, or give another output_dir; if that process has ended, delete {file}",
+                file=output / SOFT_LOCK,
+            )
+            return UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
     try:
         with open(output / LOCK, "rb", buffering=0, opener=open_regular) as file:
             file.seek(1)
             holder = json.loads(file.read(4096))
-        who = tr(
-            "process {process} on {host}, since {since}",
+        what = tr(
+            "another run is writing here (process {process} on {host}, since {since})",
             process=holder["process"],
             host=holder["host"],
             since=holder["since"],
         )
     except (UserError, OSError, ValueError, KeyError, TypeError):  # locked a moment ago, not written yet
-        who = tr("its process is not known yet")
-    return UserError(
-        tr("another run is writing here ({who})", who=who),
-        place=tr("output_dir {output}", output=output),
-        cure=cure,
-    )
+        what = tr("another run is writing here (its process is not known yet)")
+    return UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
 
 
 def _create(folder: Path) -> list[Path]:

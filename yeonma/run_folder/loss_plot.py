@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from yeonma import svg
+from yeonma.messages import tr
 
 STRETCHES = 120
 """A long run's loss is drawn by the lowest and the highest of so many stretches of steps, so that the file stays small.
@@ -31,7 +32,7 @@ def loss_svg(training: Sequence[svg.Point], validation: Sequence[svg.Point], per
     It has a few kilobytes however long the run is: of a line with more points the extremes of `STRETCHES` stretches are
     drawn, and as many points of the moving mean, which is that of all steps.
     """
-    width, height, name = 720, 400, f"loss per {per}" if per else "loss"
+    width, height, name = 720, 400, tr("loss per {per}", per=per) if per else tr("loss")
     points = [*training, *validation]
     steps = [step for step, _ in points]
     x_range = (min(steps), max(steps)) if min(steps) < max(steps) else (steps[0] - 1, steps[0] + 1)
@@ -40,14 +41,14 @@ def loss_svg(training: Sequence[svg.Point], validation: Sequence[svg.Point], per
     elements = [
         svg.element("rect", class_="paper", width=width, height=height),
         svg.text(14, 24, name),
-        svg.text(axes.left + axes.width / 2, bottom + 40, "step", "middle"),
+        svg.text(axes.left + axes.width / 2, bottom + 40, tr("step"), "middle"),
         *axes.frame(svg.round_ticks(*x_range, 8, whole=True), svg.round_ticks(*axes.y_range, 6)),
     ]
     keys = []
     if 0 < len(training) < 10:
         elements += _line(axes.places(training), "training", 2)
         elements.append(_dots(axes.places(training), "training", 6))
-        keys.append(("training", 1.0, "—", "training"))
+        keys.append(("training", 1.0, "—", tr("training")))
     elif training:
         elements += _line(axes.places(svg.extremes(training, STRETCHES)), "training", 1, opacity=0.4)
         losses = np.array([loss for _, loss in training], dtype=np.float64)
@@ -55,19 +56,25 @@ def loss_svg(training: Sequence[svg.Point], validation: Sequence[svg.Point], per
         means = [(step, mean) for (step, _), mean in zip(training, smooth, strict=True)]
         elements += _line(axes.places(svg.spaced(means, STRETCHES)), "training", 2)
         keys += [
-            ("training", 0.4, "—", "training, each step"),
-            ("training", 1.0, "—", "training, moving mean"),
+            ("training", 0.4, "—", tr("training, each step")),
+            ("training", 1.0, "—", tr("training, moving mean")),
         ]
     if validation:
         places = axes.places(svg.extremes(validation, STRETCHES // 3))
         elements += _line(places, "validation", 2)
         elements.append(_dots(places, "validation", 7))
-        keys.append(("validation", 1.0, "•", "validation"))
+        keys.append(("validation", 1.0, "•", tr("validation")))
     elements.append(_legend(width - 14, 24, keys))
-    shown = (("training", training), ("validation", validation))
-    from_to = [f"{name} {part[0][1]:.4g} to {part[-1][1]:.4g}" for name, part in shown if part]
+    from_to = [
+        *([_from_to(tr("training"), training)] if training else []),
+        *([_from_to(tr("validation"), validation)] if validation else []),
+    ]
     description = f"{name.capitalize()}: {', '.join(from_to)}"
     return svg.drawing(width, height, description, elements, STYLE) + "\n"
+
+
+def _from_to(name: str, points: Sequence[svg.Point]) -> str:
+    return tr("{name} {first:.4g} to {last:.4g}", name=name, first=points[0][1], last=points[-1][1])
 
 
 def _line(places: Sequence[svg.Point], name: str, width: float, opacity: float = 1.0) -> Iterator[str]:

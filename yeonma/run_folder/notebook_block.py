@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+from yeonma.messages import tr
 from yeonma.run_folder.loss_plot import loss_svg
 from yeonma.shown import MOST_OF_A_LINE, html, one_line
 from yeonma.svg import Point, image
@@ -100,7 +101,7 @@ class NotebookBlock:
         curve = ""
         if self.training or self.validation:
             plot = loss_svg(self.training, self.validation, "")
-            curve = f"<br>{image(plot, 'loss over the steps')}"
+            curve = f"<br>{image(plot, tr('loss over the steps'))}"
         return f'<div style="max-width:720px">{bar}<code style="white-space:pre-wrap">{lines}</code>{curve}</div>'
 
 

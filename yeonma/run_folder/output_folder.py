@@ -31,7 +31,7 @@ from yeonma.files import (
     sync_and_verify,
     user_path,
 )
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, later, tr
 from yeonma.model.base_content import changes, content_of, listed
 from yeonma.run_folder.checkpoint import (
     ALLOWANCE_BYTES,
@@ -78,6 +78,14 @@ EARLIER_DEFAULTS = {
 """Settings that runs of earlier versions had, but did not record."""
 CONTENT_OF_BASE = "content of the base model"
 """Key of a run's identity. Runs of earlier versions lack it; they know their base by its name."""
+CONTENTS = {
+    "content of data_path": later("content of data_path"),
+    "content of the validation rows": later("content of the validation rows"),
+    "content of the template": later("content of the template"),
+    "content of the tokenizer": later("content of the tokenizer"),
+    "content of the adapter continued": later("content of the adapter continued"),
+}
+"""Other keys of a run's identity whose values are SHA-256 sums."""
 NAMES_OF_BASE = ("base_model", "model_revision")
 """Keys for where the base is, which may change if its content does not."""
 FLOAT32_BYTES = 4
@@ -213,11 +221,11 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
         run = json.loads(read_regular(path))
         identity, finished = run["identity"], run["finished"]
         if not isinstance(identity, dict) or not isinstance(finished, bool):
-            raise TypeError("it does not say what the run depends on, and whether it is finished")
+            raise TypeError(tr("it does not say what the run depends on, and whether it is finished"))
         return identity, finished
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         cure = tr("give another output_dir, or --overwrite true")
-        raise UserError(f"damaged ({error})", place=str(path), cure=cure) from error
+        raise UserError(tr("damaged ({error})", error=error), place=str(path), cure=cure) from error
 
 
 def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place: str) -> str:
@@ -226,9 +234,17 @@ def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place:
     found = differences(identity, recorded)
     if [*found] == [CONTENT_OF_BASE]:
         is_folder = Path(str(identity.get("base_model"))).is_dir()
-        give = tr("restore its files, or give a folder that has them with --base_model")
-        give = give if is_folder else tr("give the commit that the run began with as --model_revision")
-        cure = tr("{give}; else give another output_dir, or --overwrite true", give=give)
+        cure = (
+            tr(
+                "restore its files, or give a folder that has them with --base_model; else give another output_dir, "
+                "or --overwrite true"
+            )
+            if is_folder
+            else tr(
+                "give the commit that the run began with as --model_revision; else give another output_dir, or "
+                "--overwrite true"
+            )
+        )
         raise UserError(found[CONTENT_OF_BASE], place=place, cure=cure)
     if found:
         cure = tr("give the earlier settings to continue it, another output_dir, or --overwrite true")
@@ -262,9 +278,7 @@ def differences(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
             changed = [tr("its record is damaged")]
         if changed:
             found[CONTENT_OF_BASE] = tr(
-                "the {content_of_base} has changed: {changed}",
-                content_of_base=CONTENT_OF_BASE,
-                changed=listed(changed),
+                "the content of the base model has changed: {changed}", changed=listed(changed)
             )
         else:
             for name in NAMES_OF_BASE:
@@ -277,7 +291,7 @@ def differences(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
 
 def _difference(key: str, before: object, now: object) -> str:
     if key.startswith("content of"):  # the values are SHA-256 sums
-        return tr("the {key} has changed", key=key)
+        return tr("the {key} has changed", key=tr(CONTENTS[key]) if key in CONTENTS else key)
     return tr("{key} was {before!r} and is now {now!r}", key=key, before=before, now=now)
 
 
@@ -362,11 +376,10 @@ def install(output: Path, adapter: AdapterWriter) -> None:
     A concurrent reader may see a mix with files of an earlier adapter; within one run these differ only in weights.
     Raises UserError if the disk is full or fails.
     """
-    staging, what = output / PARTIAL_FINAL, f"the {adapter.noun}"
+    staging, what = output / PARTIAL_FINAL, tr("the {noun}", noun=tr(adapter.noun))
     delete(staging)
-    check_free(
-        output, adapter.about_bytes, what, tr("make room, {then_continue}", then_continue=THEN_CONTINUE)
-    )
+    cure = tr("make room, then run the same command to continue from the last checkpoint")
+    check_free(output, adapter.about_bytes, what, cure)
     with disk_errors_as_user_errors(output, what, adapter.about_bytes, then=THEN_CONTINUE):
         try:
             staging.mkdir()
@@ -454,9 +467,14 @@ def check_disk_space(
     count = max_new_checkpoints(schedule, steps_done, existing)
     needed, free = count * checkpoint + adapter, free_bytes(output) + obsolete_bytes(output, start)
     if needed > free:
-        what = (
-            f"the run needs {needed:,} bytes here ({counted(count, 'checkpoint')} of {checkpoint:,} at once, and the "
-            f"{noun}), and {free:,} are free"
+        what = tr(
+            "the run needs {needed:,} bytes here ({checkpoints} of {bytes:,} at once, and the {noun}), and {free:,} "
+            "are free",
+            needed=needed,
+            checkpoints=counted(count, "checkpoint"),
+            bytes=checkpoint,
+            noun=tr(noun),
+            free=free,
         )
         cure = tr("make room, give another output_dir, or keep fewer checkpoints with --save_total_limit")
         raise UserError(what, place=tr("output_dir {output}", output=output), cure=cure)

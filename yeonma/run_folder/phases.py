@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yeonma.messages import tr
+
 RunPhase = Literal["loading", "reference", "training", "validation", "saving", "answers"]
 WORDS_OF_PHASES: dict[RunPhase, str] = {
-    "loading": "loading",
-    "reference": "reference",
-    "training": "training",
-    "validation": "validation",
-    "saving": "saving",
-    "answers": "answers for the card",
+    "loading": tr("loading"),
+    "reference": tr("reference"),
+    "training": tr("training"),
+    "validation": tr("validation"),
+    "saving": tr("saving"),
+    "answers": tr("answers for the card"),
 }
 
 
@@ -48,8 +50,10 @@ class PhaseClock:
             for phase, seconds in self.seconds.items()
             if seconds >= 0.5
         ]
-        total = f"took {in_two_units(sum(self.seconds.values()))}"
-        return f"{total}: {', '.join(shown)}" if shown else total
+        total = in_two_units(sum(self.seconds.values()))
+        if not shown:
+            return tr("took {time}", time=total)
+        return tr("took {time}: {phases}", time=total, phases=", ".join(shown))
 
 
 def in_two_units(seconds: float) -> str:

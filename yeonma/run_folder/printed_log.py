@@ -15,6 +15,7 @@ from types import TracebackType
 
 from yeonma.errors import Log, UserError
 from yeonma.files import open_regular, write_all
+from yeonma.messages import tr
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.streams import copied
 
@@ -22,8 +23,8 @@ MOST_KEPT = 1_000_000
 """Bytes that stay of earlier calls."""
 MOST_WRITTEN = 4_000_000
 """Bytes that one call adds."""
-NO_MORE = "this log ends here, because it has become long; metrics.jsonl has every step"
-EARLIER_CUT = "earlier lines are left out"
+NO_MORE = tr("this log ends here, because it has become long; metrics.jsonl has every step")
+EARLIER_CUT = tr("earlier lines are left out")
 
 
 class PrintedLog:
@@ -84,7 +85,7 @@ class PrintedLog:
             for problem in error.problems:
                 self.keep(str(problem))
         elif error is not None and not getattr(error, "printed", False):
-            self.keep(f"ended by {type(error).__name__}: {error}")
+            self.keep(tr("ended by {name}: {error}", name=type(error).__name__, error=error))
         self._contexts.close()
         self._file = None
 

@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -175,11 +176,12 @@ class Progress:
         self._evaluation_seconds = record.seconds
         if self._block:
             self._block.evaluation(record.step, record.loss)
-        units = tr("labelled answers") if "reward_desirable" in record.metrics else "pairs"
+        units = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
         metrics = "".join(f"  {reward}" for reward in _rewards(record.metrics))
         if record.perplexity is not None:
-            metrics, units = f"  perplexity {_perplexity(record.perplexity)}", "examples"
-            metrics += _label_scores(record.metrics)
+            units = "examples"
+            perplexity = tr("perplexity {perplexity}", perplexity=_perplexity(record.perplexity))
+            metrics = f"  {perplexity}{_label_scores(record.metrics)}"
         self.print_line(
             tr(
                 "step {step}/{total_steps}  epoch {epoch:.2f}  validation loss {loss:.4f}{metrics}  "
@@ -190,7 +192,7 @@ class Progress:
                 loss=record.loss,
                 metrics=metrics,
                 examples=record.examples,
-                units=units,
+                units=tr(units),
                 seconds=in_two_units(record.seconds),
             )
         )
@@ -209,18 +211,18 @@ class Progress:
         seconds = sum(step.seconds for step in self._recent)
         tokens = sum(step.tokens for step in self._recent)
         parts = [  # text, and when it is left out: the highest first
-            (f"step {record.step}/{self._total_steps}", 0),
-            (f"epoch {record.epoch:.2f}", 3),
-            (f"loss {record.loss:.4f}", 0),
+            (tr("step {step}/{total_steps}", step=record.step, total_steps=self._total_steps), 0),
+            (tr("epoch {epoch:.2f}", epoch=record.epoch), 3),
+            (tr("loss {loss:.4f}", loss=record.loss), 0),
             *((reward, 2) for reward in _rewards(record.metrics)),
-            (f"lr {record.learning_rate:.1e}", 4),
-            (f"{_rate(tokens, seconds)} tokens/s", 1),
-            (f"{in_two_units(self._seconds_left(record.step))} left", 0),
+            (tr("lr {rate:.1e}", rate=record.learning_rate), 4),
+            (tr("{rate} tokens/s", rate=_rate(tokens, seconds)), 1),
+            (tr("{time} left", time=in_two_units(self._seconds_left(record.step))), 0),
             (_size(record.peak_memory_bytes), 5),
         ]
         for most in range(5, -1, -1):
             line = "  ".join(text for text, rank in parts if rank <= most)
-            if len(line) <= width:
+            if cell_len(line) <= width:
                 break
         return line
 
@@ -267,7 +269,12 @@ class AnswerProgress:
         self._begun = False
 
     def __call__(self, done: int, total: int) -> None:
-        line = f"answering the rows of the card with {self._whose}: {done} of {total} answers"
+        line = tr(
+            "answering the rows of the card with {whose}: {done} of {total} answers",
+            whose=self._whose,
+            done=done,
+            total=total,
+        )
         if not self._begun:
             self._begun = True
             self._keep(line)
@@ -307,7 +314,8 @@ def _bar(console: Console, total_steps: int, start_step: int) -> Bar:
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
     )
-    bar.add_task(f"step {start_step}/{total_steps}", total=total_steps, completed=start_step)
+    about = tr("step {step}/{total_steps}", step=start_step, total_steps=total_steps)
+    bar.add_task(about, total=total_steps, completed=start_step)
     return bar
 
 
@@ -322,13 +330,13 @@ def _size(size_bytes: int) -> str:
 
 def _rewards(metrics: Mapping[str, float]) -> list[str]:
     """`margin 0.12` and `accuracy 0.75` from a pair loss's metrics; empty for other losses."""
-    names = {"reward_margin": "margin", "reward_accuracy": "accuracy"}
+    names = {"reward_margin": tr("margin"), "reward_accuracy": tr("accuracy")}
     return [f"{name} {metrics[key]:.2f}" for key, name in names.items() if key in metrics]
 
 
 def _label_scores(metrics: Mapping[str, float]) -> str:
     """`  accuracy 0.92  macro F1 0.90` of answers that are labels; empty for others."""
-    names = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+    names = {"accuracy": tr("accuracy"), "macro_f1": tr("macro F1")}
     return "".join(f"  {name} {metrics[key]:.3f}" for key, name in names.items() if key in metrics)
 
 

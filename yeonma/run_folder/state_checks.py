@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from yeonma.errors import brief
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGEST = 2**63 - 1
@@ -21,14 +21,15 @@ def check_state(state: Mapping[str, Any]) -> None:
     """Raises ValueError for a value that no run writes. `state`: the attributes of RunProgress by name."""
     for name, value in state.items():
         if not _CHECKS[name](value):
-            raise ValueError(f"{name} is {brief(repr(value))}")
+            raise ValueError(tr("{name} is {value}", name=name, value=brief(repr(value))))
     step, best, total = state["step"], state["best_step"], state["identity"].get("steps")
     if best is not None and best > step:
-        raise ValueError(f"the best step, {best}, comes after step {step}")
+        raise ValueError(tr("the best step, {best}, comes after step {step}", best=best, step=step))
     if (best is None) != (state["best_loss"] is None):
-        raise ValueError("it has only one of best_step and best_loss")
+        raise ValueError(tr("it has only one of best_step and best_loss"))
     if type(total) is int and step > total:
-        raise ValueError(f"it is the state of step {step} of a run of {counted(total, 'step')}")
+        steps = counted(total, "step")
+        raise ValueError(tr("it is the state of step {step} of a run of {steps}", step=step, steps=steps))
 
 
 def _is_count(value: Any) -> bool:

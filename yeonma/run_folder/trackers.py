@@ -225,7 +225,7 @@ def _problems(name: str) -> list[Problem]:
 
 
 def _warn(text: str) -> None:
-    tell(f"warning: {text}")
+    tell(tr("warning: {text}", text=text))
 
 
 def _reason(error: Exception) -> str:

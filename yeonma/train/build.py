@@ -15,7 +15,7 @@ from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import LoraSettings, RunConfig, StepSettings
 from yeonma.errors import Log
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, counted_in_english, tr
 from yeonma.model import load
 from yeonma.model.language_part import absent_parameters
 from yeonma.model.quantized import multiplies_fp8
@@ -129,32 +129,35 @@ def load_model(
                 loraplus_ratio=config.step.loraplus_ratio,
             )
         )
-    log(f"kernels: {policy.kernels}")
+    log(tr("kernels: {kernels}", kernels=policy.kernels))
     if base.published is not None:
-        size = tr("{base:,.1f} MB of frozen weights", base=local_weight_bytes(base) / 1e6)
         log(
             tr(
-                "weights published as {published}: {quantization}, {size}",
+                "weights published as {published}: {held}, {size:,.1f} MB of frozen weights",
                 published=base.published,
-                quantization=base.published.held(quantization, str(dtype)),
-                size=size,
+                held=base.published.held(quantization, str(dtype)),
+                size=local_weight_bytes(base) / 1e6,
             )
         )
     if quantization != "none":
         emulated = quantization == "fp8" and not multiplies_fp8(device)
-        slow = tr("; this device has no fp8 products, so they are emulated and no faster") if emulated else ""
-        log(
-            tr(
-                "dense layers in {quantization}: {base:,.1f} MB of frozen weights{slow}",
-                quantization=quantization,
-                base=local_weight_bytes(base) / 1e6,
-                slow=slow,
-            )
+        line = tr(
+            "dense layers in {quantization}: {base:,.1f} MB of frozen weights",
+            quantization=quantization,
+            base=local_weight_bytes(base) / 1e6,
         )
+        if emulated:
+            line = tr(
+                "{line}; this device has no fp8 products, so they are emulated and no faster", line=line
+            )
+        log(line)
     if shard:
         log(
-            f"weights sharded over {counted(group.count, 'process', 'processes')}: "
-            f"{local_weight_bytes(base) / 1e6:,.1f} MB in this process"
+            tr(
+                "weights sharded over {processes}: {size:,.1f} MB in this process",
+                processes=counted(group.count, "process", "processes"),
+                size=local_weight_bytes(base) / 1e6,
+            )
         )
     dataset = prepared.dataset
     details = adapters.describe(
@@ -188,8 +191,15 @@ def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, A
         "exclude": lora.exclude_modules,
         "new_tokens": lora.new_tokens,
         "modules_to_save": lora.modules_to_save,
-        "on": str(reached),
+        "on": _in_english(reached),
     }
+
+
+def _in_english(reached: Coverage) -> str:
+    """What an adapter is on, as the name of it that is stored."""
+    text = ", ".join(map(str, reached.parts))
+    text += f"; trained whole: {', '.join(reached.whole)}" if reached.whole else ""
+    return text + (f"; rows of {counted_in_english(reached.tokens, 'token')}" if reached.tokens else "")
 
 
 def _trained_on(dataset: Dataset) -> dict[str, Any]:

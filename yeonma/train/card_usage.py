@@ -16,6 +16,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Template
 from yeonma.data.template_syntax import Piece
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.shown import code, code_block, json_text, shell_word
 from yeonma.tokenization.chat_template_export import (
     MARK,
@@ -144,7 +145,7 @@ def python_lines(output: Path, adapter: AdapterFolder, usage: Usage, most_tokens
         *([] if adapter.is_full else [f"from peft import {peft}"]),
         f"from transformers import {', '.join(tools)}",
         "",
-        f"folder = {folder}  # this folder, or its name on the hub",
+        f"folder = {folder}  # {tr('this folder, or its name on the hub')}",
         *load,
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         *ask,
@@ -157,11 +158,14 @@ def python_lines(output: Path, adapter: AdapterFolder, usage: Usage, most_tokens
     quantised = []
     if not adapter.is_full and adapter.quantization != "none":
         quantised = [
-            f"Training quantised the base to {adapter.quantization}; this code loads the base as it is published, so "
-            "that answers may differ.",
+            tr(
+                "Training quantised the base to {quantization}; this code loads the base as it is published, so that "
+                "answers may differ.",
+                quantization=adapter.quantization,
+            ),
             "",
         ]
-    return ["In Python:", "", *code_block("\n".join(lines), "python"), "", *quantised]
+    return [tr("In Python:"), "", *code_block("\n".join(lines), "python"), "", *quantised]
 
 
 def vllm_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
@@ -187,8 +191,10 @@ def vllm_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
         command += f" \\\n  --chat-template {shell_word(f'{name}/{CHAT_TEMPLATE}')}"
         if not adapter.is_full:
             remark = [
-                "The template of training is in that file. One vLLM server has one chat template, for the base and for "
-                "all its adapters: an adapter with another template needs a server of its own.",
+                tr(
+                    "The template of training is in that file. One vLLM server has one chat template, for the base and "
+                    "for all its adapters: an adapter with another template needs a server of its own."
+                ),
                 "",
             ]
     body: dict[str, Any] = {"model": name, "messages": list(usage.prompt.messages), "temperature": 0}
@@ -198,7 +204,7 @@ def vllm_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
         f"curl http://localhost:{PORT}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d {shell_word(json_text(body))}"
     )
-    return ["With vLLM:", "", *code_block(f"{command}\n{request}", "sh"), "", *remark]
+    return [tr("With vLLM:"), "", *code_block(f"{command}\n{request}", "sh"), "", *remark]
 
 
 def ollama_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
@@ -214,5 +220,5 @@ def ollama_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str
         f"ollama create {shell_word(exported.lower())} -f {shell_word(f'{exported}/Modelfile')}",
         f"ollama run {shell_word(exported.lower())} {shell_word(content)}",
     ]
-    about = f"With Ollama, if llama.cpp knows the architecture of {code(usage.base)}:"
+    about = tr("With Ollama, if llama.cpp knows the architecture of {base}:", base=code(usage.base))
     return [about, "", *code_block("\n".join(commands), "sh"), ""]

@@ -68,7 +68,9 @@ def adapter_lora(folder: str) -> AdapterLora:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         place = str(path / "adapter_config.json")
-        raise UserError(f"damaged ({error})", place=place, cure=tr("give another adapter")) from error
+        raise UserError(
+            tr("damaged ({error})", error=error), place=place, cure=tr("give another adapter")
+        ) from error
     return AdapterLora(folder, settings, targets)
 
 
@@ -129,8 +131,8 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        more = tr(" and {value} more", value=len(value) - 8) if len(value) > 8 else ""
-        return f"[{', '.join(map(str, value[:8]))}{more}]"
+        shown, more = ", ".join(map(str, value[:8])), len(value) - 8
+        return tr("[{shown} and {more} more]", shown=shown, more=more) if more > 0 else f"[{shown}]"
     return str(value)
 
 

@@ -170,9 +170,12 @@ def check_same_content(group: Processes, content: str) -> None:
     first, *others = gather_bytes(group, digest)
     different = [str(rank) for rank, other in enumerate(others, 1) if not torch.equal(other, first)]
     if different:
-        who = tr("process {different} of {count}", different=", ".join(different), count=group.count)
         raise UserError(
-            tr("{who} has other settings, data, base weights or versions than process 0", who=who),
+            tr(
+                "process {different} of {count} has other settings, data, base weights or versions than process 0",
+                different=", ".join(different),
+                count=group.count,
+            ),
             cure=tr("give every process the same command, files and versions"),
         )
 

@@ -9,7 +9,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.messages import tr
 from yeonma.model.published import Published
 
-PLACE = tr("train full")
+PLACE = "train full"
 
 
 def check_full(config: RunConfig, continued: str | None) -> None:
@@ -41,7 +41,7 @@ def check_full(config: RunConfig, continued: str | None) -> None:
         )
     if model.shard and config.preference is not None and "kto" in str(config.preference.loss):
         what = tr("kto keeps a copy of the weights as they were, which is not sharded in this version")
-        problems.append(Problem(what, tr("shard true"), tr("leave it out, or choose another --loss")))
+        problems.append(Problem(what, "shard true", tr("leave it out, or choose another --loss")))
     if model.shard and config.step.optimizer != "adamw":
         what = tr("8-bit averages of sharded weights are not supported in this version")
         problems.append(
@@ -49,7 +49,7 @@ def check_full(config: RunConfig, continued: str | None) -> None:
         )
     if model.dtype == "float16":
         what = tr("in float16 the gradients of weights are lost, because they are too small for it")
-        problems.append(Problem(what, tr("dtype float16"), tr("use bfloat16 or float32")))
+        problems.append(Problem(what, "dtype float16", tr("use bfloat16 or float32")))
     if problems:
         raise UserError(problems)
 

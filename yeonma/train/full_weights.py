@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from yeonma.messages import tr
 from yeonma.model.sharding import like
 
 Parameters = Mapping[str, nn.Parameter]
@@ -73,6 +74,8 @@ def load_trained(trained: Parameters, rounded: Parameters, model: Any) -> None:
     with torch.no_grad():
         for name, weight in trained.items():
             if weights[name].shape != weight.shape:
-                raise RuntimeError(f"{name} has the shape {tuple(weights[name].shape)}")
+                raise RuntimeError(
+                    tr("{name} has the shape {shape}", name=name, shape=tuple(weights[name].shape))
+                )
             weight.copy_(like(weights[name], weight))
     round_weights(trained, rounded)

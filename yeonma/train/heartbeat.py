@@ -111,17 +111,23 @@ class Heartbeat:
         if who is None:  # not started yet; torchrun itself detects it if it fails earlier
             return None
         is_local = who["host"] == socket.gethostname()
-        name = tr(
-            "process {next} ({host}, process id {pid})", next=self.next, host=who["host"], pid=who["pid"]
-        )
         if is_local and not _is_alive(who["pid"]):
-            return None if self._read(f"beat/{self.next}") == DONE else tr("{name} has ended", name=name)
+            if self._read(f"beat/{self.next}") == DONE:
+                return None
+            return tr(
+                "process {rank} ({host}, process id {pid}) has ended",
+                rank=self.next,
+                host=who["host"],
+                pid=who["pid"],
+            )
         if silent_seconds < SILENCE_SECONDS:
             return None
         loss = tr(
-            "{name} has been silent for {silence_seconds:.0f} seconds",
-            name=name,
-            silence_seconds=SILENCE_SECONDS,
+            "process {rank} ({host}, process id {pid}) has been silent for {seconds:.0f} seconds",
+            rank=self.next,
+            host=who["host"],
+            pid=who["pid"],
+            seconds=SILENCE_SECONDS,
         )
         if is_local:  # a stopped process does not react to torchrun's SIGTERM
             self._loss = loss  # first: once that process has ended, torchrun ends this one

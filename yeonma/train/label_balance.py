@@ -55,10 +55,9 @@ def balance_warning(
 ) -> str | None:
     """A warning about such numbers of answers, at least one, of which each has that weight; None if they are fine."""
     if not (desirable and undesirable):
-        missing = "undesirable" if desirable else "desirable"
-        return tr(
-            "the loss needs {missing} answers as well; no weight makes up for having none", missing=missing
-        )
+        if desirable:
+            return tr("the loss needs undesirable answers as well; no weight makes up for having none")
+        return tr("the loss needs desirable answers as well; no weight makes up for having none")
     good, bad = desirable * desirable_weight, undesirable * undesirable_weight
     if max(good, bad) <= MOST_UNEQUAL * min(good, bad):
         return None
@@ -66,15 +65,15 @@ def balance_warning(
         name, least, most = "undesirable", good / undesirable / LARGEST_SHARE, good / undesirable
     else:
         name, least, most = "desirable", bad / desirable, bad / desirable * LARGEST_SHARE
-    ratio = f"{good / bad:.3g} to 1" if good > bad else f"1 to {bad / good:.3g}"
-    cure = tr(
-        "--kto_{name}_weight {least} to {most}",
+    ratio = tr("1 to {ratio:.3g}", ratio=bad / good)
+    if good > bad:
+        ratio = tr("{ratio:.3g} to 1", ratio=good / bad)
+    return tr(
+        "weighed, they count {ratio}; --kto_{name}_weight {least} to {most} brings that to between 1 to 1 and 4 to 3",
+        ratio=ratio,
         name=name,
         least=_rounded(least, up=True),
         most=_rounded(most, up=False),
-    )
-    return tr(
-        "weighed, they count {ratio}; {cure} brings that to between 1 to 1 and 4 to 3", ratio=ratio, cure=cure
     )
 
 

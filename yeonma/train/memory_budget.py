@@ -211,12 +211,17 @@ def _agree(group: Processes, level: Checkpointing, tokens: int) -> tuple[Checkpo
 
 
 def _summary(level: Checkpointing, tokens: int, free: int) -> str:
-    treatment = {False: "kept", "selective": tr("recomputed in every other layer"), True: "recomputed"}[level]
-    at_once = tr("at most {tokens:,} tokens at once; ", tokens=tokens) if tokens else ""
+    treatment = {
+        False: tr("activations are kept"),
+        "selective": tr("activations are recomputed in every other layer"),
+        True: tr("activations are recomputed"),
+    }[level]
+    if not tokens:
+        return tr("{free:.1f} GB free: {treatment}", free=free / 1e9, treatment=treatment)
     return tr(
-        "{free:.1f} GB free: {at_once}activations are {treatment}",
+        "{free:.1f} GB free: at most {tokens:,} tokens at once; {treatment}",
         free=free / 1e9,
-        at_once=at_once,
+        tokens=tokens,
         treatment=treatment,
     )
 

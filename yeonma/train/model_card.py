@@ -28,7 +28,6 @@ from yeonma.adapter.samples import prompts_of
 from yeonma.config.parse import changed_settings
 from yeonma.config.settings import RunConfig
 from yeonma.config.yaml_text import front_matter, write_item
-from yeonma.data.classification import Confusion, confusion_table, f1_of, labels_of
 from yeonma.data.python_rows import is_label
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template, answer_text
@@ -42,10 +41,18 @@ from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
+from yeonma.run_folder.units import counted_units
 from yeonma.shown import code, code_block, markdown, shell_word
 from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompt
+from yeonma.train.card_tables import (
+    confusion_tables,
+    data_set_table,
+    last_part,
+    loss_table,
+    validation_table,
+)
 from yeonma.train.card_usage import (
     Usage,
     example_prompt,
@@ -151,16 +158,14 @@ def _usage(
     ]
     if hub_name(adapter.base.name) is None and not adapter.is_full and lines:
         lines += [
-            f"The base was a local folder, for which {code(usage.base)} stands. adapter_config.json has the path that "
-            "it had in training.",
+            tr(
+                "The base was a local folder, for which {base} stands. adapter_config.json has the path that it had in "
+                "training.",
+                base=code(usage.base),
+            ),
             "",
         ]
     return lines
-
-
-def _last_part(name: str) -> str:
-    """The last part of a path of this machine; other names as they are."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _language(dataset: Dataset) -> str | None:
@@ -205,7 +210,7 @@ def _without_folders(value: Any) -> Any:
         return [_without_folders(item) for item in value]
     if isinstance(value, Mapping):
         return {name: _without_folders(item) for name, item in value.items()}
-    return _last_part(value) if isinstance(value, str) and "\n" not in value else value
+    return last_part(value) if isinstance(value, str) and "\n" not in value else value
 
 
 def sample_answers(
@@ -231,7 +236,7 @@ def sample_answers(
         samples += [
             Sample(
                 row.number,
-                _last_part(one.name) if len(dataset.sets) > 1 else "",
+                last_part(one.name) if len(dataset.sets) > 1 else "",
                 fields := _fields_of(text, one.template),
                 any(value not in prompt for value in fields.values()),
                 prompt,
@@ -416,7 +421,7 @@ def card_text(
         "pipeline_tag": "text-generation",
         "tags": ["yeonma"] if adapter.is_full else ["lora", "yeonma"],
     }
-    base = code(_last_part(adapter.base.name))
+    base = code(last_part(adapter.base.name))
     what = (
         tr("{base} with all of its weights fine-tuned", base=base)
         if adapter.is_full
@@ -426,12 +431,7 @@ def card_text(
         *front_matter({key: value for key, value in about.items() if value}),
         f"# {markdown(adapter.path.resolve().name)}",
         "",
-        f"{what}, trained with Yeonma on {counted(trained_on['examples'], units.removesuffix('s'), units)} "
-        f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of "
-        f"{', '.join(code(_last_part(name)) for name in names)} in "
-        f"{counted(adapter_step, 'step')}. "
-        f"{counted(trained_on['shortened'], 'example was', 'examples were')} shortened and "
-        f"{trained_on['left_out']:,} left out.",
+        f"{_about_training(what, trained_on, units, names, adapter_step)} {_about_rows(trained_on)}",
         "",
         *_published(adapter),
         *licence_note(adapter.base.name),
@@ -442,35 +442,35 @@ def card_text(
         lines += [tr("Bad rows among those left out:"), "", *listed, ""]
     if remarks:
         lines += [*(f"- {markdown(remark)}." for remark in remarks), ""]
-    lines += _data_sets(sets, units)
+    lines += data_set_table(sets, units)
     if evaluations:
         of_step = {record["step"]: record for record in reversed(evaluations)}
         before, after = of_step.get(0), of_step.get(adapter_step)
         if before is not None and after is not None:
-            lines += _validation(before, after, units, "model" if adapter.is_full else "adapter")
-            lines += _losses(before.get("losses", {}), after.get("losses", {}))
-            lines += _confusions(after.get("confusion", {}))
+            lines += validation_table(before, after, units, "model" if adapter.is_full else "adapter")
+            lines += loss_table(before.get("losses", {}), after.get("losses", {}))
+            lines += confusion_tables(after.get("confusion", {}))
         else:  # the log was deleted while the run was stopped, and begins later
             lines += [tr("metrics.jsonl does not have the validation losses of before and after."), ""]
     lines += ["![loss](loss.svg)", ""]
-    lines += _samples(samples, "fine-tuned" if adapter.is_full else tr("with the adapter"))
-    lines += ["## Template", "", *code_block(adapter.template.text), ""]
+    lines += _samples(samples, tr("fine-tuned") if adapter.is_full else tr("with the adapter"))
+    lines += [tr("## Template"), "", *code_block(adapter.template.text), ""]
     for one in sets:
         if one["template"]["text"] != adapter.template.text:
-            about_set = tr("Template of {name}:", name=code(_last_part(one["name"])))
+            about_set = tr("Template of {name}:", name=code(last_part(one["name"])))
             lines += [about_set, "", *code_block(one["template"]["text"]), ""]
     lines += [
-        "## Use",
+        tr("## Use"),
         "",
         *code_block(f"yeonma generate {folder} --data_path rows.jsonl\nyeonma chat {folder}", "sh"),
         "",
         *usage,
-        "## Training",
+        tr("## Training"),
         "",
         *code_block(command, "sh"),
         "",
         "<details>",
-        "<summary>Settings that differ from the defaults</summary>",
+        f"<summary>{tr('Settings that differ from the defaults')}</summary>",
         "",
         *code_block("\n".join(settings), "yaml"),
         "",
@@ -480,108 +480,57 @@ def card_text(
     return "\n".join(lines)
 
 
+def _about_training(
+    what: str, trained_on: Mapping[str, Any], units: str, names: Sequence[str], step: int
+) -> str:
+    about = {
+        "what": what,
+        "examples": counted_units(trained_on["examples"], units),
+        "tokens": trained_on["trained_tokens"],
+        "names": ", ".join(code(last_part(name)) for name in names),
+        "steps": counted(step, "step"),
+    }
+    if trained_on.get("data_sets"):
+        return tr(
+            "{what}, trained with Yeonma on {examples} ({tokens:,} trained tokens) of {names} in {steps}.",
+            **about,
+        )
+    return tr(
+        "{what}, trained with Yeonma on {examples} ({tokens:,} trained tokens an epoch) of {names} in {steps}.",
+        **about,
+    )
+
+
+def _about_rows(trained_on: Mapping[str, Any]) -> str:
+    return tr(
+        "{examples} shortened and {left_out:,} left out.",
+        examples=counted(trained_on["shortened"], "example was", "examples were"),
+        left_out=trained_on["left_out"],
+    )
+
+
 def _samples(samples: Sequence[Sample], trained: str) -> list[str]:
     """The rows with both answers. Of a row that fills a template, the fields are shown without the frame."""
     if not samples:
         return []
     lines = [tr("## Before and after"), ""]
     if any(sample.fields for sample in samples):
-        lines += ["The rows' fields fill the template below.", ""]
+        lines += [tr("The rows' fields fill the template below."), ""]
     for sample in samples:
-        of_set = f" of {markdown(sample.data_set)}" if sample.data_set else ""
-        lines += [f"### Row {sample.row}{of_set}", ""]
+        heading = tr("### Row {row}", row=sample.row)
+        if sample.data_set:
+            heading = tr("### Row {row} of {data_set}", row=sample.row, data_set=markdown(sample.data_set))
+        lines += [heading, ""]
         if sample.shortened:
-            lines += ["The models were asked with a shortened text.", ""]
-        texts = [(code(name), text) for name, text in sample.fields.items()] or [("prompt", sample.prompt)]
-        texts += [("reference", sample.reference)] if sample.reference else []
+            lines += [tr("The models were asked with a shortened text."), ""]
+        texts = [(code(name), text) for name, text in sample.fields.items()] or [
+            (tr("prompt"), sample.prompt)
+        ]
+        texts += [(tr("reference"), sample.reference)] if sample.reference else []
         texts += [(tr("base model"), sample.base), (trained, sample.adapter)]
         for name, text in texts:
             lines += [f"{name}:", "", *code_block(_short(text)), ""]
     return lines
-
-
-ACCURACY = {
-    "pairs": tr("whose chosen answer has the higher reward"),
-    "labelled answers": tr("whose reward is on the right side of the reference point"),
-}
-"""What reward accuracy counts, by the units of the data."""
-PERPLEXITY = {"perplexity": "perplexity"}
-LABEL_SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1"}
-REWARDS = {
-    "reward_accuracy": tr("reward accuracy"),
-    "reward_margin": "margin",
-    "reward_chosen": tr("reward of chosen"),
-    "reward_rejected": tr("reward of rejected"),
-    "reward_desirable": tr("reward of desirable"),
-    "reward_undesirable": tr("reward of undesirable"),
-}
-"""Metrics of an evaluation -> their names on the card."""
-
-
-def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str, noun: str) -> list[str]:
-    """A table of the validation metrics before training and of the adapter or model in the folder."""
-    about = tr("Both are per trained token; `after` is the {noun} in this folder.", noun=noun)
-    names = {**PERPLEXITY, **LABEL_SCORES} if "accuracy" in before and "accuracy" in after else PERPLEXITY
-    if names is not PERPLEXITY:
-        about = (
-            f"Loss and perplexity are per trained token; `after` is the {noun} in this folder. Accuracy and macro F1 "
-            "are by likelihood of the labels: the prediction for a row is the label that the model finds most likely "
-            f"as its answer. Scored validation rows: {_scored_rows(after):,} of {after['examples']:,}."
-        )
-    if "reward_accuracy" in before:
-        names = {key: name for key, name in REWARDS.items() if key in before}
-        about = tr(
-            "Means over {examples:,} held-out {units}; `after` is the {noun} in this folder. Reward "
-            "accuracy is the fraction of {units} {accuracy}.{before}",
-            examples=before["examples"],
-            units=units,
-            noun=noun,
-            accuracy=ACCURACY[units],
-            before=_remark(before, names),
-        )
-    columns = {"loss": "loss", **names}
-    return [
-        tr("| validation | {columns} | step |", columns=" | ".join(columns.values())),
-        "| --- |" + " --- |" * (len(columns) + 1),
-        *(
-            f"| {name} | {' | '.join(_number(record.get(key)) for key in columns)} | {record['step']} |"
-            for name, record in (("before", before), ("after", after))
-        ),
-        "",
-        about,
-        "",
-    ]
-
-
-def _scored_rows(record: Mapping[str, Any]) -> int:
-    return sum(sum(row.values()) for confusion in record["confusion"].values() for row in confusion.values())
-
-
-def _confusions(confusions: Mapping[str, Confusion]) -> list[str]:
-    """A table of each data set whose answers are labels: the rows' own labels against the predicted ones."""
-    lines = []
-    for name, confusion in confusions.items():
-        labels = labels_of(confusion)
-        columns, rows = confusion_table(confusion, labels)
-        of_set = f" of {code(_last_part(name))}" if len(confusions) > 1 else ""
-        lines += [
-            f"Predicted labels{of_set} after training. A row of the table has one label's validation rows:",
-            "",
-            f"| label | {' | '.join(code(column, in_table=True) for column in columns)} | F1 |",
-            "| --- |" + " --- |" * (len(columns) + 1),
-            *(
-                f"| {code(own, in_table=True)} | {' | '.join(f'{count:,}' for count in counts)} | "
-                f"{_f1(confusion, own)} |"
-                for own, counts in rows
-            ),
-            "",
-        ]
-    return lines
-
-
-def _f1(confusion: Confusion, label: str) -> str:
-    score = f1_of(confusion, label)
-    return "" if score is None else f"{score:.4f}"
 
 
 def _published(adapter: AdapterFolder) -> list[str]:
@@ -609,7 +558,7 @@ def _lora(lora: Mapping[str, Any] | None) -> list[str]:
     if lora is None:
         return []
     kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if lora[key]]
-    shape = ", ".join([f"Rank {lora['r']}", f"alpha {lora['alpha']:g}", *kinds])
+    shape = ", ".join([tr("Rank {rank}", rank=lora["r"]), f"alpha {lora['alpha']:g}", *kinds])
     return [
         tr(
             "{shape}, dropout {dropout:g}. The adapter is on {on}.",
@@ -621,60 +570,8 @@ def _lora(lora: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
-    """A table of a mixture's data sets."""
-    if not sets:
-        return []
-    total = sum(one.get("weight", 0) for one in sets)
-    lines = [
-        tr("| data set | {units} | trained tokens | part of the mixture |", units=units),
-        "| --- | --- | --- | --- |",
-    ]
-    for one in sets:
-        times = one.get("repeats", 1)
-        part = (
-            tr("{weight:.1%} of each step", weight=one["weight"] / total)
-            if total
-            else f"{counted(times, 'time')} an epoch"
-        )
-        lines.append(
-            f"| {code(one['name'], in_table=True)} | {one['examples']:,} | {one['trained_tokens']:,} | {part} |"
-        )
-    return [*lines, ""]
-
-
-def _losses(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> list[str]:
-    """A table of the validation losses of a mixture's data sets."""
-    if not after:
-        return []
-    return [
-        tr("| validation loss of | before | after |"),
-        "| --- | --- | --- |",
-        *(
-            f"| {code(name, in_table=True)} | {_number(before.get(name))} | {_number(after[name])} |"
-            for name in after
-        ),
-        "",
-    ]
-
-
-def _remark(before: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """A remark on an evaluation before training in which the model is its own reference."""
-    if any(before[key] for key in names):
-        return ""
-    return tr(
-        " A reward measures how much more likely an answer has become compared with the "
-        "reference, the model before training. So before training every reward is 0, every "
-        "comparison a tie and the accuracy 0; by chance it would be 0.5."
-    )
-
-
 def _short(text: str) -> str:
     if len(text) <= MAX_CHARACTERS:
         return text
     half = MAX_CHARACTERS // 2
     return f"{text[:half]} [...] {text[-half:]}"
-
-
-def _number(value: float | None) -> str:
-    return tr("not finite") if value is None else f"{value:.4f}"

@@ -45,7 +45,7 @@ class MicroBatchLimit:
         self.bounds = replace(self.requested, most_examples=most_examples)
 
     def _halved(self, batch: Batch) -> tuple[str, MicroBatchBounds] | None:
-        """A description, and bounds for micro-batches of half the size; None if each unit of the batch is alone
+        """A line about it, and bounds for micro-batches of half the size; None if each unit of the batch is alone
         already."""
         bounds, lengths = self.bounds, batch.unit_lengths_U
         if self.by_tokens and bounds.most_tokens is not None:
@@ -53,15 +53,21 @@ class MicroBatchLimit:
             if tokens <= longest or len(lengths) == 1:
                 return None
             half = max(longest, tokens // 2)
-            return tr(
-                "{tokens:,} tokens at once; continuing with {half:,}", tokens=tokens, half=half
-            ), replace(bounds, most_tokens=half)
+            line = tr(
+                "out of memory with {tokens:,} tokens at once; continuing with {half:,}, the same result to rounding",
+                tokens=tokens,
+                half=half,
+            )
+            return line, replace(bounds, most_tokens=half)
         units = min(bounds.most_examples, len(lengths))
         if units == 1:
             return None
-        return tr("{units} at once; continuing with {units2}", units=units, units2=units // 2), replace(
-            bounds, most_examples=units // 2
+        line = tr(
+            "out of memory with {units} at once; continuing with {half}, the same result to rounding",
+            units=units,
+            half=units // 2,
         )
+        return line, replace(bounds, most_examples=units // 2)
 
     def fit(
         self, compute: Callable[[], Result], batch: Batch, undo: Callable[[], None] = lambda: None
@@ -87,10 +93,8 @@ class MicroBatchLimit:
                 torch.cuda.empty_cache()
                 torch.cuda.set_rng_state(cuda_state, self.device)
             torch.set_rng_state(cpu_state)
-            description, self.bounds = halved
-            self.log(
-                tr("out of memory with {description}, the same result to rounding", description=description)
-            )
+            line, self.bounds = halved
+            self.log(line)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -111,8 +115,9 @@ def _out_of_memory(batch: Batch, device: torch.device, sharded: bool) -> UserErr
             "out of memory on {device}; with --shard a process cannot halve its micro-batches by itself",
             device=device,
         )
-        return UserError(
-            what, place=f"rows {rows}", cure=tr("a smaller --micro_batch_size, {cure}", cure=cure)
+        cure = tr(
+            "a smaller --micro_batch_size, --gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16"
         )
+        return UserError(what, place=tr("rows {rows}", rows=rows), cure=cure)
     what = tr("out of memory on {device} with one row at a time; the longest of the step", device=device)
-    return UserError(what, place=f"rows {rows}", cure=cure)
+    return UserError(what, place=tr("rows {rows}", rows=rows), cure=cure)

@@ -167,10 +167,13 @@ def _check_set(one: DataSetSettings, task: Task, continued: str | None, skip_bad
 
 
 def _check_not_input(output: Path, base: str, continued: str | None) -> None:
-    for owner, path in ((tr("base model"), base), (tr("adapter to continue"), continued)):
+    folders = (
+        (tr("it is the folder of the base model"), base),
+        (tr("it is the folder of the adapter to continue"), continued),
+    )
+    for what, path in folders:
         folder = None if path is None else user_path(path)
         if folder is not None and folder.is_dir() and output.resolve() == folder.resolve():
-            what = tr("it is the folder of the {owner}", owner=owner)
             raise UserError(
                 what, place=tr("output_dir {output}", output=output), cure=tr("give another folder")
             )

@@ -131,7 +131,7 @@ def prepare(
             )
 
     def log_rows(rows: int) -> None:
-        log(f"tokenised {counted(rows, 'row')}")
+        log(tr("tokenised {rows}", rows=counted(rows, "row")))
 
     data, tokens = config.data, config.tokens
     with naming_skip(data.bad_rows):
@@ -211,7 +211,7 @@ def mixture_parts(dataset: Dataset, plan: Plan) -> list[str]:
             tr(
                 "{weight:.1%} of each step's {units}, {passes:,.2f} passes in the whole run",
                 weight=weight / total,
-                units=units,
+                units=tr(units),
                 passes=passes,
             )
             for weight, passes in zip(plan.shares.weights, plan.passes(), strict=True)
@@ -219,7 +219,12 @@ def mixture_parts(dataset: Dataset, plan: Plan) -> list[str]:
     repeats = [one.settings.repeats for one in dataset.sets]
     counts = [len(one.train.units) * times for one, times in zip(dataset.sets, repeats, strict=True)]
     return [
-        f"{count / sum(counts):.1%} of the {units}, {counted(times, 'time')} an epoch"
+        tr(
+            "{share:.1%} of the {units}, {times} an epoch",
+            share=count / sum(counts),
+            units=tr(units),
+            times=counted(times, "time"),
+        )
         for count, times in zip(counts, repeats, strict=True)
     ]
 
@@ -339,7 +344,7 @@ def check_adapter(
         asked = {layer.adapted for layer in chosen_layers(model, choice)}
     added = added_rows(model, continued)
     if added > 0 and not new_token_ids:
-        what = f"it has {counted(added, 'token')} of its own, which a run cannot continue"
+        what = tr("it has {tokens} of its own, which a run cannot continue", tokens=counted(added, "token"))
         raise UserError(
             what, place=continued, cure=tr("merge it with `yeonma merge`, and train on the result")
         )
@@ -401,7 +406,7 @@ def _check_schedule(step: StepSettings, log: Log) -> None:
             optimizer.step()
             schedule.step(*([float(number)] if step.lr_scheduler in METRIC_SCHEDULES else []))
             if not all(math.isfinite(rate) for rate in schedule.get_last_lr()):
-                raise ValueError("the learning rate would be infinite")
+                raise ValueError(tr("the learning rate would be infinite"))
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
             tr("{lr_scheduler} does not accept them ({error})", lr_scheduler=step.lr_scheduler, error=error),

@@ -107,15 +107,21 @@ def _check_adamw(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, t
     for name, tensor in tensors.items():
         parameter, _, entry = name.rpartition("/")
         if parameter not in parameters or entry not in ("step", *AVERAGES):
-            raise ValueError(f"it has {brief(name)}, which this run's optimizer does not")
+            raise ValueError(tr("it has {name}, which this run's optimizer does not", name=brief(name)))
         shape = torch.Size() if entry == "step" else parameters[parameter].shape
         if tensor.shape != shape or not tensor.is_floating_point():
-            found = f"{tuple(tensor.shape)} of {tensor.dtype}"
-            raise ValueError(f"{name} has the shape {found}, and this run's {tuple(shape)}")
+            what = tr(
+                "{name} has the shape {found} of {dtype}, and this run's {expected}",
+                name=name,
+                found=tuple(tensor.shape),
+                dtype=tensor.dtype,
+                expected=tuple(shape),
+            )
+            raise ValueError(what)
         is_infinite = entry != "exp_avg_sq" and bool(tensor.isinf().any())  # squares may overflow
         if is_infinite or bool(tensor.isnan().any()) or (entry != "exp_avg" and bool((tensor < 0).any())):
-            raise ValueError(f"{name} has numbers that it cannot have")
+            raise ValueError(tr("{name} has numbers that it cannot have", name=name))
         if lacking := [other for other in ("step", *AVERAGES) if f"{parameter}/{other}" not in tensors]:
-            raise ValueError(f"it has no {parameter}/{lacking[0]}")
+            raise ValueError(tr("it has no {name}", name=f"{parameter}/{lacking[0]}"))
     if parameters and not tensors:
-        raise ValueError("it is empty")
+        raise ValueError(tr("it is empty"))

@@ -52,6 +52,7 @@ from yeonma.run_folder.run_log import (
     open_trained_rows,
 )
 from yeonma.run_folder.trackers import check_trackers, open_trackers, plot_loss, tracked
+from yeonma.run_folder.units import ONE
 from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
 from yeonma.tokenization.dataset import Dataset, cache_folder, describe
 from yeonma.tokenization.store import TokenStore
@@ -162,7 +163,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         if (balance := label_balance(prepared.dataset.train, config.preference)) is not None:
             log(str(balance))
         for line in run_warnings(config.step, prepared.dataset, prepared.plan):
-            log(f"warning: {line}")
+            log(tr("warning: {text}", text=line))
         prepared = prepared.with_base(base_content(log), source)
         group = contexts.enter_context(process_group(processes, device))
         check_same_content(group, _shared_content(config, prepared))
@@ -301,7 +302,7 @@ def _train(
     base_answers = None
     if config.model.train == "full":
         if (group.first or state.sharded) and evaluation.card_rows:  # before the base's weights are replaced
-            with reporting.answers("the base") as on_answer:
+            with reporting.answers(tr("the base")) as on_answer:
                 base_answers = answers_before(
                     policy, prepared.tokenizer, dataset, evaluation.card_rows, on_answer
                 )
@@ -403,7 +404,7 @@ def _train(
             tr(
                 "using the {noun} of step {best_step}, which had the lowest validation loss "
                 "({best_loss:.4f})",
-                noun=saved.result.noun,
+                noun=tr(saved.result.noun),
                 best_step=best_step,
                 best_loss=progress.best_loss,
             )
@@ -414,10 +415,11 @@ def _train(
     stop.check()
     if evaluation.card_rows:
         broadcast_trained(state.model)
-    loss_unit = tr("trained token") if state.objective.per_token else dataset.task.units.removesuffix("s")
+    loss_unit = tr("trained token") if state.objective.per_token else ONE[dataset.task.units]
     plot_loss(output / METRICS, output / "loss.svg", loss_unit)
     repeat_command = _repeat_command(config, state.objective.name)
-    whose = f"the {saved.result.noun}" if base_answers is not None else f"base and {saved.result.noun}"
+    noun = tr(saved.result.noun)
+    whose = tr("base and {noun}", noun=noun) if base_answers is None else tr("the {noun}", noun=noun)
     with reporting.answers(whose) as on_answer:
         write_card(
             output,
@@ -437,7 +439,7 @@ def _train(
     folder.seal(output)
     folder.write_run_json(output, prepared.identity, finished=True)
     log(clock.summary())
-    log(tr("{noun} saved to {output}", noun=saved.result.noun.capitalize(), output=output))
+    log(tr("{noun} saved to {output}", noun=noun.capitalize(), output=output))
     if exported.text is None:
         log(tr("chat_template.jinja does not contain the training template: {why}", why=exported.why))
     return None
@@ -450,7 +452,7 @@ def _repeat_command(config: RunConfig, verb: str) -> str:
     given = [f"{setting}=..." for setting, paths in data.items() if any(map(is_label, paths))]
     if given:
         call = f'yeonma.{verb}(config="settings.yaml", {", ".join(given)})'
-        return f"{call}   # in Python, with the same data"
+        return f"{call}   # {tr('in Python, with the same data')}"
     return f"yeonma {verb} --config settings.yaml"
 
 
@@ -475,16 +477,13 @@ def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> st
             "stopped by {reasons} before the first step; run the same command to start again",
             reasons=REASONS[status],
         )
-    where = tr(
-        "stopped by {reasons} after step {step} of {total_steps}",
+    return tr(
+        "stopped by {reasons} after step {step} of {total_steps}; {checkpoint} is saved: run the same command to "
+        "continue",
         reasons=REASONS[status],
         step=step,
         total_steps=total_steps,
-    )
-    return tr(
-        "{where}; {output} is saved: run the same command to continue",
-        where=where,
-        output=checkpoint_path(output, step),
+        checkpoint=checkpoint_path(output, step),
     )
 
 

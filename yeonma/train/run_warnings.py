@@ -37,11 +37,14 @@ def _learning_rate(step: StepSettings, total_steps: int) -> str:
     peak = highest_rate(step, total_steps)
     if peak >= LOW_PEAK * step.learning_rate and warmup < total_steps:
         return ""
-    steps = counted(total_steps, "step")
     reason = tr("no step of the {lr_scheduler} schedule has more", lr_scheduler=step.lr_scheduler)
     cure = tr("see lr_scheduler_kwargs")
     if warmup >= total_steps:
-        reason = f"the warm-up takes {counted(warmup, 'step')}, and the run has {steps}"
+        reason = tr(
+            "the warm-up takes {warmup}, and the run has {steps}",
+            warmup=counted(warmup, "step"),
+            steps=counted(total_steps, "step"),
+        )
         cure = tr("lower warmup_steps or warmup_ratio")
     if peak <= 0:
         return tr(
@@ -68,7 +71,7 @@ def highest_rate(step: StepSettings, total_steps: int) -> float:
 
 
 def _sizes(dataset: Dataset, plan: Plan) -> list[str]:
-    units, count = dataset.task.units, len(dataset.train.units)
+    units, count = tr(dataset.task.units), len(dataset.train.units)
     lines = []
     if plan.shares is None and len(plan.positions) < plan.batch_size:
         lines.append(
@@ -113,9 +116,9 @@ def _answers(dataset: Dataset) -> list[str]:
         return []
     several = len(dataset.sets) > 1
     return [
-        tr(
-            "{one}all {units:,} answers are the same, so the model learns to give this one to anything",
-            one=one.name + ": " if several else "",
+        (f"{one.name}: " if several else "")
+        + tr(
+            "all {units:,} answers are the same, so the model learns to give this one to anything",
             units=len(one.train.units),
         )
         for one in dataset.sets

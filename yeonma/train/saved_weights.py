@@ -16,7 +16,7 @@ from yeonma.adapter.full_model import not_finite_in, stored_shapes, write_full_m
 from yeonma.adapter.samples import Samples
 from yeonma.data.template import Template
 from yeonma.errors import UserError, brief
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.model import adapter_weights, load
 from yeonma.model.adapter_config import WEIGHTS_FILE
 from yeonma.model.adapter_file import not_finite, read_header
@@ -29,6 +29,7 @@ from yeonma.tokenization.example import TokenRules, answer_tokens
 from yeonma.train.full_weights import load_trained
 from yeonma.train.step import TrainState
 
+MODEL = later("model")
 DELETE_IT = tr("delete this checkpoint: the same command then continues from the one before")
 
 
@@ -103,8 +104,8 @@ def saved_model(state: TrainState, source: BaseSource, rules: TokenRules, parts:
     in_checkpoint = model_bytes(state.parameters.values(), parts.tokenizer)
     as_result = model_bytes(names.values(), parts.tokenizer)
     return SavedWeights(
-        AdapterWriter(partial(write, weights=copies), in_checkpoint, "model", partial(gather, copies)),
-        AdapterWriter(partial(write, weights={}), as_result, "model", partial(gather, {})),
+        AdapterWriter(partial(write, weights=copies), in_checkpoint, MODEL, partial(gather, copies)),
+        AdapterWriter(partial(write, weights={}), as_result, MODEL, partial(gather, {})),
         partial(_load_model, state),
         _check_best_model,
     )

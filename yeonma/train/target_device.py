@@ -9,6 +9,7 @@ import torch
 from yeonma.config.gpus import Gpu, gpu_named
 from yeonma.config.settings import ModelSettings
 from yeonma.errors import UserError
+from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.attention.backend import MIN_CAPABILITY, Capability
 
@@ -44,6 +45,6 @@ def target_device(setting: str, gpu: str | None = None) -> TargetDevice:
     if gpu is None:
         return TargetDevice(load.pick_device(setting))
     if setting != "auto":
-        what = "it has no meaning for another machine's GPU"
-        raise UserError(what, place=f"device {setting}", cure="leave out --gpu or --device")
+        what = tr("it has no meaning for another machine's GPU")
+        raise UserError(what, place=f"device {setting}", cure=tr("leave out --gpu or --device"))
     return TargetDevice(torch.device("cuda"), gpu_named(gpu))

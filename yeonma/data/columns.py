@@ -231,13 +231,8 @@ def field_text(row: Row, column: str) -> str | None:
         return text
     if not value or value.isspace():
         return None
-    check_characters(value, field_name(column), row.place)
+    check_characters(value, column, row.place, is_column=True)
     return value
-
-
-def field_name(column: str) -> str:
-    """A column for a message."""
-    return tr('field "{column}"', column=column)
 
 
 def without_value(where: str, state: Literal["missing", "null", "empty"]) -> str:

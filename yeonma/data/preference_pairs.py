@@ -23,7 +23,6 @@ from yeonma.data.columns import (
     Form,
     Recognised,
     column_of,
-    field_name,
     field_text,
     filled_columns,
     is_filled,
@@ -42,7 +41,7 @@ from yeonma.data.template import (
 from yeonma.data.template_syntax import joined
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
 from yeonma.data.turns import ROLES, Role, Turn, tools_of, turn_of, turns_of
-from yeonma.data.words import all_of, any_of
+from yeonma.data.words import all_of, any_of, field_name
 from yeonma.errors import Problem, UserError, brief
 from yeonma.messages import tr
 
@@ -302,15 +301,15 @@ def _each_answer(row: Row, column: str) -> tuple[Row, list[str]]:
 
 def _check_answers(row: Row, answers: Mapping[str, str], rejected: Sequence[str]) -> None:
     """Raises UserError unless all answers have a value. `answers`: side -> column; `rejected`: the columns of each."""
-    cure = tr(
-        "a pair needs both answers ({answers}); fill it or remove the row",
-        answers=all_of(answers.values()),
-    )
-    if problems := _without_value(row, (answers["chosen"], *rejected), cure):
-        raise UserError(problems)
+    if problems := _without_value(row, (answers["chosen"], *rejected)):
+        cure = tr(
+            "a pair needs both answers ({answers}); fill it or remove the row",
+            answers=all_of(answers.values()),
+        )
+        raise UserError([replace(problem, cure=cure) for problem in problems])
 
 
-def _without_value(row: Row, columns: Sequence[str], cure: str) -> list[Problem]:
+def _without_value(row: Row, columns: Sequence[str]) -> list[Problem]:
     """A problem for each of the columns that has no value or an empty one."""
     problems = []
     for name in columns:
@@ -319,7 +318,7 @@ def _without_value(row: Row, columns: Sequence[str], cure: str) -> list[Problem]
             state: Literal["missing", "null", "empty"] = (
                 "missing" if name not in row.values else "null" if value is None else "empty"
             )
-            problems.append(Problem(without_value(field_name(name), state), row.place, cure))
+            problems.append(Problem(without_value(field_name(name), state), row.place))
     return problems
 
 
@@ -357,13 +356,13 @@ def _labelled_turns(template: Template, row: Row, columns: dict[str, str]) -> Re
         rendered = template.render(row, columns)
     else:
         template.check_columns(columns)
-        cure = tr(
-            "a labelled answer needs both {column} and {apart}; fill it or remove the row",
-            column=column,
-            apart=apart,
-        )
-        if problems := _without_value(row, (column, apart), cure):
-            raise UserError(problems)
+        if problems := _without_value(row, (column, apart)):
+            cure = tr(
+                "a labelled answer needs both {column} and {apart}; fill it or remove the row",
+                column=column,
+                apart=apart,
+            )
+            raise UserError([replace(problem, cure=cure) for problem in problems])
         turns = _with_system(row, (*_prompt_turns(row, column), *_answer_turns(row, apart)))
         rendered = Rendered(as_rendered_turns(turns), (), names.index(column), "assistant")
     *prompt, last = rendered.turns

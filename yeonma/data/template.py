@@ -23,7 +23,6 @@ from yeonma.data.columns import (
     TOOL_COLUMNS,
     Columns,
     column_of,
-    field_name,
     field_text,
     is_filled,
     without_value,
@@ -42,7 +41,7 @@ from yeonma.data.template_syntax import (
     visible,
 )
 from yeonma.data.turns import Turn, is_turn_list, object_of, tools_of, turn_list, with_system
-from yeonma.data.words import all_of
+from yeonma.data.words import all_of, field_name
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.messages import tr
 

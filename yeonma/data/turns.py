@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from yeonma.data.rows import Row
 from yeonma.data.strict_json import described
-from yeonma.data.words import all_of
+from yeonma.data.words import all_of, field_name
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.messages import counted, tr
 
@@ -192,7 +192,6 @@ def tools_of(value: object, column: str, place: str) -> tuple[dict[str, Any], ..
     A description without {"type": "function", "function": ...} around it gets it. Raises UserError if it is no such
     list.
     """
-    cure = tr('write [{{"type": "function", "function": {{"name": "...", "parameters": {{...}}}}}}, ...]')
     if isinstance(value, str):
         if not value.strip():
             return ()
@@ -200,7 +199,7 @@ def tools_of(value: object, column: str, place: str) -> tuple[dict[str, Any], ..
             value = json.loads(value)
         except ValueError:
             raise UserError(
-                tr('field "{column}" is text, but not JSON', column=column), place=place, cure=cure
+                tr('field "{column}" is text, but not JSON', column=column), place=place, cure=_TOOL_CURE
             ) from None
     if value is None or value == {}:
         return ()
@@ -209,7 +208,7 @@ def tools_of(value: object, column: str, place: str) -> tuple[dict[str, Any], ..
         raise UserError(
             tr('field "{column}" is {value}, not a list of tools', column=column, value=described(value)),
             place=place,
-            cure=cure,
+            cure=_TOOL_CURE,
         )
     tools = []
     for index, tool in enumerate(value):
@@ -217,14 +216,19 @@ def tools_of(value: object, column: str, place: str) -> tuple[dict[str, Any], ..
         function = tool if tool is None or "function" not in tool else tool["function"]
         if tool is None or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             problem = tr("{column}[{index}] is not the description of a tool", column=column, index=index)
-            raise UserError(problem, place=place, cure=cure)
+            raise UserError(problem, place=place, cure=_TOOL_CURE)
         if function is tool and tool.keys() == {"type", "name"}:
             raise UserError(
-                tr("{column}[{index}] has a name alone", column=column, index=index), place=place, cure=cure
+                tr("{column}[{index}] has a name alone", column=column, index=index),
+                place=place,
+                cure=_TOOL_CURE,
             )
         described_tool = {"type": "function", "function": tool} if function is tool else tool
         tools.append(_without_nulls(described_tool))
     return tuple(tools)
+
+
+_TOOL_CURE = tr('write [{{"type": "function", "function": {{"name": "...", "parameters": {{...}}}}}}, ...]')
 
 
 def object_of(value: object, column: str, place: str) -> dict[str, Any]:
@@ -238,9 +242,10 @@ def object_of(value: object, column: str, place: str) -> dict[str, Any]:
     return _without_nulls(found)
 
 
-def check_characters(text: str, where: str, place: str) -> None:
+def check_characters(text: str, where: str, place: str, *, is_column: bool = False) -> None:
     """Raises UserError for a NUL character and for a lone surrogate, which no tokenizer encodes."""
     if "\0" in text:
+        where = field_name(where) if is_column else where
         problem = tr(
             "{where} contains a NUL character (U+0000) after {characters}",
             where=where,
@@ -251,6 +256,7 @@ def check_characters(text: str, where: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
+        where = field_name(where) if is_column else where
         problem = tr(
             "{where} contains half a character, the lone surrogate {code}, after {characters}",
             where=where,

@@ -24,6 +24,11 @@ def with_more(names: Iterable[str], most: int) -> str:
     return tr("{names} and {more:,} more", names=shown, more=more) if more > 0 else shown
 
 
+def field_name(column: str) -> str:
+    """A column as a field of a row."""
+    return tr('field "{column}"', column=column)
+
+
 def row_place(name: str, number: int) -> str:
     """The place of a row in a file without lines: `train.parquet row 3`. Quick: every row has one."""
     english = f"{name} row {number}"

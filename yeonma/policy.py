@@ -476,7 +476,7 @@ def _rows(rows: Any) -> list[Row]:
             raise UserError(
                 tr("a row is a mapping of fields, not {name}", name=type(row).__name__), cure=cure
             )
-    return [Row(number, row, f"row {number}") for number, row in enumerate(rows, start=1)]
+    return [Row(number, row, tr("row {number}", number=number)) for number, row in enumerate(rows, start=1)]
 
 
 def blueprint(

@@ -297,11 +297,11 @@ def misfits(stored: Shapes, expected: Shapes, place: str, cure: str) -> list[Pro
     problems = []
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
-        places = {"tensors": counted(len(expected), "tensor"), "names": some(missing)}
+        counts = {"tensors": counted(len(expected), "tensor"), "names": some(missing)}
         what = (
-            tr("1 of {tensors} is missing: {names}", **places)
+            tr("1 of {tensors} is missing: {names}", **counts)
             if len(missing) == 1
-            else tr("{missing} of {tensors} are missing: {names}", missing=len(missing), **places)
+            else tr("{missing} of {tensors} are missing: {names}", missing=len(missing), **counts)
         )
         problems.append(Problem(what, place, cure))
     if extra:

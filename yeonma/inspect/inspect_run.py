@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from yeonma.inspect.forecast import (
 from yeonma.inspect.forecast_cache import forecast_key, read_forecast, write_forecast
 from yeonma.inspect.inspect_page import page
 from yeonma.inspect.probe import measure_rate
-from yeonma.inspect.row_views import audit_json, select_rows, view_json, views_of
+from yeonma.inspect.row_views import RowSelection, audit_json, select_rows, view_json, views_of
 from yeonma.inspect.terminal import (
     VERDICT_STYLES,
     print_audit,
@@ -36,6 +38,7 @@ from yeonma.inspect.terminal import (
     print_views,
 )
 from yeonma.inspect.verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
+from yeonma.language import VARIABLES
 from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.targets import Coverage
@@ -53,6 +56,8 @@ from yeonma.train.prepare import Prepared, check_adapter, prepare
 from yeonma.train.run_warnings import run_warnings
 from yeonma.train.target_device import TargetDevice, target_device
 
+LANGUAGE_VARIABLE = VARIABLES[0]
+"""Which comes before the others."""
 RATE_SECONDS = 0.25
 """How long the products of the rate are measured that a forecast of time uses."""
 
@@ -99,6 +104,38 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     config = resolve_auto(config, source, prepared, group, log_line, target=target, processes=processes)
     dataset = prepared.dataset
     selection = select_rows(options.rows, max(one.train.store.counts.rows for one in dataset.sets))
+    with _in_english() if options.json else nullcontext():
+        inspection = _inspection(options, config, source, prepared, target, memory_bytes, selection)
+        if options.html is not None:
+            write_text_atomically(user_path(options.html), inspection.web_page)
+    return inspection
+
+
+@contextmanager
+def _in_english() -> Iterator[None]:
+    """JSON is for programs, in any language of help."""
+    before = os.environ.get(LANGUAGE_VARIABLE)
+    os.environ[LANGUAGE_VARIABLE] = "en"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LANGUAGE_VARIABLE]
+        else:
+            os.environ[LANGUAGE_VARIABLE] = before
+
+
+def _inspection(
+    options: InspectSettings,
+    config: RunConfig,
+    source: load.BaseSource,
+    prepared: Prepared,
+    target: TargetDevice,
+    memory_bytes: int | None,
+    selection: RowSelection,
+) -> Inspection:
+    """What is shown. The views are made after the forecast, which measures the memory of this process."""
+    dataset = prepared.dataset
     audit = _audit(config, prepared)
     forecast, adapter = _forecast(options, config, source, prepared, target, memory_bytes)
     lines = [(tr("adapter on"), str(adapter))] if adapter is not None else []
@@ -114,10 +151,7 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     title = tr("{data} for {model}", data=dataset.train.rows.name, model=Path(source.name).name)
     if options.html is not None:
         views = list(views)
-    inspection = Inspection(title, views, audit, forecast, verdict, lines, adapter, remarks)
-    if options.html is not None:
-        write_text_atomically(user_path(options.html), inspection.web_page)
-    return inspection
+    return Inspection(title, views, audit, forecast, verdict, lines, adapter, remarks)
 
 
 def print_inspection(
@@ -125,8 +159,9 @@ def print_inspection(
 ) -> None:
     """Print rows, audit and forecast on `console`, by default on standard output; with `options.json`, as JSON."""
     if options.json:
-        for view in inspection.views:
-            give(view_json(view))
+        with _in_english():
+            for view in inspection.views:
+                give(view_json(view))
         about: dict[str, Any] = {
             "forecast": inspection.forecast and forecast_dict(inspection.forecast),
             **({} if inspection.verdict is None else {"verdict": asdict(inspection.verdict)}),

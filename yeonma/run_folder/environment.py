@@ -91,7 +91,8 @@ def environment_change(
 
 
 def _shown(value: str | int) -> str:
-    return tr(WORDS_OF_KERNELS[value]) if value in WORDS_OF_KERNELS else str(value)
+    words = WORDS_OF_KERNELS.get(str(value))
+    return str(value) if words is None else tr(words)
 
 
 def _name_of_language(code: str | int) -> str:

@@ -24,6 +24,18 @@ def test_unchanged_environment_is_not_reported() -> None:
     assert current["torch"] == torch.__version__
 
 
+def test_a_changed_language_is_a_remark_about_the_card() -> None:
+    now = environment(1, torch.device("cpu"))
+    assert now["language"] == "en"
+    before = {**now, "language": "ko"}
+    remark = "the language was Korean and is now English: the card is written in the latter"
+    assert environment_change(before, now, dropout=True) == remark
+    change = environment_change({**before, "processes": 2}, now, dropout=False) or ""
+    assert change.startswith("processes was 2 and is now 1: ") and change.endswith(f"; {remark}")
+    without = {name: value for name, value in now.items() if name != "language"}
+    assert environment_change(without, now, dropout=True) is None  # of an earlier version
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_changed_number_of_processes_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float

@@ -43,21 +43,18 @@ def run(settings: ServeSettings) -> int:
             on_ready = partial(_print_ready, list(models), listener, key)
             run_server(adapters, models, settings, listener, key, on_ready, log_line)
         except KeyboardInterrupt:
-            log_line("stopped")
+            log_line(tr("stopped"))
     return 0
 
 
 def _print_ready(names: list[str], listener: socket.socket, key: str | None) -> None:
-    needed = tr("; requests need the API key") if key else ""
+    values = {"names": ", ".join(names), "address": f"{url_of(listener)}/v1"}
     say(
-        tr(
-            "Serving {names} at {listener}/v1{needed}. Ctrl-C stops.",
-            names=", ".join(names),
-            listener=url_of(listener),
-            needed=needed,
-        )
+        tr("Serving {names} at {address}; requests need the API key. Ctrl-C stops.", **values)
+        if key
+        else tr("Serving {names} at {address}. Ctrl-C stops.", **values)
     )
-    say(f"Try it in a browser: {url_of(listener)}/")
+    say(tr("Try it in a browser: {address}", address=f"{url_of(listener)}/"))
 
 
 def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
@@ -77,7 +74,7 @@ def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
     if reason and settings.engine == "vllm":
         raise UserError(
             tr("vLLM cannot serve this: {reason}", reason=reason),
-            place=tr("--engine vllm"),
+            place="--engine vllm",
             cure=tr("leave it out"),
         )
     if reason:

@@ -54,7 +54,7 @@ def push(settings: PushSettings) -> PushedFiles:
         say(tr("nothing was sent"))
         return pushed
     url = upload(settings.repo, uploads, settings.message, settings.public, say)
-    say(f"{counted(len(uploads), 'file')} uploaded and verified: {url}")
+    say(tr("{uploads} uploaded and verified: {url}", uploads=counted(len(uploads), "file"), url=url))
     return replace(pushed, url=url)
 
 

@@ -9,8 +9,9 @@ from yeonma.cli import Verb
 from yeonma.config.help import setting_entries
 from yeonma.config.parse import Setting, settings_of
 from yeonma.language import Language
+from yeonma.messages import tr
 
-CONFIG = "YAML file of settings. Keywords win over it."
+CONFIG = tr("YAML file of settings. Keywords win over it.")
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,8 @@ class Worker:
         if len(jobs) == 1 or self._batch_size == 1:
             job = jobs.pop(0)
             tokens = len(job.prompt.token_ids)
-            message = f"a prompt of {counted_in_english(tokens, 'token')} and its answer do not fit into the device's memory"
+            prompt = f"a prompt of {counted_in_english(tokens, 'token')}"
+            message = f"{prompt} and its answer do not fit into the device's memory"
             job.notify(PromptTooLarge(message))
         else:
             self._batch_size = (min(self._batch_size, len(jobs)) + 1) // 2

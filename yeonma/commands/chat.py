@@ -251,14 +251,14 @@ def _welcome(builder: PromptBuilder) -> str:
     names = list(
         dict.fromkeys(name for variant in adapter.template.variants for name in variant.prompt_fields)
     )
-    where = f"{adapter.path} on {adapter.base.name}"
+    where = tr("{folder} on {base}", folder=adapter.path, base=adapter.base.name)
     if adapter.template.takes_turns:
         return tr("{where}. Each line is a message. /help lists the commands, Ctrl-D ends.", where=where)
     if len(names) == 1:
         return tr(
-            "{where}. Each line is a {names}. /help lists the commands, Ctrl-D ends.",
+            "{where}. Each line is a {field}. /help lists the commands, Ctrl-D ends.",
             where=where,
-            names=names[0],
+            field=names[0],
         )
     return tr(
         "{where}. Each line is one field, an empty one leaves it out. /help lists the commands, Ctrl-D ends.",

@@ -32,9 +32,9 @@ def run(settings: ConvertSettings) -> int:
     remarks = counted(len(conversion.different), "remark")
     log_line(
         tr(
-            "{tool}: {settings_text} for yeonma {verb}, {remarks} on what may change the result",
+            "{tool}: {settings} for yeonma {verb}, {remarks} on what may change the result",
             tool=conversion.tool,
-            settings_text=settings_text,
+            settings=settings_text,
             verb=conversion.verb,
             remarks=remarks,
         )

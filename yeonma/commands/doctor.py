@@ -217,9 +217,9 @@ def _disks(report: Report, given: str | None) -> None:
         if free_bytes(place) < LITTLE_SPACE:
             report.problems.append(
                 tr(
-                    "{place}: less than {little_space:.0f} GB free",
-                    place=place,
-                    little_space=LITTLE_SPACE / 1e9,
+                    "{folder}: less than {least:.0f} GB free",
+                    folder=place,
+                    least=LITTLE_SPACE / 1e9,
                 )
             )
 

@@ -135,7 +135,7 @@ class _ChatSession:
     def _read(self, label: str) -> str | Command:
         """The next text, or /reset or /undo. Obeys the other commands. Raises EOFError at the end and for /quit."""
         while True:
-            by_base = "" if self.policy.adapter_weights else "[base] "
+            by_base = "" if self.policy.adapter_weights else tr("[base] ")
             try:
                 entry = read_entry(f"{by_base}{label} " if self.on_terminal else "")
                 match entry:

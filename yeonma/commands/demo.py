@@ -28,6 +28,7 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.rows import Row, open_rows
+from yeonma.evaluate.verdict import reference_heading
 from yeonma.files import user_path
 from yeonma.messages import tr
 from yeonma.shown import shell_word
@@ -184,7 +185,7 @@ def _show_answers(demo: Demo, output: Path) -> None:
 
 def _sample(row: Row, reference: str, answers: Sequence[str]) -> str:
     texts = (reference, *answers)
-    names = (tr("reference"), tr("before"), tr("after"))
+    names = (reference_heading(), tr("before"), tr("after"))
     width = max(map(cell_len, names))
     lines = [
         f"  {set_cell_size(name, width)}  {_short(text)}" for name, text in zip(names, texts, strict=True)
@@ -305,4 +306,4 @@ def _duration(seconds: float) -> str:
 
 
 def _heading(text: str) -> None:
-    say_lines(f"\n{text}\n{'-' * len(text)}")
+    say_lines(f"\n{text}\n{'-' * cell_len(text)}")

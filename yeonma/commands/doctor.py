@@ -246,5 +246,5 @@ def _hub(report: Report, failure: str | None) -> None:
     elif failure:
         text = tr("does not answer ({failure}); folders on this machine work", failure=failure)
     else:
-        text = "answers"
+        text = tr("answers ").rstrip()  # with a blank, as `answers` alone is a noun
     report.add("hub", text)

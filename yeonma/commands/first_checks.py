@@ -233,7 +233,7 @@ def check_prompt_source(source: GenerateSettings) -> None:
 
 def row_of(text: str) -> Mapping[str, object]:
     """The row that `--row` gives as JSON. Raises UserError."""
-    cure = """write '{"document": "..."}'"""
+    cure = tr("""write '{{"document": "..."}}'""")
     try:
         value, end = parse(text, len(text) - len(text.lstrip(SPACE)))
         if rest := text[end:].lstrip(SPACE):

@@ -31,7 +31,7 @@ def run(settings: ServeSettings) -> int:
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             names = " ".join(missing)
             cure = tr("install it with: {install}", install=install(*missing))
-            raise UserError(tr("missing packages: {names}", names=names), place=tr("yeonma serve"), cure=cure)
+            raise UserError(tr("missing packages: {names}", names=names), place="yeonma serve", cure=cure)
         check_serve(settings)
         from yeonma.serve.server import load_served_models, open_adapters, run_server
 
@@ -107,9 +107,9 @@ def _exec_vllm(
         max_new_tokens_limit=settings.max_new_tokens_limit,
     )
     command = vllm_command(plan)
-    log_line("vLLM has no page to try the models on; `--engine yeonma` has one")
+    log_line(tr("vLLM has no page to try the models on; `--engine yeonma` has one"))
     listener.close()
-    log_line(f"starting vLLM: {' '.join(map(shell_word, command[1:]))}")
+    log_line(tr("starting vLLM: {command}", command=" ".join(map(shell_word, command[1:]))))
     environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
     sys.stdout.flush()
     os.execve(command[0], command, environment)

@@ -188,7 +188,7 @@ def answer_all(
             candidate, source = inputs.candidate, inputs.candidate.prompt_builder.source
             adapters = [] if candidate.adapter is None else [candidate.adapter]
             if policy is None:
-                log(f"loading {source.name}")
+                log(tr("loading {model}", model=source.name))
                 policy = build_policy(
                     source, adapters, device=device, dtype=dtype, quantization=candidate.quantization
                 )

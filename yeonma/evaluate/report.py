@@ -39,7 +39,7 @@ from yeonma.evaluate.metrics import (
     resampled_sums,
     swap_test,
 )
-from yeonma.evaluate.verdict import format_number, format_p, verdict
+from yeonma.evaluate.verdict import format_number, format_p, reference_heading, verdict
 from yeonma.messages import counted, tr
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
@@ -315,7 +315,7 @@ def _print_rows(console: Console, report: ComparisonReport) -> None:
     names = [model["name"] for model in report["models"]]
     for row in (differ or rows)[:SHOWN_ROWS]:
         console.print(Text("\n" + tr("row {number}", number=row["row"])))
-        texts = [] if row["wanted"] is None else [(tr("reference"), row["wanted"])]
+        texts = [] if row["wanted"] is None else [(reference_heading(), row["wanted"])]
         texts += [(name, answer["text"]) for name, answer in zip(names, row["answers"], strict=True)]
         for name, text in texts:
             console.print(Text(f"  {one_line(name)}: {one_line(text, SHOWN_CHARACTERS)}"), soft_wrap=True)

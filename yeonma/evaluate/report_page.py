@@ -21,7 +21,7 @@ from yeonma.evaluate.report import (
     ComparisonReport,
     explain_numbers,
 )
-from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p
+from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p, reference_heading
 from yeonma.inspect.inspect_page import COLOURS
 from yeonma.language import language
 from yeonma.messages import counted, tr
@@ -123,7 +123,7 @@ def _script_words() -> dict[str, str]:
         "change": tr("change"),
         "no_change": tr("no change"),
         "prompt": tr("prompt"),
-        "reference": tr("reference"),
+        "reference": reference_heading(),
         "cut_off": tr("cut off at max_new_tokens"),
         "prompt_of": tr("prompt of {name}", name="%s"),
         "more": tr("Show more ({left} left)", left="%s"),

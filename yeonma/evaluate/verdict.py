@@ -29,6 +29,11 @@ UNSHOWN = later(
 )
 
 
+def reference_heading() -> str:
+    """What stands before a reference answer. Its key has a colon because `reference` alone is a model's."""
+    return tr("reference:").removesuffix(":")
+
+
 def format_number(value: float | None) -> str:
     """A number with at least three significant digits; `-` for None."""
     if value is None:

@@ -96,7 +96,7 @@ def _call_of(
                 except Stopped:
                     raise
                 except KeyboardInterrupt:
-                    raise Stopped("interrupted", INTERRUPTED) from None
+                    raise Stopped(tr("interrupted"), INTERRUPTED) from None
 
         returns = get_type_hints(function)["return"]
         call.__doc__ = docstring_of(form, about, language())

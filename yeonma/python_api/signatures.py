@@ -54,4 +54,4 @@ def docstring_of(form: CallForm, about: str, language: Language) -> str:
     """The call's own text, then each setting with its help text, values and default."""
     entries = setting_entries(form.verb.groups, form.settings, language)
     lines = [f"{name}: {text}" for name, text in entries]
-    return "\n".join([about, "", "Settings:", *(f"    {line}" for line in [*lines, f"config: {CONFIG}"])])
+    return "\n".join([about, "", tr("Settings:"), *(f"    {line}" for line in [*lines, f"config: {CONFIG}"])])

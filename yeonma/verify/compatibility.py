@@ -330,7 +330,9 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
         return not_checked(check, tr("there are no sample rows to try it with"))
     encoder, problems, same = TextEncoder.of(own), [], 0
     for sample in samples.rows:
-        row = Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}")
+        row = Row(
+            sample.row_number, sample.row, tr("{file}, row {number}", file=SAMPLES, number=sample.row_number)
+        )
         try:
             rendered = samples.task.preferred(samples.task.render(template, row, adapter.columns))
             conversation = conversation_of(template, row, adapter.columns, rendered, own, adapter.rules)

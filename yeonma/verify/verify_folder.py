@@ -86,7 +86,7 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
     if any((folder / name).is_file() for name in (STATE, OPTIMIZER, RANDOM)):
         findings, details = _check_adapter(folder, settings, log)
         files = check_checkpoint(folder, None, None)
-        return _report(folder, "a checkpoint", [files, *findings], details)
+        return _report(folder, tr("a checkpoint"), [files, *findings], details)
     if not (folder / MANIFEST).is_file():
         cure = tr("give the output folder of a run, a checkpoint, or an adapter folder copied from there")
         raise UserError(tr("no Yeonma run in this folder"), place=settings.adapter_dir, cure=cure)
@@ -106,7 +106,7 @@ def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyRepor
     try:
         run = read_object(folder / RUN)
         if not isinstance(run.get("identity"), dict) or not isinstance(run.get("finished"), bool):
-            raise UserError("damaged", place=str(folder / RUN), cure=tr("restore a copy of the file"))
+            raise UserError(tr("damaged"), place=str(folder / RUN), cure=tr("restore a copy of the file"))
         identity, finished = run["identity"], run["finished"]
         run_finding = checked(later("run"), [], "")
     except UserError as error:

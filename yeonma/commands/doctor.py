@@ -247,4 +247,4 @@ def _hub(report: Report, failure: str | None) -> None:
         text = tr("does not answer ({failure}); folders on this machine work", failure=failure)
     else:
         text = tr("answers ").rstrip()  # with a blank, as `answers` alone is a noun
-    report.add("hub", text)
+    report.add(tr("hub"), text)

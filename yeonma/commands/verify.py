@@ -42,9 +42,10 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
         (MARKS[finding.outcome], tr(finding.check), finding.about, finding.problems)
         for finding in report.findings
     ]
+    mark_width = max(map(cell_len, MARKS.values()))
     width = max(cell_len(check) for _, check, _, _ in columns)
     for mark, check, about, problems in columns:
-        yield f"  {set_cell_size(mark, 11)}  {set_cell_size(check, width)}  {about}"
+        yield f"  {set_cell_size(mark, mark_width)}  {set_cell_size(check, width)}  {about}"
         for problem in problems[:MAX_PROBLEMS]:
             yield f"      {problem}"
         if len(problems) > MAX_PROBLEMS:

@@ -114,10 +114,10 @@ def _for_script(report: ComparisonReport) -> dict[str, Any]:
 
 
 def _script_words() -> dict[str, str]:
-    """What the script says itself."""
+    """What the script says itself. It puts values at `%1` and `%2`."""
     return {
         "empty": tr("(empty)"),
-        "row": tr("Row {number}", number="%s"),
+        "row": tr("Row {number}", number="%1"),
         "better": tr("better"),
         "worse": tr("worse"),
         "change": tr("change"),
@@ -125,9 +125,9 @@ def _script_words() -> dict[str, str]:
         "prompt": tr("prompt"),
         "reference": reference_heading(),
         "cut_off": tr("cut off at max_new_tokens"),
-        "prompt_of": tr("prompt of {name}", name="%s"),
-        "more": tr("Show more ({left} left)", left="%s"),
-        "count": tr("{found} of {all} rows", found="%s", all="%s"),
+        "prompt_of": tr("prompt of {name}", name="%1"),
+        "more": tr("Show more ({left} left)", left="%1"),
+        "count": tr("{found} of {all} rows", found="%1", all="%2"),
     }
 
 

@@ -3,7 +3,7 @@
 const report = JSON.parse(document.getElementById("data").textContent);
 const FIRST = 10, PAGE = 50, MAX_COMPARED = 250000;
 const words = report.words;
-const filled = (text, ...values) => values.reduce((done, value) => done.replace("%s", () => value), text);
+const filled = (text, ...values) => text.replace(/%([1-9])/g, (_, place) => values[place - 1]);
 const byId = id => document.getElementById(id);
 const models = report.models.map(model => model.name);
 const metrics = report.metrics.filter(metric => metric.key in (report.rows[0].answers[0].scores));

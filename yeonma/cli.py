@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_line(str(lost))
         return LOST
     except KeyboardInterrupt:
-        log_line("interrupted")
+        log_line(tr("interrupted"))
         return 130
     except BrokenPipeError:  # the reader is gone: `yeonma generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -290,7 +290,7 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     )
     if os.environ.get("RANK", "0") == "0":  # once, not in every process that torchrun starts
         for warning in parsed.warnings:
-            log_line(f"warning: {warning}")
+            log_line(tr("warning: {text}", text=warning))
     escape_other_libraries()
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     if verb.check:
@@ -324,9 +324,12 @@ def _say_versions() -> None:
     from yeonma.packages import MAIN, version_of
 
     say(f"yeonma {__version__}")
-    say(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    machine = f"{platform.system()} {platform.machine()}"
+    python = tr("{version} on {machine}", version=platform.python_version(), machine=machine)
+    say(f"python {python}")
     for name in MAIN:
-        say(f"{name} {version_of(name) or 'is not installed'}")
+        found = version_of(name)
+        say(f"{name} {found}" if found else tr("{name} is not installed", name=name))
 
 
 def _overview() -> str:

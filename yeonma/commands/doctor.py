@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from yeonma import __version__
 from yeonma.config.settings import DoctorSettings
 from yeonma.messages import counted, tr
@@ -21,10 +23,10 @@ FAST = ("flash-linear-attention", "causal-conv1d", "flash-attn")
 """Packages of kernels that people ask about. Forests do not need them."""
 LITTLE_SPACE = 5e9
 ATTENTION = {
-    "varlen": "varlen_attn, all segments in one call",
-    "flex": "FlexAttention, all segments in one call",
-    "cpu_cascade": "all segments below a common beginning in one call",
-    "sdpa": "scaled_dot_product_attention, segment by segment",
+    "varlen": tr("varlen_attn, all segments in one call"),
+    "flex": tr("FlexAttention, all segments in one call"),
+    "cpu_cascade": tr("all segments below a common beginning in one call"),
+    "sdpa": tr("scaled_dot_product_attention, segment by segment"),
 }
 """Backend of an ordinary layer -> what it is."""
 AGAIN = tr("install Yeonma again, with its packages")
@@ -52,9 +54,9 @@ def run(settings: DoctorSettings) -> int:
         _disks(report, settings.cache_dir)
         if failure is not None:
             _hub(report, failure.result())
-    width = max(len(subject) for subject, _ in report.lines) + 2
+    width = max(cell_len(subject) for subject, _ in report.lines) + 2
     for subject, text in report.lines:
-        say(f"{subject:{width}}{text}")
+        say(f"{set_cell_size(subject, width)}{text}")
     say("")
     for problem in report.problems:
         say(f"! {problem}")
@@ -64,8 +66,9 @@ def run(settings: DoctorSettings) -> int:
 
 
 def _installation(report: Report) -> None:
-    report.add("yeonma", f"{__version__}, in {Path(__file__).parents[1]}")
-    report.add("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    report.add("yeonma", tr("{version}, in {folder}", version=__version__, folder=Path(__file__).parents[1]))
+    machine = f"{platform.system()} {platform.machine()}"
+    report.add("python", tr("{version} on {machine}", version=platform.python_version(), machine=machine))
 
 
 def _packages(report: Report) -> None:
@@ -75,27 +78,22 @@ def _packages(report: Report) -> None:
     own = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
     for one in own:
         found = version_of(one.name)
-        needs = tr("Yeonma needs {one}{specifier}", one=one.name, specifier=one.specifier)
+        names = {"package": one.name, "needed": f"{one.name}{one.specifier}", "again": AGAIN}
         if found is None:
             report.problems.append(
-                tr("{one} is not installed, and {needs}; {again}", one=one.name, needs=needs, again=AGAIN)
+                tr("{package} is not installed, and Yeonma needs {needed}; {again}", **names)
             )
         elif not one.specifier.contains(found, prereleases=True):
+            names["found"] = found
             report.problems.append(
-                tr(
-                    "{one} {found} is installed, and {needs}; {again}",
-                    one=one.name,
-                    found=found,
-                    needs=needs,
-                    again=AGAIN,
-                )
+                tr("{package} {found} is installed, and Yeonma needs {needed}; {again}", **names)
             )
-    report.add("packages", ", ".join(f"{name} {version_of(name)}" for name in MAIN))
+    report.add(tr("packages"), ", ".join(f"{name} {version_of(name)}" for name in MAIN))
     optional = {name: version_of(name) for name in (*sorted(TESTED), *FAST)}
     present = [f"{name} {found}" for name, found in optional.items() if found is not None]
     missing = [name for name, found in optional.items() if found is None]
-    report.add("optional", ", ".join(present) or "none")
-    report.add(tr("not installed"), ", ".join(missing) or "none")
+    report.add(tr("optional"), ", ".join(present) or tr("none"))
+    report.add(tr("not installed"), ", ".join(missing) or tr("none"))
 
 
 def _requirements() -> list[str]:
@@ -113,7 +111,7 @@ def _device(report: Report) -> None:
 
     memory = _memory(torch.device("cpu"))
     report.add(
-        "processor",
+        tr("processor"),
         f"{counted(usable_cores(), 'core')}, {counted(torch.get_num_threads(), 'thread')}, {memory}",
     )
     device = pick_device("auto")
@@ -121,34 +119,36 @@ def _device(report: Report) -> None:
         properties = torch.cuda.get_device_properties(device)
         free, whole = torch.cuda.mem_get_info(device)
         capability = f"{properties.major}.{properties.minor}"
-        text = tr(
-            "{properties}, compute capability {capability}", properties=properties.name, capability=capability
-        )
         report.add(
-            "device",
+            tr("device"),
             tr(
-                "{text}, {free:.1f} of {whole:.1f} GB free, CUDA {cuda}",
-                text=text,
+                "{name}, compute capability {capability}, {free:.1f} of {whole:.1f} GB free, CUDA {cuda}",
+                name=properties.name,
+                capability=capability,
                 free=free / 1e9,
                 whole=whole / 1e9,
                 cuda=torch.version.cuda,
             ),
         )
     else:
-        built = "" if torch.version.cuda else tr(": this PyTorch is built for the CPU alone")
-        report.add("device", tr("cpu (no GPU that PyTorch can use{built})", built=built))
+        report.add(
+            tr("device"),
+            tr("cpu (no GPU that PyTorch can use)")
+            if torch.version.cuda
+            else tr("cpu (no GPU that PyTorch can use: this PyTorch is built for the CPU alone)"),
+        )
     dtype = pick_dtype("auto", device)
     report.add("dtype", tr("{dtype} with --dtype auto", dtype=str(dtype).removeprefix("torch.")))
-    report.add("attention", ATTENTION[_attention_backend(device, dtype)])
+    report.add(tr("attention"), ATTENTION[_attention_backend(device, dtype)])
     compiles = tr("compiled by torch.compile") if device.type == "cuda" else tr("PyTorch's own operators")
-    report.add("kernels", tr("{compiles} with --torch_compile auto", compiles=compiles))
+    report.add(tr("kernels"), tr("{compiles} with --torch_compile auto", compiles=compiles))
     if version_of("bitsandbytes") is None:
         report.add(
-            "quantization",
+            tr("quantization"),
             tr("fp8; int8 and nf4 need bitsandbytes: {install}", install=install("bitsandbytes")),
         )
     else:
-        report.add("quantization", tr("int8, nf4, fp8"))
+        report.add(tr("quantization"), "int8, nf4, fp8")
 
 
 def _attention_backend(device: Any, dtype: Any) -> str:
@@ -183,7 +183,7 @@ def _disks(report: Report, given: str | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        report.add("cache", str(folder))
+        report.add(tr("cache"), str(folder))
         report.problems.append(
             tr(
                 "{folder}: cannot be made ({strerror}); name another with $YEONMA_CACHE",
@@ -194,17 +194,21 @@ def _disks(report: Report, given: str | None) -> None:
         return
     used = sum(map(_size, folder.rglob("*")))
     report.add(
-        "cache",
+        tr("cache"),
         tr(
-            "{folder}: {used:.2f} GB used, {folder2:.1f} GB free on its disk",
+            "{folder}: {used:.2f} GB used, {free:.1f} GB free on its disk",
             folder=folder,
             used=used / 1e9,
-            folder2=free_bytes(folder) / 1e9,
+            free=free_bytes(folder) / 1e9,
         ),
     )
     hub_cache = Path(HF_HUB_CACHE)
-    report.add("hub's cache", f"{hub_cache}: {free_bytes(hub_cache) / 1e9:.1f} GB free")
-    report.add("here", f"{Path.cwd()}: {free_bytes(Path.cwd()) / 1e9:.1f} GB free")
+    report.add(
+        tr("hub's cache"),
+        tr("{folder}: {free:.1f} GB free", folder=hub_cache, free=free_bytes(hub_cache) / 1e9),
+    )
+    here = Path.cwd()
+    report.add(tr("here"), tr("{folder}: {free:.1f} GB free", folder=here, free=free_bytes(here) / 1e9))
     if not os.access(folder, os.W_OK):
         report.problems.append(
             tr("{folder}: cannot be written; name another with $YEONMA_CACHE", folder=folder)
@@ -213,9 +217,9 @@ def _disks(report: Report, given: str | None) -> None:
         if free_bytes(place) < LITTLE_SPACE:
             report.problems.append(
                 tr(
-                    "{place}: less than {little_space:.0f} GB free",
-                    place=place,
-                    little_space=LITTLE_SPACE / 1e9,
+                    "{folder}: less than {least:.0f} GB free",
+                    folder=place,
+                    least=LITTLE_SPACE / 1e9,
                 )
             )
 
@@ -242,5 +246,5 @@ def _hub(report: Report, failure: str | None) -> None:
     elif failure:
         text = tr("does not answer ({failure}); folders on this machine work", failure=failure)
     else:
-        text = "answers"
-    report.add("hub", text)
+        text = tr("answers ").rstrip()  # with a blank, as `answers` alone is a noun
+    report.add(tr("hub"), text)

@@ -32,6 +32,7 @@ from yeonma.data.rows import Row, Rows, glance
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import UserError, gather
 from yeonma.files import existing_folder, new_output_folder, output_file, user_path
+from yeonma.messages import tr
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.model.device_check import check_device
 from yeonma.model.quantization import check_installed
@@ -40,7 +41,7 @@ from yeonma.model.source import find_base
 CHECKED_ROWS = 1000
 ANSWERS = "answers.jsonl"
 """The answers in a report's folder."""
-RUN_CURE = "give the output folder of a run"
+RUN_CURE = tr("give the output folder of a run")
 
 
 def check_generate(config: GenerateConfig) -> None:
@@ -99,7 +100,7 @@ def check_serve(settings: ServeSettings) -> None:
             template=settings.template if is_foreign(folder) else None,
         )
         found.check_template()
-        found.check_room(settings.max_new_tokens, str(found.adapter.path), "lower --max_new_tokens")
+        found.check_room(settings.max_new_tokens, str(found.adapter.path), tr("lower --max_new_tokens"))
 
     def check_repeated() -> None:
         if problems := given_twice(settings.adapter_dirs):
@@ -198,7 +199,9 @@ def _check_model(spec: str, settings: CompareSettings) -> None:
     """Raises UserError if a model of `--models` is not there."""
     folder = user_path(spec, "--models")
     if folder.is_dir() and not any(folder.iterdir()):
-        raise UserError("the folder is empty", place=spec, cure="give a model's or an adapter's folder")
+        raise UserError(
+            tr("the folder is empty"), place=spec, cure=tr("give a model's or an adapter's folder")
+        )
     if is_adapter(folder) and (folder / MANIFEST).is_file():
         find_adapter(
             folder,
@@ -218,25 +221,33 @@ def check_prompt_source(source: GenerateSettings) -> None:
     sources = {"data_path": source.data_path, "row": source.row, "prompt": source.prompt}
     given = [f"--{name}" for name, value in sources.items() if value is not None]
     if len(given) != 1:
-        what = "nothing to answer" if not given else f"{' and '.join(given)} are both given"
-        raise UserError(what, cure="give one of --data_path, --row and --prompt")
+        what = (
+            tr("nothing to answer")
+            if not given
+            else tr("{given} are both given", given=tr(" and ").join(given))
+        )
+        raise UserError(what, cure=tr("give one of --data_path, --row and --prompt"))
     if source.output is not None:
         output_file(source.output, "--output", source.data_path)
 
 
 def row_of(text: str) -> Mapping[str, object]:
     """The row that `--row` gives as JSON. Raises UserError."""
-    cure = """write '{"document": "..."}'"""
+    cure = tr("""write '{{"document": "..."}}'""")
     try:
         value, end = parse(text, len(text) - len(text.lstrip(SPACE)))
         if rest := text[end:].lstrip(SPACE):
-            raise Fault("more text after the row", len(text) - len(rest))
+            raise Fault(tr("more text after the row"), len(text) - len(rest))
     except Fault as fault:
         raise UserError(
-            f"{fault.problem}, at character {fault.at + 1}", place="--row", cure=fault.cure or cure
+            tr("{problem}, at character {at}", problem=fault.problem, at=fault.at + 1),
+            place="--row",
+            cure=fault.cure or cure,
         ) from None
     if not isinstance(value, Mapping):
-        raise UserError(f"a row must be an object, not {kind_of(value)}", place="--row", cure=cure)
+        raise UserError(
+            tr("a row must be an object, not {value}", value=kind_of(value)), place="--row", cure=cure
+        )
     return value
 
 
@@ -244,21 +255,21 @@ def report_folder(settings: CompareSettings) -> Path:
     """The folder of a report, not created yet. Raises UserError if it cannot be written."""
     output, place = user_path(settings.output_dir, "--output_dir"), f"--output_dir {settings.output_dir}"
     if output.exists() and not output.is_dir():
-        raise UserError("it is a file", place=place, cure="name a folder")
+        raise UserError(tr("it is a file"), place=place, cure=tr("name a folder"))
     if output.is_dir():
         for spec in settings.models:
             model = user_path(spec, "--models")
             if model.is_dir() and output.samefile(model) and not (model / ANSWERS).exists():
-                raise UserError("it is a model's folder", place=place, cure="name another one")
+                raise UserError(tr("it is a model's folder"), place=place, cure=tr("name another one"))
         _check_writable(output, place)
         return output
     parent = next(parent for parent in output.absolute().parents if parent.exists())
     if not parent.is_dir():
-        raise UserError(f"{parent} is a file", place=place, cure="name a folder")
+        raise UserError(tr("{parent} is a file", parent=parent), place=place, cure=tr("name a folder"))
     _check_writable(parent, place)
     return output
 
 
 def _check_writable(folder: Path, place: str) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError("cannot be written", place=place, cure="name a folder that you can write to")
+        raise UserError(tr("cannot be written"), place=place, cure=tr("name a folder that you can write to"))

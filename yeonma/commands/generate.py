@@ -109,8 +109,17 @@ def _check_rows(
         raise UserError([*problems[:MAX_PROBLEMS], *more])
     if shortened:
         listed = ", ".join(numbers) + (", ..." if shortened > len(numbers) else "")
-        are = "is" if shortened == 1 else "are"
-        log(f"{shortened} of {counted(count, 'row')} {are} shortened to fit {builder.limit}: {listed}")
+        values = {
+            "shortened": shortened,
+            "count": counted(count, "row"),
+            "limit": builder.limit,
+            "listed": listed,
+        }
+        log(
+            tr("{shortened} of {count} is shortened to fit {limit}: {listed}", **values)
+            if shortened == 1
+            else tr("{shortened} of {count} are shortened to fit {limit}: {listed}", **values)
+        )
     return count
 
 
@@ -178,9 +187,9 @@ def _progress(count: int, output: str | None) -> Iterator[Callable[[], None]]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("answered"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn(tr("answered")), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
-            task = bar.add_task("answered", total=count)
+            task = bar.add_task("", total=count)
             yield lambda: bar.advance(task)
         return
     done = _Count()
@@ -188,7 +197,7 @@ def _progress(count: int, output: str | None) -> Iterator[Callable[[], None]]:
     def answered() -> None:
         done.rows += 1
         if not sys.stderr.isatty() and done.rows * 10 // count > (done.rows - 1) * 10 // count:
-            log_line(f"answered {done.rows} of {counted(count, 'row')}")
+            log_line(tr("answered {rows} of {count}", rows=done.rows, count=counted(count, "row")))
 
     yield answered
 

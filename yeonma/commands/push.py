@@ -54,7 +54,7 @@ def push(settings: PushSettings) -> PushedFiles:
         say(tr("nothing was sent"))
         return pushed
     url = upload(settings.repo, uploads, settings.message, settings.public, say)
-    say(f"{counted(len(uploads), 'file')} uploaded and verified: {url}")
+    say(tr("{uploads} uploaded and verified: {url}", uploads=counted(len(uploads), "file"), url=url))
     return replace(pushed, url=url)
 
 
@@ -66,7 +66,7 @@ def _telling_names(repo: str) -> list[str]:
 
 def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: bool) -> None:
     total = sum(file.size for file in uploads)
-    seen_by, files = "public" if public else "private", counted(len(uploads), "file")
+    seen_by, files = tr("public") if public else tr("private"), counted(len(uploads), "file")
     say(f"{folder} -> {repo} ({seen_by}): {files}, {size_text(total)}")
     width = max(len(file.name) for file in uploads)
     for file in uploads:
@@ -77,12 +77,10 @@ def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: b
         path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name not in names
     )
     if remaining:
-        more = (
-            tr(" and {remaining} more", remaining=len(remaining) - MOST_NAMED)
-            if len(remaining) > MOST_NAMED
-            else ""
-        )
-        say(tr("not sent: {remaining}{more}", remaining=", ".join(remaining[:MOST_NAMED]), more=more))
+        listed = ", ".join(remaining[:MOST_NAMED])
+        if len(remaining) > MOST_NAMED:
+            listed = tr("{name} and {count} more", name=listed, count=len(remaining) - MOST_NAMED)
+        say(tr("not sent: {names}", names=listed))
 
 
 def _confirmed() -> bool:

@@ -31,7 +31,7 @@ def run(settings: ServeSettings) -> int:
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             names = " ".join(missing)
             cure = tr("install it with: {install}", install=install(*missing))
-            raise UserError(tr("missing packages: {names}", names=names), place=tr("yeonma serve"), cure=cure)
+            raise UserError(tr("missing packages: {names}", names=names), place="yeonma serve", cure=cure)
         check_serve(settings)
         from yeonma.serve.server import load_served_models, open_adapters, run_server
 
@@ -43,21 +43,18 @@ def run(settings: ServeSettings) -> int:
             on_ready = partial(_print_ready, list(models), listener, key)
             run_server(adapters, models, settings, listener, key, on_ready, log_line)
         except KeyboardInterrupt:
-            log_line("stopped")
+            log_line(tr("stopped"))
     return 0
 
 
 def _print_ready(names: list[str], listener: socket.socket, key: str | None) -> None:
-    needed = tr("; requests need the API key") if key else ""
+    values = {"names": ", ".join(names), "address": f"{url_of(listener)}/v1"}
     say(
-        tr(
-            "Serving {names} at {listener}/v1{needed}. Ctrl-C stops.",
-            names=", ".join(names),
-            listener=url_of(listener),
-            needed=needed,
-        )
+        tr("Serving {names} at {address}; requests need the API key. Ctrl-C stops.", **values)
+        if key
+        else tr("Serving {names} at {address}. Ctrl-C stops.", **values)
     )
-    say(f"Try it in a browser: {url_of(listener)}/")
+    say(tr("Try it in a browser: {address}", address=f"{url_of(listener)}/"))
 
 
 def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
@@ -77,7 +74,7 @@ def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
     if reason and settings.engine == "vllm":
         raise UserError(
             tr("vLLM cannot serve this: {reason}", reason=reason),
-            place=tr("--engine vllm"),
+            place="--engine vllm",
             cure=tr("leave it out"),
         )
     if reason:
@@ -110,9 +107,9 @@ def _exec_vllm(
         max_new_tokens_limit=settings.max_new_tokens_limit,
     )
     command = vllm_command(plan)
-    log_line("vLLM has no page to try the models on; `--engine yeonma` has one")
+    log_line(tr("vLLM has no page to try the models on; `--engine yeonma` has one"))
     listener.close()
-    log_line(f"starting vLLM: {' '.join(map(shell_word, command[1:]))}")
+    log_line(tr("starting vLLM: {command}", command=" ".join(map(shell_word, command[1:]))))
     environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
     sys.stdout.flush()
     os.execve(command[0], command, environment)

@@ -13,6 +13,7 @@ from yeonma.config.parse import Setting
 from yeonma.config.settings import CompletionSettings
 from yeonma.errors import UserError
 from yeonma.language import language
+from yeonma.messages import tr
 from yeonma.packages import install
 from yeonma.streams import give
 
@@ -53,8 +54,8 @@ class CompletedCommand:
 def write_script(settings: CompletionSettings, commands: Mapping[str, CompletedCommand]) -> int:
     """Writes the script on standard output. Raises UserError if shtab is not installed."""
     if find_spec("shtab") is None:
-        cure = f"install it with: {install('shtab')}"
-        raise UserError("missing package: shtab", place="yeonma completion", cure=cure)
+        cure = tr("install it with: {install}", install=install("shtab"))
+        raise UserError(tr("missing package: shtab"), place="yeonma completion", cure=cure)
     import shtab
 
     give(shtab.complete(_parser(commands), shell=settings.shell))

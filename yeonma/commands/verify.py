@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.cells import cell_len, set_cell_size
+
 from yeonma.config.settings import VerifySettings
 from yeonma.messages import counted, tr
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line, say
 from yeonma.verify.verify_folder import VerifyReport, verify
 
-MARKS = {"well": "ok", "differs": "DIFFERS", "not checked": "not checked"}
+MARKS = {"well": tr("ok"), "differs": tr("DIFFERS"), "not checked": tr("not checked")}
 MAX_PROBLEMS = 10
 """That are printed for one check."""
 
@@ -32,16 +34,22 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
     trained_on = report.trained_on
     data, examples = trained_on.get("data"), trained_on.get("examples")
     if isinstance(data, str) and type(examples) is int:
-        yield f"  trained on {counted(examples, 'example')} of {data}"
-        yield f"  SHA-256 of the data: {trained_on.get('data_sha256')}"
+        count = counted(examples, "example")
+        yield tr("  trained on {count} of {data}", count=count, data=data)
+        yield tr("  SHA-256 of the data: {sha256}", sha256=trained_on.get("data_sha256"))
     yield ""
-    width = max(len(finding.check) for finding in report.findings)
-    for finding in report.findings:
-        yield f"  {MARKS[finding.outcome]:11}  {finding.check:{width}}  {finding.about}"
-        for problem in finding.problems[:MAX_PROBLEMS]:
+    columns = [
+        (MARKS[finding.outcome], tr(finding.check), finding.about, finding.problems)
+        for finding in report.findings
+    ]
+    mark_width = max(map(cell_len, MARKS.values()))
+    width = max(cell_len(check) for _, check, _, _ in columns)
+    for mark, check, about, problems in columns:
+        yield f"  {set_cell_size(mark, mark_width)}  {set_cell_size(check, width)}  {about}"
+        for problem in problems[:MAX_PROBLEMS]:
             yield f"      {problem}"
-        if len(finding.problems) > MAX_PROBLEMS:
-            yield f"      and {len(finding.problems) - MAX_PROBLEMS} more"
+        if len(problems) > MAX_PROBLEMS:
+            yield tr("      and {count} more", count=len(problems) - MAX_PROBLEMS)
     if report.remark:
         yield f"  {report.remark}"
     yield ""
@@ -51,9 +59,11 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
 def _summary(report: VerifyReport) -> str:
     outcomes = [finding.outcome for finding in report.findings]
     differing, skipped = outcomes.count("differs"), outcomes.count("not checked")
-    text = (
-        tr("{differing} of {outcomes} checks found differences", differing=differing, outcomes=len(outcomes))
+    found = (
+        tr("{differing} of {checks} checks found differences", differing=differing, checks=len(outcomes))
         if differing
         else tr("nothing differs")
     )
-    return f"{text}; {counted(skipped, 'check')} could not run" if skipped else text
+    if not skipped:
+        return found
+    return tr("{found}; {checks} could not run", found=found, checks=counted(skipped, "check"))

@@ -188,7 +188,7 @@ def answer_all(
             candidate, source = inputs.candidate, inputs.candidate.prompt_builder.source
             adapters = [] if candidate.adapter is None else [candidate.adapter]
             if policy is None:
-                log(f"loading {source.name}")
+                log(tr("loading {model}", model=source.name))
                 policy = build_policy(
                     source, adapters, device=device, dtype=dtype, quantization=candidate.quantization
                 )
@@ -229,8 +229,12 @@ def _complete(
     rows = _rows_without_answer(inputs, options, cache)
     total, cached = len(inputs.prompts), len(inputs.prompts) - len(rows)
     if cached:
-        were = "was" if cached == 1 else "were"
-        log(f"{name}: {cached} of {counted(total, 'row')} {were} answered before")
+        values = {"name": name, "cached": cached, "rows": counted(total, "row")}
+        log(
+            tr("{name}: {cached} of {rows} was answered before", **values)
+            if cached == 1
+            else tr("{name}: {cached} of {rows} were answered before", **values)
+        )
     done = 0
 
     def add_answer(index: int, answer: Answer) -> None:
@@ -241,7 +245,14 @@ def _complete(
         record |= {"token_ids": list(answer.token_ids), "ended": answer.ended}
         cache.add(inputs.answer_key(row, options), record)
         if done * 10 // len(rows) > (done - 1) * 10 // len(rows):
-            log(f"{name}: answered {cached + done} of {counted(total, 'row')}")
+            log(
+                tr(
+                    "{name}: answered {done} of {rows}",
+                    name=name,
+                    done=cached + done,
+                    rows=counted(total, "row"),
+                )
+            )
 
     policy.generate_from_ids(
         [inputs.prompts[row].token_ids for row in rows],
@@ -257,7 +268,8 @@ def _complete(
             loss_record = {"model": name, "row": row + 1, "nll": nll, "trained_tokens": count}
             cache.add(inputs.loss_key(row), loss_record)
     if rows_without_loss:
-        log(f"{name}: computed the loss of {counted(len(rows_without_loss), 'row')}")
+        computed = counted(len(rows_without_loss), "row")
+        log(tr("{name}: computed the loss of {rows}", name=name, rows=computed))
 
 
 def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[list[int]]:

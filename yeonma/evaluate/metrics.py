@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.data.classification import f1_of_counts, label_counts
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.packages import install
 
 UNSPACED = frozenset(
@@ -52,13 +52,15 @@ def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
     letters = sum(scripts.values()) - scripts[""]
     if scripts["HANGUL"] > SCRIPT_SHARE * letters:
         if find_spec("kiwipiepy") is not None:
-            return MetricTokenizer(tr("morphemes (kiwipiepy)"), morphemes, "char")
+            return MetricTokenizer(later("morphemes (kiwipiepy)"), morphemes, "char")
         note = tr("for ROUGE by morphemes: {install}", install=install("kiwipiepy"))
-        return MetricTokenizer("characters", characters, "char", note)
+        return MetricTokenizer(later("characters"), characters, "char", note)
     unspaced = sum(scripts[name] for name in UNSPACED)
     if unspaced > SCRIPT_SHARE * letters:
-        return MetricTokenizer("characters", characters, "zh" if scripts["CJK"] == unspaced else "char")
-    return MetricTokenizer("words", words, "13a")
+        return MetricTokenizer(
+            later("characters"), characters, "zh" if scripts["CJK"] == unspaced else "char"
+        )
+    return MetricTokenizer(later("words"), words, "13a")
 
 
 @cache
@@ -181,32 +183,34 @@ def macro_f1(sums: Array) -> Array:
 
 ACCURACY = Metric(
     "accuracy",
-    "accuracy",
+    later("accuracy"),
     "higher",
-    "fraction of rows whose answer is their label; blanks at its edges do not count",
+    tr("fraction of rows whose answer is their label; blanks at its edges do not count"),
     mean,
 )
-MACRO_F1 = Metric("macro_f1", "macro F1", "higher", "mean over the labels of F1", macro_f1)
-LOSS = Metric("loss", "loss", "lower", tr("per token of the reference answer"), mean)
-PERPLEXITY = Metric("perplexity", "perplexity", "lower", tr("exp of the loss"), perplexity, tested=False)
+MACRO_F1 = Metric("macro_f1", later("macro F1"), "higher", tr("mean over the labels of F1"), macro_f1)
+LOSS = Metric("loss", later("loss"), "lower", tr("per token of the reference answer"), mean)
+PERPLEXITY = Metric(
+    "perplexity", later("perplexity"), "lower", tr("exp of the loss"), perplexity, tested=False
+)
 CHRF = Metric("chrf", "chrF", "higher", tr("by sacrebleu: chrF2, characters"), chrf)
 EXACT = Metric(
     "exact",
-    tr("exact match"),
+    later("exact match"),
     "higher",
     tr("% of rows; every character counts, also blanks and line ends"),
     share,
 )
-TOKENS = Metric("tokens", "tokens", "", tr("mean length of an answer"), mean)
-CHARACTERS = Metric("characters", "characters", "", tr("mean length of an answer"), mean)
+TOKENS = Metric("tokens", later("tokens"), "", tr("mean length of an answer"), mean)
+CHARACTERS = Metric("characters", later("characters"), "", tr("mean length of an answer"), mean)
 REPETITION = Metric(
     "repetition",
-    "repetition",
+    later("repetition"),
     "lower",
-    tr("% of {repetition_order}-grams of tokens that occurred before", repetition_order=REPETITION_ORDER),
+    tr("% of {order}-grams of tokens that occurred before", order=REPETITION_ORDER),
     share,
 )
-UNENDED = Metric("unended", tr("cut off"), "lower", tr("% of answers that reached max_new_tokens"), share)
+UNENDED = Metric("unended", later("cut off"), "lower", tr("% of answers that reached max_new_tokens"), share)
 
 
 NOT_BY_ROW = (PERPLEXITY.key, MACRO_F1.key)
@@ -256,7 +260,7 @@ def compute_metrics(
         if has_sacrebleu():
             metrics.append((CHRF, over_all_rows([_chrf_counts(model, scored_references) for model in texts])))
             bleu_metric = Metric(
-                "bleu", "BLEU", "higher", tr("by sacrebleu, tokenizer {bleu}", bleu=tokenizer.bleu), bleu
+                "bleu", "BLEU", "higher", tr("by sacrebleu, tokenizer {name}", name=tokenizer.bleu), bleu
             )
             counts = [_bleu_counts(model, scored_references, tokenizer.bleu) for model in texts]
             metrics.append((bleu_metric, over_all_rows(counts)))
@@ -266,7 +270,9 @@ def compute_metrics(
             for model in texts
         ]
         for column, name in enumerate(("ROUGE-1", "ROUGE-2", "ROUGE-L")):
-            metric = Metric(f"rouge{name[-1].lower()}", name, "higher", f"F1 by {tokenizer.name}", share)
+            metric = Metric(
+                f"rouge{name[-1].lower()}", name, "higher", tr("F1 by {unit}", unit=tr(tokenizer.name)), share
+            )
             metrics.append((metric, over_all_rows([_with_ones(model[:, column]) for model in scores])))
         exact = [
             [model[row].text == text for row, text in zip(scored_rows, exact_references, strict=True)]

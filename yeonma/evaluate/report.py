@@ -39,7 +39,7 @@ from yeonma.evaluate.metrics import (
     resampled_sums,
     swap_test,
 )
-from yeonma.evaluate.verdict import format_number, format_p, verdict
+from yeonma.evaluate.verdict import format_number, format_p, reference_heading, verdict
 from yeonma.messages import counted, tr
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
@@ -170,18 +170,27 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
         name = inputs.candidate.name
         if inputs.left_out:
             limit = inputs.candidate.prompt_builder.limit
-            are = f"row is over {limit} and has", f"rows are over {limit} and have"
-            notes.append(f"{name}: {counted(inputs.left_out, *are)} no loss.")
+            left_out = counted(
+                inputs.left_out,
+                "row is over {limit} and has no loss",
+                "rows are over {limit} and have no loss",
+                limit=limit,
+            )
+            notes.append(tr("{name}: {left_out}.", name=name, left_out=left_out))
         if shortened := sum(prompt.shortened for prompt in inputs.prompts):
             prompts = counted(shortened, "prompt was", "prompts were")
-            notes.append(f"{name}: {prompts} shortened to leave room for the answer.")
+            notes.append(
+                tr("{name}: {prompts} shortened to leave room for the answer.", name=name, prompts=prompts)
+            )
     bases = {inputs.candidate.prompt_builder.source.name for inputs in comparison.inputs}
     if len(bases) > 1:
         notes.append(
             tr("Models of different bases may split texts into different tokens: compare losses with care.")
         )
     if total < 30:
-        notes.append(f"With only {counted(total, 'row')}, confidence intervals tend to be too narrow.")
+        notes.append(
+            tr("With only {rows}, confidence intervals tend to be too narrow.", rows=counted(total, "row"))
+        )
     if without_reference < total and not has_sacrebleu():
         notes.append(
             tr(
@@ -190,7 +199,7 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
             )
         )
     if tokenizer.note and without_reference < total:
-        notes.append(f"ROUGE counts {tokenizer.name}; {tokenizer.note}")
+        notes.append(tr("ROUGE counts {unit}; {note}", unit=tr(tokenizer.name), note=tokenizer.note))
     return notes
 
 
@@ -305,8 +314,8 @@ def _print_rows(console: Console, report: ComparisonReport) -> None:
     differ = [row for row in rows if len({answer["text"] for answer in row["answers"]}) > 1]
     names = [model["name"] for model in report["models"]]
     for row in (differ or rows)[:SHOWN_ROWS]:
-        console.print(Text(f"\nrow {row['row']}"))
-        texts = [] if row["wanted"] is None else [("reference", row["wanted"])]
+        console.print(Text("\n" + tr("row {number}", number=row["row"])))
+        texts = [] if row["wanted"] is None else [(reference_heading(), row["wanted"])]
         texts += [(name, answer["text"]) for name, answer in zip(names, row["answers"], strict=True)]
         for name, text in texts:
             console.print(Text(f"  {one_line(name)}: {one_line(text, SHOWN_CHARACTERS)}"), soft_wrap=True)
@@ -321,13 +330,13 @@ def _print_table(console: Console, report: ComparisonReport) -> None:
         table.add_column(Text(one_line(name)), justify="right", overflow="fold")
     for model in range(1, len(names)):
         table.add_column(
-            Text("change" if len(names) == 2 else one_line(f"{names[model]} - {names[0]}")),
+            Text(tr("change") if len(names) == 2 else one_line(f"{names[model]} - {names[0]}")),
             justify="right",
             overflow="fold",
         )
     gap = " " if console.width >= 30 + 30 * (2 * len(names) - 1) else "\n"
     for metric in report["metrics"]:
-        cells = [f"{metric['name']} {ARROWS[metric['better']]}".rstrip()]
+        cells = [f"{tr(metric['name'])} {ARROWS[metric['better']]}".rstrip()]
         for value, ends in zip(metric["values"], metric["intervals"], strict=True):
             interval_text = f"{gap}[{format_number(ends[0])}, {format_number(ends[1])}]" if ends else ""
             cells.append(format_number(value) + interval_text)

@@ -21,8 +21,9 @@ from yeonma.evaluate.report import (
     ComparisonReport,
     explain_numbers,
 )
-from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p
+from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p, reference_heading
 from yeonma.inspect.inspect_page import COLOURS
+from yeonma.language import language
 from yeonma.messages import counted, tr
 from yeonma.shown import html, json_text, many_lines
 
@@ -50,20 +51,24 @@ def page(report: ComparisonReport) -> str:
     """The report as HTML."""
     names = [model["name"] for model in report["models"]]
     title = (
-        " and ".join(names)
+        tr(" and ").join(names)
         if len(names) < 3
-        else tr("{names} and {names2} more", names=names[0], names2=len(names) - 1)
+        else tr("{name} and {count} more", name=names[0], count=len(names) - 1)
     )
     style = COLOURS + (PARTS / "report.css").read_text("utf-8")
     script = (PARTS / "report.js").read_text("utf-8")
     data = report["data"]
-    subtitle = (
-        f"{counted(data['rows'], 'row')} of {data['name']}, {report['made']}, Yeonma {report['yeonma']}"
+    subtitle = tr(
+        "{rows} of {data}, {made}, Yeonma {version}",
+        rows=counted(data["rows"], "row"),
+        data=data["name"],
+        made=report["made"],
+        version=report["yeonma"],
     )
     return "\n".join(
         [
             "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
+            f'<html lang="{language()}"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
             "script-src 'unsafe-inline'\">",
@@ -99,8 +104,30 @@ def embedded(value: Any) -> str:
 def _for_script(report: ComparisonReport) -> dict[str, Any]:
     return {
         "models": [{"name": model["name"]} for model in report["models"]],
-        "metrics": [{key: metric[key] for key in ("key", "name", "better")} for metric in report["metrics"]],
+        "metrics": [
+            {"key": metric["key"], "name": tr(metric["name"]), "better": metric["better"]}
+            for metric in report["metrics"]
+        ],
         "rows": [_readable(row) for row in report["rows"]],
+        "words": _script_words(),
+    }
+
+
+def _script_words() -> dict[str, str]:
+    """What the script says itself. It puts values at `%1` and `%2`."""
+    return {
+        "empty": tr("(empty)"),
+        "row": tr("Row {number}", number="%1"),
+        "better": tr("better"),
+        "worse": tr("worse"),
+        "change": tr("change"),
+        "no_change": tr("no change"),
+        "prompt": tr("prompt"),
+        "reference": reference_heading(),
+        "cut_off": tr("cut off at max_new_tokens"),
+        "prompt_of": tr("prompt of {name}", name="%1"),
+        "more": tr("Show more ({left} left)", left="%1"),
+        "count": tr("{found} of {all} rows", found="%1", all="%2"),
     }
 
 
@@ -119,25 +146,27 @@ def _notes(notes: Sequence[str]) -> Iterator[str]:
 
 
 def _table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
-    yield '<h2 id="numbers">Metrics</h2>'
+    yield '<h2 id="numbers">' + html(tr("Metrics")) + "</h2>"
     yield '<div class="wide" tabindex="0" role="region" aria-labelledby="numbers"><table id="metrics">'
-    yield "<caption>Over all rows, with 95% confidence intervals. ↑ higher is better, ↓ lower is better.</caption>"
+    caption = tr("Over all rows, with 95% confidence intervals. ↑ higher is better, ↓ lower is better.")
+    yield f"<caption>{html(caption)}</caption>"
     heads = [
         f'<th scope="col"><i class="key" style="background:{_model_colour(model)}"></i>{html(name)}</th>'
         for model, name in enumerate(names)
     ]
     pairs = [test["models"] for test in report["metrics"][0]["differences"]]
     for a, b in pairs:
-        head = "change" if len(pairs) == 1 else f"{names[b]} - {names[a]}"
+        head = tr("change") if len(pairs) == 1 else f"{names[b]} - {names[a]}"
         heads.append(f'<th scope="col">{html(head)}</th>')
-    yield f'<thead><tr><th scope="col">metric</th>{"".join(heads)}</tr></thead><tbody>'
+    yield f'<thead><tr><th scope="col">{html(tr("metric"))}</th>{"".join(heads)}</tr></thead><tbody>'
     for metric in report["metrics"]:
         cells = "".join(
             f"<td>{format_number(value)}{_interval(ends)}</td>"
             for value, ends in zip(metric["values"], metric["intervals"], strict=True)
         )
         cells += "".join(_difference(metric, test) for test in metric["differences"])
-        head = f"{html(metric['name'])} {ARROWS[metric['better']]}<small>{html(metric['about'])}</small>"
+        name, about = html(tr(metric["name"])), html(metric["about"])
+        head = f"{name} {ARROWS[metric['better']]}<small>{about}</small>"
         yield f'<tr data-metric="{metric["key"]}"><th scope="row">{head}</th>{cells}</tr>'
     yield "</tbody></table></div>"
 
@@ -146,15 +175,16 @@ def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[st
     """A confusion table for each model, if the reference answers are labels."""
     if report["labels"] is None:
         return
-    yield '<h2 id="labels">Labels</h2>'
+    yield '<h2 id="labels">' + html(tr("Labels")) + "</h2>"
     labels = list(report["labels"]["counts"])
     for model, confusion in enumerate(report["labels"]["confusions"]):
         columns, rows = confusion_table(confusion, labels)
         yield '<div class="wide" tabindex="0" role="region" aria-labelledby="labels"><table class="confusion">'
         key = f'<i class="key" style="background:{_model_colour(model)}"></i>'
-        yield f"<caption>{key}{html(names[model])}: rows of a label, by the label that was answered</caption>"
+        caption = tr("{model}: rows of a label, by the label that was answered", model=names[model])
+        yield f"<caption>{key}{html(caption)}</caption>"
         heads = "".join(f'<th scope="col">{html(column)}</th>' for column in columns)
-        yield f'<thead><tr><th scope="col">label</th>{heads}<th scope="col">F1</th></tr></thead><tbody>'
+        yield f'<thead><tr><th scope="col">{html(tr("label"))}</th>{heads}<th scope="col">F1</th></tr></thead><tbody>'
         for own, counts in rows:
             cells = "".join(
                 f'<td class="{"right" if column == own else ""}">{count:,}</td>'
@@ -165,11 +195,13 @@ def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[st
 
 
 def _interval(ends: Sequence[float] | None) -> str:
-    return (
-        tr("<small>{ends} to {ends2}</small>", ends=format_number(ends[0]), ends2=format_number(ends[1]))
-        if ends
-        else ""
-    )
+    if not ends:
+        return ""
+    return f"<small>{html(_range(ends))}</small>"
+
+
+def _range(ends: Sequence[float]) -> str:
+    return tr("{low} to {high}", low=format_number(ends[0]), high=format_number(ends[1]))
 
 
 def _difference(metric: Mapping[str, Any], test: Mapping[str, Any]) -> str:
@@ -188,11 +220,11 @@ def _difference(metric: Mapping[str, Any], test: Mapping[str, Any]) -> str:
 
 
 def _plots(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
-    yield '<h2>Plots</h2><div class="plots">'
+    yield f'<h2>{html(tr("Plots"))}</h2><div class="plots">'
     for metric in report["metrics"]:
         bars = _metric_bars(metric, names) if metric["key"] in PLOTTED else ""
         if bars:
-            name, about = f"{html(metric['name'])} {ARROWS[metric['better']]}", html(metric["about"])
+            name, about = f"{html(tr(metric['name']))} {ARROWS[metric['better']]}", html(metric["about"])
             yield f'<figure><figcaption>{name} <span class="dim">{about}</span></figcaption>{bars}</figure>'
     lengths = {
         tr("answers of {name}", name=name): [len(row["answers"][model]["text"]) for row in report["rows"]]
@@ -205,11 +237,12 @@ def _plots(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
         colours.append("var(--reference)")
     keys = "".join(_legend(list(lengths), colours))
     histograms = _length_histograms(lengths, colours)
-    yield f"<figure><figcaption>Length of the texts: {keys}</figcaption>{histograms}</figure>"
+    caption = html(tr("Length of the texts:"))
+    yield f"<figure><figcaption>{caption} {keys}</figcaption>{histograms}</figure>"
     for model, entry in enumerate(report["models"]):
         if entry["curve"]:
-            about = tr("line: training, points: validation")
-            yield f"<figure><figcaption>Loss of the run {html(entry['name'])}; {about}</figcaption>"
+            caption = tr("Loss of the run {name}; line: training, points: validation", name=entry["name"])
+            yield f"<figure><figcaption>{html(caption)}</figcaption>"
             yield f"{_loss_curve(entry['curve'], model)}</figure>"
     yield "</div>"
 
@@ -250,10 +283,10 @@ def _metric_bars(metric: Mapping[str, Any], names: Sequence[str]) -> str:
             path = f"{ends}M{svg.number(a)} {top + 25}H{svg.number(b)}"
             elements.append(svg.element("path", class_="whisker", d=path))
             label = max(label, b)
-            description += f" ({format_number(interval[0])} to {format_number(interval[1])})"
+            description += f" ({_range(interval)})"
         elements.append(svg.text(label + 5, top + 29, format_number(value)))
         descriptions.append(description)
-    description = f"{metric['name']}: {', '.join(descriptions)}"
+    description = f"{tr(metric['name'])}: {', '.join(descriptions)}"
     return svg.drawing(PLOT_WIDTH, 8 + 40 * len(names), description, elements)
 
 
@@ -264,7 +297,7 @@ def _length_histograms(lengths: Mapping[str, Sequence[int]], colours: Sequence[s
     counts = [np.histogram(numbers, edges)[0].tolist() for numbers in lengths.values()]
     highest = max(1, *(max(bins) for bins in counts))
     axes = _axes((0, max(longest, 1)), (0, highest))
-    elements = [*_frame(axes, "characters")]
+    elements = [*_frame(axes, tr("characters"))]
     descriptions = []
     for index, (name, bins) in enumerate(zip(lengths, counts, strict=True)):
         corners: list[svg.Point] = [(0, 0)]
@@ -274,7 +307,7 @@ def _length_histograms(lengths: Mapping[str, Sequence[int]], colours: Sequence[s
         places = axes.places([*corners, (corners[-1][0], 0)])
         elements.append(svg.line(places, stroke=colours[index], stroke_width=2, **look))
         median = float(np.median(lengths[name])) if len(lengths[name]) else 0.0
-        descriptions.append(f"{name} median {median:.0f}")
+        descriptions.append(tr("{name} median {median:.0f}", name=name, median=median))
     description = tr("Lengths in characters: {descriptions}", descriptions=", ".join(descriptions))
     return svg.drawing(PLOT_WIDTH, 164, description, elements)
 
@@ -285,15 +318,14 @@ def _loss_curve(curve: Mapping[str, Sequence[svg.Point]], model: int) -> str:
     points = [*training, *validation]
     last_step = max(step for step, _ in points) or 1
     axes = _axes((0, last_step), svg.padded([loss for _, loss in points]))
-    elements = [*_frame(axes, "step")]
+    elements = [*_frame(axes, tr("step"))]
     if training:
         places = axes.places(training)
         elements.append(svg.line(places, stroke=_model_colour(model), stroke_width=1.5))
     elements.append(svg.dots(axes.places(validation), 8, stroke="var(--reference)"))
+    words = {"training": tr("training"), "validation": tr("validation")}
     descriptions = [
-        f"{name} {format_number(part[0][1])} to {format_number(part[-1][1])}"
-        for name, part in curve.items()
-        if part
+        f"{words[name]} {_range((part[0][1], part[-1][1]))}" for name, part in curve.items() if part
     ]
     return svg.drawing(
         PLOT_WIDTH, 164, tr("Loss of the run: {descriptions}", descriptions=", ".join(descriptions)), elements
@@ -314,13 +346,19 @@ def _frame(axes: svg.Axes, x_label: str) -> Iterator[str]:
 
 def _rows_part(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     row_scores = report["rows"][0]["answers"][0]["scores"]
-    metrics = {metric["key"]: metric["name"] for metric in report["metrics"] if metric["key"] in row_scores}
+    metrics = {
+        metric["key"]: tr(metric["name"]) for metric in report["metrics"] if metric["key"] in row_scores
+    }
     first_metric = next(key for key in ("accuracy", "chrf", "loss", "rougel", "tokens") if key in metrics)
     several = len(names) > 1
-    yield '<h2 id="rows-heading">Answers</h2>'
-    yield '<div class="controls" role="search" aria-label="Sort, filter and search rows">'
+    yield '<h2 id="rows-heading">' + html(tr("Answers")) + "</h2>"
+    about = html(tr("Sort, filter and search rows"))
+    yield f'<div class="controls" role="search" aria-label="{about}">'
     yield _select(
-        "metric", "metric", [(key, name) for key, name in metrics.items() if key != "unended"], first_metric
+        "metric",
+        tr("metric"),
+        [(key, name) for key, name in metrics.items() if key != "unended"],
+        first_metric,
     )
     orders = [("data", tr("order of the data"))]
     if several:
@@ -331,27 +369,29 @@ def _rows_part(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     if len(names) > 2:
         choices = [(str(model), name) for model, name in enumerate(names)]
         yield _select("from", tr("change from"), choices, "0")
-        yield _select("to", "to", choices, "1")
+        yield _select("to", tr("to"), choices, "1")
     filters = [("all", tr("all rows"))]
     if several:
         filters += [
-            ("gained", "better"),
-            ("lost", "worse"),
+            ("gained", tr("better")),
+            ("lost", tr("worse")),
             ("different", tr("different answers")),
             ("same", tr("identical answers")),
         ]
     filters += [("right", tr("exact match"))] if "exact" in metrics else []
     filters += [("cut", tr("cut off")), ("unwanted", tr("no reference answer"))]
-    yield _select("filter", "show", filters, "all")
+    yield _select("filter", tr("show"), filters, "all")
     has_reference = any(row["wanted"] is not None for row in report["rows"])
     marks = [("wanted", tr("from the reference"))] if has_reference else []
-    marks += [("first", f"from {names[0]}")] if several else []
+    marks += [("first", tr("from {name}", name=names[0]))] if several else []
     default_marks = marks[0][0] if marks else "none"
-    yield _select("marks", tr("highlight differences"), [*marks, ("none", "none")], default_marks)
-    yield '<label>search<input id="search" type="search" autocomplete="off"></label></div>'
+    yield _select("marks", tr("highlight differences"), [*marks, ("none", tr("none"))], default_marks)
+    yield f'<label>{html(tr("search"))}<input id="search" type="search" autocomplete="off"></label></div>'
     yield '<p id="count" class="dim" role="status" aria-live="polite"></p>'
-    yield "<noscript><p>The list of rows needs JavaScript. report.json has the same rows.</p></noscript>"
-    yield '<ol id="rows" aria-labelledby="rows-heading"></ol><button id="more" type="button" hidden>Show more</button>'
+    without_script = tr("The list of rows needs JavaScript. report.json has the same rows.")
+    yield f"<noscript><p>{html(without_script)}</p></noscript>"
+    more = html(tr("Show more"))
+    yield f'<ol id="rows" aria-labelledby="rows-heading"></ol><button id="more" type="button" hidden>{more}</button>'
 
 
 def _select(name: str, label: str, choices: Sequence[tuple[str, str]], selected: str) -> str:
@@ -363,15 +403,18 @@ def _select(name: str, label: str, choices: Sequence[tuple[str, str]], selected:
 
 
 def _about(report: ComparisonReport) -> Iterator[str]:
-    yield "<h2>Method</h2><ul>"
+    yield f"<h2>{html(tr('Method'))}</h2><ul>"
     for sentence in explain_numbers(report):
         yield f"<li>{html(sentence)}</li>"
     yield "</ul><dl>"
     for model in report["models"]:
-        with_adapter = f", adapter {model['adapter']}" if model["adapter"] else ""
-        yield f"<dt><b>{html(model['name'])}</b></dt><dd>{html(model['base'])}{html(with_adapter)}; "
-        yield f"template: {html(model['template_of'])}"
-        yield f"<details><summary>template</summary><pre>{escape(many_lines(model['template']))}</pre></details></dd>"
+        base, template = model["base"], tr("template: {source}", source=model["template_of"])
+        if model["adapter"]:
+            base = tr("{base}, adapter {adapter}", base=base, adapter=model["adapter"])
+        yield f"<dt><b>{html(model['name'])}</b></dt><dd>{html(base)}; {html(template)}"
+        text, summary = escape(many_lines(model["template"])), html(tr("template"))
+        yield f"<details><summary>{summary}</summary><pre>{text}</pre></details></dd>"
     options = ", ".join(f"{name} {value}" for name, value in report["answers"].items())
-    yield f"<dt><b>generation</b></dt><dd>{html(options)}</dd>"
-    yield f"<dt><b>data</b></dt><dd>{html(report['data']['name'])}, SHA-256 {report['data']['sha256']}</dd></dl>"
+    yield f"<dt><b>{html(tr('generation'))}</b></dt><dd>{html(options)}</dd>"
+    data = report["data"]
+    yield f"<dt><b>{html(tr('data'))}</b></dt><dd>{html(data['name'])}, SHA-256 {data['sha256']}</dd></dl>"

@@ -10,25 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from yeonma.messages import later, tr
+
 SIGNIFICANT_P = 0.05
 HEADLINES = ("accuracy", "chrf", "rougel", "loss")
 """The metrics of a verdict, the first that there is."""
 
-HIGHER = "{model} is better than {other}: its {metric} is {difference} higher ({interval}) over {rows} rows."
-LOWER = "{model} is better than {other}: its {metric} is {difference} lower ({interval}) over {rows} rows."
-UNSHOWN = (
+HIGHER = later(
+    "{model} is better than {other}: its {metric} is {difference} higher ({interval}) over {rows} rows."
+)
+LOWER = later(
+    "{model} is better than {other}: its {metric} is {difference} lower ({interval}) over {rows} rows."
+)
+NO_REFERENCE = later("No row has a reference answer, so no number says which answers are better: read them.")
+UNSHOWN = later(
     "These {rows} rows show no difference between {model} and {other}: their {metric} differs by {difference} "
     "({interval})."
 )
-TOO_FEW = "One row shows no difference between {model} and {other}."
-ALONE = "{model} reaches {metric} {value} ({interval}) over {rows} rows."
-INTERVAL = "95% interval {low} to {high}, {p}"
-ONE_INTERVAL = "95% interval {low} to {high}"
-NO_REFERENCE = "No row has a reference answer, so no number says which answers are better: read them."
-OTHERS = (
-    "Other tested metrics: {better} better with {model}, {worse} better with {other}, {same} without a shown "
-    "difference."
-)
+
+
+def reference_heading() -> str:
+    """What stands before a reference answer. Its key has a colon because `reference` alone is a model's."""
+    return tr("reference:").removesuffix(":")
 
 
 def format_number(value: float | None) -> str:
@@ -49,7 +52,7 @@ def verdict(names: Sequence[str], metrics: Sequence[Mapping[str, Any]], rows: in
     by_key = {metric["key"]: metric for metric in metrics}
     headline = next((by_key[key] for key in HEADLINES if key in by_key), None)
     if headline is None:
-        return [NO_REFERENCE]
+        return [tr(NO_REFERENCE)]
     if len(names) == 1:
         return list(_alone(names[0], headline, rows))
     against_first = [test for test in headline["differences"] if test["models"][0] == 0]
@@ -64,9 +67,13 @@ def _alone(name: str, metric: Mapping[str, Any], rows: int) -> Iterator[str]:
     if value is None or ends is None:
         return
     low, high = map(format_number, ends)
-    interval = ONE_INTERVAL.format(low=low, high=high)
-    yield ALONE.format(
-        model=name, metric=metric["name"], value=format_number(value), interval=interval, rows=f"{rows:,}"
+    yield tr(
+        "{model} reaches {metric} {value} ({interval}) over {rows} rows.",
+        model=name,
+        metric=tr(metric["name"]),
+        value=format_number(value),
+        interval=tr("95% interval {low} to {high}", low=low, high=high),
+        rows=f"{rows:,}",
     )
 
 
@@ -76,7 +83,11 @@ def _pair(
     first, second = test["models"]
     difference, ends, p = test["difference"], test["interval"], test.get("p_corrected")
     if rows == 1 or difference is None or ends is None or p is None:
-        yield TOO_FEW.format(model=names[second], other=names[first])
+        yield tr(
+            "One row shows no difference between {model} and {other}.",
+            model=names[second],
+            other=names[first],
+        )
         return
     is_shown = bool(difference) and p < SIGNIFICANT_P
     is_better = (difference > 0) == (metric["better"] == "higher")
@@ -93,11 +104,13 @@ def _pair(
         if difference < 0:
             low, high = -high, -low
         difference = abs(difference)
-    interval = INTERVAL.format(low=format_number(low), high=format_number(high), p=format_p(p))
-    yield sentence.format(
+    values = {"low": format_number(low), "high": format_number(high), "p": format_p(p)}
+    interval = tr("95% interval {low} to {high}, {p}", **values)
+    yield tr(
+        sentence,
         model=names[model],
         other=names[other],
-        metric=metric["name"],
+        metric=tr(metric["name"]),
         difference=format_number(difference),
         interval=interval,
         rows=f"{rows:,}",
@@ -120,4 +133,10 @@ def _others(
             is_better = (test["difference"] > 0) == (metric["better"] == "higher")
             counts["better" if is_better else "worse"] += 1
     if any(counts.values()):
-        yield OTHERS.format(model=names[1], other=names[0], **counts)
+        yield tr(
+            "Other tested metrics: {better} better with {model}, {worse} better with {other}, {same} without a "
+            "shown difference.",
+            model=names[1],
+            other=names[0],
+            **counts,
+        )

@@ -28,6 +28,7 @@ from yeonma.data.python_rows import given
 from yeonma.errors import Problem, RunFailed, UserError
 from yeonma.files import user_path
 from yeonma.language import language
+from yeonma.messages import tr
 from yeonma.platforms import check_platform
 from yeonma.python_api.keyword_form import in_keyword_form
 from yeonma.python_api.results import (
@@ -95,7 +96,7 @@ def _call_of(
                 except Stopped:
                     raise
                 except KeyboardInterrupt:
-                    raise Stopped("interrupted", INTERRUPTED) from None
+                    raise Stopped(tr("interrupted"), INTERRUPTED) from None
 
         returns = get_type_hints(function)["return"]
         call.__doc__ = docstring_of(form, about, language())
@@ -113,15 +114,19 @@ def _keywords(
 ) -> dict[str, Any]:
     """All arguments by name. Raises UserError for more than one without a name, and for those that only print."""
     problems = [
-        Problem("a setting of the command line, which changes only what is printed", setting, "leave it out")
+        Problem(
+            tr("a setting of the command line, which changes only what is printed"),
+            setting,
+            tr("leave it out"),
+        )
         for setting in form.omitted
         if setting in keywords
     ]
     if len(arguments) > (form.positional is not None):
-        cure = f'write yeonma.{name}(setting="value", ...)'
-        problems.append(Problem("settings are given by name", f"yeonma.{name}", cure))
+        cure = tr('write yeonma.{name}(setting="value", ...)', name=name)
+        problems.append(Problem(tr("settings are given by name"), f"yeonma.{name}", cure))
     elif arguments and form.positional in keywords:
-        problems.append(Problem("given twice", str(form.positional), "give it once"))
+        problems.append(Problem(tr("given twice"), str(form.positional), tr("give it once")))
     if problems:
         raise UserError(problems)
     return {**({str(form.positional): arguments[0]} if arguments else {}), **keywords}
@@ -155,7 +160,7 @@ def _train(verb: str, config: RunConfig) -> RunResult:
     from yeonma.commands.sft import train
 
     if status := train(verb, config, as_command=False):
-        raise RunFailed(f"training ended with status {status}; the reason is printed above")
+        raise RunFailed(tr("training ended with status {status}; the reason is printed above", status=status))
     return run_result(user_path(config.run.output_dir))
 
 
@@ -186,8 +191,11 @@ def compare(config: CompareConfig) -> CompareResult:
     try:
         folder, report = compare_models(config.compare, config.answer, log_line)
     except KeyboardInterrupt:
-        where = f"the answers so far are in {config.compare.output_dir}"
-        raise Stopped(f"interrupted; {where}, and the same call goes on from there", INTERRUPTED) from None
+        what = tr(
+            "interrupted; the answers so far are in {folder}, and the same call goes on from there",
+            folder=config.compare.output_dir,
+        )
+        raise Stopped(what, INTERRUPTED) from None
     return CompareResult(folder, report)
 
 
@@ -255,5 +263,5 @@ def push(config: PushSettings) -> PushResult:
 
 
 def _disagreement(folder: str) -> UserError:
-    what = "the merged model does not answer as the adapter on its base does: nothing was written"
-    return UserError(what, place=folder, cure='the lines above say by how much; try dtype="float32"')
+    what = tr("the merged model does not answer as the adapter on its base does: nothing was written")
+    return UserError(what, place=folder, cure=tr('the lines above say by how much; try dtype="float32"'))

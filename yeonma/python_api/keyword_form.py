@@ -20,7 +20,8 @@ _OPTION = re.compile(
     (?:[ ](?P<value>'[^']*'|\[[^\]]*\]|[^\s,;()]+))?""",
     re.VERBOSE,
 )
-_AT_THE_END = re.compile(r"[.:]+$")
+_AT_THE_END = re.compile(r"(?:(?<=[!-~])(?:으로|로|을|를|이|가|은|는|와|과|이나|나|의|라도|처럼))?[.:]*$")
+"""What follows a value in a sentence, in Korean a particle too."""
 _PATH_LIKE = re.compile(r"[./:\[\d]|^[A-Z_]+$")
 """What tells a value of text apart from the next word of a sentence."""
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?")
@@ -73,7 +74,7 @@ def with_keywords(text: str, settings: Mapping[str, Setting]) -> str:
             return match[0]
         if written is None:
             return name
-        ending = "" if written[0] in "'[" else "".join(_AT_THE_END.findall(written))
+        ending = "" if written[0] in "'[" else _end_of(written)
         value = written.removesuffix(ending) if written != "..." else written
         literal = _literal(value, settings.get(name))
         if literal is None:
@@ -81,6 +82,11 @@ def with_keywords(text: str, settings: Mapping[str, Setting]) -> str:
         return f"{name}={literal}{ending if written != '...' else ''}"
 
     return _OPTION.sub(replaced, text)
+
+
+def _end_of(written: str) -> str:
+    match = _AT_THE_END.search(written)
+    return match[0] if match is not None else ""
 
 
 def _literal(value: str, setting: Setting | None) -> str | None:

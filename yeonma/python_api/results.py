@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yeonma import svg
+from yeonma.messages import counted, tr
 from yeonma.shown import html_lines, many_lines
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ WIDTH = 100
 PAGE_HEIGHT = 640
 """Pixels of a page within a notebook."""
 
-LOSS = "loss over the steps"
+LOSS = tr("loss over the steps")
 
 LossPoints = Sequence[tuple[int, float]]
 """(step, loss)."""
@@ -76,15 +77,18 @@ class RunResult:
         return _pre(repr(self)) + (svg.image(self.loss_svg, LOSS) if self.loss_svg else "")
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.folder}: finished after {self.steps:,} steps"
+        yield tr("{folder}: finished after {steps}", folder=self.folder, steps=counted(self.steps, "step"))
         if self.validation_losses:
             best_step, best = min(self.validation_losses, key=lambda point: point[1])
             first_step, first = self.validation_losses[0]
-            before = f"{first:.4f} before training, " if first_step == 0 else ""
-            yield f"  validation loss  {before}lowest {best:.4f} after step {best_step:,}"
+            lowest = tr("lowest {best:.4f} after step {step:,}", best=best, step=best_step)
+            if first_step == 0:
+                lowest = tr("{first:.4f} before training, {lowest}", first=first, lowest=lowest)
+            yield tr("  validation loss  {losses}", losses=lowest)
         if self.training_losses:
-            yield f"  training loss    {self.training_losses[0][1]:.4f} to {self.training_losses[-1][1]:.4f}"
-        yield f"  model card       {self.card}"
+            first, last = self.training_losses[0][1], self.training_losses[-1][1]
+            yield tr("  training loss    {first:.4f} to {last:.4f}", first=first, last=last)
+        yield tr("  model card       {path}", path=self.card)
 
 
 def run_result(folder: Path) -> RunResult:
@@ -170,8 +174,10 @@ class CompareResult:
 
         console, out = text_console()
         print_report(console, self.report)
-        return (
-            f"{out.getvalue().rstrip()}\n\n{many_lines(str(self.web_page))} shows all answers side by side."
+        return tr(
+            "{out}\n\n{web_page} shows all answers side by side.",
+            out=out.getvalue().rstrip(),
+            web_page=many_lines(str(self.web_page)),
         )
 
     def _repr_html_(self) -> str:
@@ -190,11 +196,20 @@ class MergeResult:
 
     def __repr__(self) -> str:
         agreement = self.agreement
-        same = f"{agreement.same_answers} of {agreement.rows} greedy answers are the same"
-        difference = f"{agreement.max_difference:.2g}, rounding explains up to {agreement.tolerance:.2g}"
+        values = {
+            "folder": self.folder,
+            "same": agreement.same_answers,
+            "rows": agreement.rows,
+            "difference": agreement.max_difference,
+            "tolerance": agreement.tolerance,
+        }
         return many_lines(
-            f"{self.folder} is a complete model; it loads without the adapter's folder\n"
-            f"  {same}; largest difference of a logit {difference}"
+            tr(
+                "{folder} is a complete model; it loads without the adapter's folder\n"
+                "  {same} of {rows} greedy answers are the same; largest difference of a logit "
+                "{difference:.2g}, rounding explains up to {tolerance:.2g}",
+                **values,
+            )
         )
 
     def _repr_html_(self) -> str:
@@ -252,8 +267,17 @@ class PushResult:
 
     def __repr__(self) -> str:
         if self.url is None:
-            return many_lines(f"nothing was sent to {self.repo}; it would get {len(self.files)} files")
-        return many_lines(f"{len(self.files)} files uploaded and verified: {self.url}")
+            files = counted(len(self.files), "file")
+            return many_lines(
+                tr("nothing was sent to {repo}; it would get {files}", repo=self.repo, files=files)
+            )
+        return many_lines(
+            tr(
+                "{uploads} uploaded and verified: {url}",
+                uploads=counted(len(self.files), "file"),
+                url=self.url,
+            )
+        )
 
     def _repr_html_(self) -> str:
         return _pre(repr(self))

@@ -9,8 +9,9 @@ from yeonma.cli import Verb
 from yeonma.config.help import setting_entries
 from yeonma.config.parse import Setting, settings_of
 from yeonma.language import Language
+from yeonma.messages import tr
 
-CONFIG = "YAML file of settings. Keywords win over it."
+CONFIG = tr("YAML file of settings. Keywords win over it.")
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ def docstring_of(form: CallForm, about: str, language: Language) -> str:
     """The call's own text, then each setting with its help text, values and default."""
     entries = setting_entries(form.verb.groups, form.settings, language)
     lines = [f"{name}: {text}" for name, text in entries]
-    return "\n".join([about, "", "Settings:", *(f"    {line}" for line in [*lines, f"config: {CONFIG}"])])
+    return "\n".join([about, "", tr("Settings:"), *(f"    {line}" for line in [*lines, f"config: {CONFIG}"])])

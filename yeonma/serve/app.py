@@ -28,7 +28,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.turns import ToolCall
 from yeonma.errors import UserError
 from yeonma.generation.json_grammar import JsonGrammar, JsonVocabulary
-from yeonma.messages import counted, tr
+from yeonma.messages import counted_in_english, tr
 from yeonma.serve.one_at_a_time import Full, OneAtATime
 from yeonma.serve.openai_api import (
     UNSUPPORTED,
@@ -410,9 +410,10 @@ def _prompts(
         raise RequestError(400, str(error), param=param) from None
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if positions is not None and longest + max_new_tokens > positions:
+        prompt = f"a prompt of {counted_in_english(longest, 'token')}"
         message = (
-            f"a prompt of {counted(longest, 'token')} and {max_new_tokens} new ones exceed the model's {positions} "
-            "positions: shorten the prompt or lower max_tokens"
+            f"{prompt} and {max_new_tokens} new ones exceed the model's {positions} positions: shorten the prompt or "
+            "lower max_tokens"
         )
         raise RequestError(400, message, param="max_tokens", code="context_length_exceeded")
     return prompts

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from time import monotonic
 
-from yeonma.messages import counted
+from yeonma.messages import counted, tr
 
 RECORDS = 10
 """The most records in a minute, with their tracebacks."""
@@ -29,7 +29,7 @@ class RecordLimit:
                 left_out = counted(
                     self._left_out, "record before this one was", "records before this one were"
                 )
-                record.msg = f"({left_out} left out) {record.msg}"
+                record.msg = tr("({records} left out) {message}", records=left_out, message=record.msg)
             self._since, self._let_through, self._left_out = now, 0, 0
         if self._let_through < self._records:
             self._let_through += 1

@@ -387,7 +387,9 @@ class Connections:
     def _report(self) -> None:
         now = monotonic()
         if self._counts and now - self._reported >= self.limits.report:
-            counts = ", ".join(f"{count:,} {what}" for what, count in sorted(self._counts.items()))
+            counts = ", ".join(
+                tr("{count:,} {what}", count=count, what=what) for what, count in sorted(self._counts.items())
+            )
             self._log(
                 tr(
                     "connections closed or refused: {counts}; {number} are open",

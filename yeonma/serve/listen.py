@@ -57,7 +57,7 @@ def _listen_error(host: str, port: int, error: OSError) -> UserError:
         return UserError(problem, place=f"--port {port}", cure=tr("use a port from 1024 on"))
     reason = error.strerror or str(error)
     return UserError(
-        tr("cannot listen there ({reason})", reason=reason), place=f"--host {host}", cure="use 127.0.0.1"
+        tr("cannot listen there ({reason})", reason=reason), place=f"--host {host}", cure=tr("use 127.0.0.1")
     )
 
 

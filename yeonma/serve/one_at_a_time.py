@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from time import monotonic
 
-from yeonma.messages import counted
+from yeonma.messages import counted_in_english
 
 BYTES_PER_SECOND = 100_000
 """A request is let in as if it had come 1 second later for each of these, so that no size waits for ever."""
@@ -47,7 +47,7 @@ class OneAtATime:
             last = max(self._waiting)
             self._remove(last)
             last[2].set_exception(
-                Full(counted(self._most_waiting, "request is waiting", "requests are waiting"))
+                Full(counted_in_english(self._most_waiting, "request is waiting", "requests are waiting"))
             )
         try:
             await turn

@@ -76,11 +76,9 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
             )
             prompt_builder.check_template()
             if prompt_builder.adapter.is_full and len(folders) > 1:
-                what, cure = (
-                    tr("all of its weights were trained: it is served alone"),
-                    tr("use a second command"),
-                )
-                raise UserError(what, place=folder, cure=tr("{cure} on another --port", cure=cure))
+                what = tr("all of its weights were trained: it is served alone")
+                cure = tr("use a second command on another --port")
+                raise UserError(what, place=folder, cure=cure)
             if prompt_builder.adapter.is_whole and not prompt_builder.adapter.is_full:
                 cure = tr("give the folder of the adapter that was merged")
                 raise UserError(tr("this is a merged model"), place=folder, cure=cure)
@@ -177,11 +175,13 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
     added = {folder: check_outline(source, [folder]) for folder in folders}
     if len(folders) > 1 and (larger := [folder for folder, rows in added.items() if rows]):
         tokens = counted(added[larger[0]], "token")
-        what = f"it has {tokens} of its own, so its base has more rows than that of the others"
+        what = tr(
+            "it has {tokens} of its own, so its base has more rows than that of the others", tokens=tokens
+        )
         raise UserError(
             what, place=larger[0], cure=tr("serve it with a command of its own on another --port")
         )
-    log(f"loading {source.name}")
+    log(tr("loading {model}", model=source.name))
     policy = build_policy(
         source,
         folders,

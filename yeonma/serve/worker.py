@@ -24,7 +24,7 @@ from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.json_grammar import JsonGrammar, JsonMask
 from yeonma.generation.sampling import NO_CHANGES, LogitChanges, SamplingParams
 from yeonma.generation.token_scores import ScoredToken, ScoreLog, score_prompts
-from yeonma.messages import counted, tr
+from yeonma.messages import counted_in_english, tr
 from yeonma.model.logprobs import ForestSupport
 from yeonma.serve.openai_responses import ReasoningText, Reply, ScoredPrompt
 from yeonma.serve.stream_buffer import StreamBuffer
@@ -123,7 +123,7 @@ class Worker:
             if self._stopping:
                 raise Busy("the server is shutting down")
             if len(self._jobs) + len(jobs) > self._max_waiting:
-                raise Busy(counted(len(self._jobs), "request is waiting", "requests are waiting"))
+                raise Busy(counted_in_english(len(self._jobs), "request is waiting", "requests are waiting"))
             self._jobs.extend(jobs)
             self._changed.notify()
 
@@ -199,9 +199,8 @@ class Worker:
         if len(jobs) == 1 or self._batch_size == 1:
             job = jobs.pop(0)
             tokens = len(job.prompt.token_ids)
-            message = (
-                f"a prompt of {counted(tokens, 'token')} and its answer do not fit into the device's memory"
-            )
+            prompt = f"a prompt of {counted_in_english(tokens, 'token')}"
+            message = f"{prompt} and its answer do not fit into the device's memory"
             job.notify(PromptTooLarge(message))
         else:
             self._batch_size = (min(self._batch_size, len(jobs)) + 1) // 2

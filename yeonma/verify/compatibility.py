@@ -21,7 +21,7 @@ from yeonma.adapter.full_model import not_finite_in, stored_shapes
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
 from yeonma.data.rows import Row
 from yeonma.errors import Log, Problem, UserError
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, later, tr
 from yeonma.model.adapter_config import WEIGHTS_FILE, read_adapter_config
 from yeonma.model.adapter_file import not_finite, read_header
 from yeonma.model.adapter_weights import Shapes as Shapes
@@ -44,7 +44,7 @@ REPLACE = tr("restore a copy of the file, or train again")
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Shapes]:
     """Checks that the tensors are finite and have the rank of adapter_config.json. Also returns their shapes."""
-    check, place = "adapter", str(folder / WEIGHTS_FILE)
+    check, place = later("adapter"), str(folder / WEIGHTS_FILE)
     try:
         tensors = read_header(folder)
     except UserError as error:
@@ -76,7 +76,9 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Sha
             problems.append(Problem(what, place, REPLACE))
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     return checked(
-        check, problems, f"{counted(len(shapes), 'tensor')} with {size:,} parameters, all finite"
+        check,
+        problems,
+        tr("{shapes} with {size:,} parameters, all finite", shapes=counted(len(shapes), "tensor"), size=size),
     ), shapes
 
 
@@ -108,7 +110,7 @@ def check_names(adapter: AdapterFolder, config: Mapping[str, Any]) -> Finding:
         if config.get(name) != expected
     ]
     return checked(
-        tr("template and rules"),
+        later("template and rules"),
         problems,
         tr('template "{template}", base {base}', template=adapter.template.name, base=base.name),
     )
@@ -128,21 +130,22 @@ def locate_base(
     name = adapter.base.name
     if adapter.trust_remote_code and not trust_remote_code:
         return not_checked(
-            "base", tr("{name} comes with Python code; allow it with --trust_remote_code true", name=name)
+            later("base"),
+            tr("{name} comes with Python code; allow it with --trust_remote_code true", name=name),
         )
     if Path(name).is_absolute() and not Path(name).is_dir():
         return not_checked(
-            "base", tr("it is no longer at {name}; give its place with --base_model", name=name)
+            later("base"), tr("it is no longer at {name}; give its place with --base_model", name=name)
         )
     try:
         source = find_base(name, adapter.base.revision, trust_remote_code)
         load_config(source)
     except UserError as error:
         if Path(name).is_dir():
-            return checked("base", error.problems, "")
+            return checked(later("base"), error.problems, "")
         first = error.problems[0].what
         return not_checked(
-            "base", tr("{name}: {first}; give its place with --base_model", name=name, first=first)
+            later("base"), tr("{name}: {first}; give its place with --base_model", name=name, first=first)
         )
     return source
 
@@ -151,11 +154,13 @@ def _recorded_base(adapter: AdapterFolder, source: BaseSource) -> Any:
     """The base without its weights; the finding, if it cannot be built so or is not the one that yeonma.json has."""
     model = outline(load_config(source), source)
     if model is None:
-        return not_checked("base", tr("{source} cannot be built without its weights", source=source.name))
+        return not_checked(
+            later("base"), tr("{source} cannot be built without its weights", source=source.name)
+        )
     try:
         check_base(adapter, base_identity(model, source))
     except UserError as error:
-        return checked("base", error.problems, "")
+        return checked(later("base"), error.problems, "")
     return model
 
 
@@ -170,15 +175,15 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
         add_rows(model, header, str(adapter.path))
         expected = expected_shapes(add_lora_of(model, str(adapter.path), header=header))
     except UserError as error:
-        return checked("base", error.problems, "")
+        return checked(later("base"), error.problems, "")
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         what = tr(
             "the adapter does not fit the base's layers ({error:.200})", error=str(error).splitlines()[0]
         )
-        return checked("base", [Problem(what, str(adapter.path / "adapter_config.json"), cure)], "")
+        return checked(later("base"), [Problem(what, str(adapter.path / "adapter_config.json"), cure)], "")
     problems = misfits(shapes, expected, place, cure)
     return checked(
-        "base",
+        later("base"),
         problems,
         tr(
             "{source} has the recorded config, and a layer for each of the adapter's tensors",
@@ -192,12 +197,12 @@ def check_base_config(adapter: AdapterFolder, source: BaseSource) -> Finding:
     model = _recorded_base(adapter, source)
     if isinstance(model, Finding):
         return model
-    return checked("base", [], tr("{source} has the recorded config", source=source.name))
+    return checked(later("base"), [], tr("{source} has the recorded config", source=source.name))
 
 
 def check_full_model(adapter: AdapterFolder) -> Finding:
     """Checks that the weights of a fully fine-tuned model are finite, and as many as its config has."""
-    check, source = "model", BaseSource(str(adapter.path), None, adapter.trust_remote_code)
+    check, source = later("model"), BaseSource(str(adapter.path), None, adapter.trust_remote_code)
     try:
         find_base(source.name, None, source.trust_remote_code)
         shapes = stored_shapes(adapter.path)
@@ -218,13 +223,17 @@ def check_full_model(adapter: AdapterFolder) -> Finding:
                 expected=expected,
             )
             problems.append(Problem(what, str(adapter.path), REPLACE))
-    return checked(check, problems, f"{counted(len(shapes), 'tensor')} with {size:,} parameters, all finite")
+    return checked(
+        check,
+        problems,
+        tr("{shapes} with {size:,} parameters, all finite", shapes=counted(len(shapes), "tensor"), size=size),
+    )
 
 
 def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log: Log) -> Finding:
     """Checks that the base's weights, config and end tokens are those of training. Reads every weight file, whatever
     the cache knows of it."""
-    check, content = tr("base's content"), adapter.base_content
+    check, content = later("base's content"), adapter.base_content
     if content is None:
         return not_checked(
             check, tr("{manifest} does not record it: the run is of an earlier version", manifest=MANIFEST)
@@ -243,7 +252,9 @@ def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log
     cure = another_base(adapter, source.name, []).problems[0].cure
     problems = [Problem(what, source.name, cure) for what in changes(content, now)]
     files = counted(len(now.weights), "weight file")
-    return checked(check, problems, f"{files}, config and end tokens are those of training, read again")
+    return checked(
+        check, problems, tr("{files}, config and end tokens are those of training, read again", files=files)
+    )
 
 
 def check_tokenizer(adapter: AdapterFolder, tokenizer: Any, check: str, place: str) -> Finding:
@@ -256,10 +267,12 @@ def check_tokenizer(adapter: AdapterFolder, tokenizer: Any, check: str, place: s
     key = "with_chat_template_sha256" if adapter.template.has_turns else "sha256"
     now = identity_of_tokenizer(tokenizer)
     if now[key] == recorded.get(key):
-        about = tr("the vocabulary and rules") + (
-            tr(" and chat template") if adapter.template.has_turns else ""
+        about = (
+            tr("the vocabulary and rules and chat template are those of training")
+            if adapter.template.has_turns
+            else tr("the vocabulary and rules are those of training")
         )
-        return checked(check, [], tr("{about} are those of training", about=about))
+        return checked(check, [], about)
     what = tr("this is not the tokenizer of training")
     if adapter.template.has_turns and now["sha256"] == recorded.get("sha256"):
         what = tr("its chat template is not that of training")
@@ -295,7 +308,9 @@ def check_samples(
         if (difference := _difference(row.prompt_ids, ids))
     ]
     return checked(
-        check, problems, f"the prompts of {counted(len(samples.rows), 'row')} have the token ids of training"
+        check,
+        problems,
+        tr("the prompts of {rows} have the token ids of training", rows=counted(len(samples.rows), "row")),
     )
 
 
@@ -305,7 +320,7 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
     `own`: the same tokenizer with the base's chat template. Rows with special-token text are left out, because other
     tools turn it into special tokens.
     """
-    check, place = tr("chat template"), str(adapter.path / CHAT_TEMPLATE)
+    check, place = later("chat template"), str(adapter.path / CHAT_TEMPLATE)
     template = adapter.template
     if not (template.takes_turns or base_chat_template(tokenizer).startswith(MARK)):
         return not_checked(
@@ -315,7 +330,9 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
         return not_checked(check, tr("there are no sample rows to try it with"))
     encoder, problems, same = TextEncoder.of(own), [], 0
     for sample in samples.rows:
-        row = Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}")
+        row = Row(
+            sample.row_number, sample.row, tr("{file}, row {number}", file=SAMPLES, number=sample.row_number)
+        )
         try:
             rendered = samples.task.preferred(samples.task.render(template, row, adapter.columns))
             conversation = conversation_of(template, row, adapter.columns, rendered, own, adapter.rules)
@@ -340,7 +357,11 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
             problems.append(Problem(what, place, REPLACE))
     if not same and not problems:
         return not_checked(check, tr("every sample row contains special-token text"))
-    return checked(check, problems, f"the messages of {counted(same, 'row')} have the token ids of training")
+    return checked(
+        check,
+        problems,
+        tr("the messages of {same} have the token ids of training", same=counted(same, "row")),
+    )
 
 
 def _difference(before: list[int], now: list[int] | None) -> str:
@@ -352,9 +373,16 @@ def _difference(before: list[int], now: list[int] | None) -> str:
         (at for at, (old, new) in enumerate(zip(before, now, strict=False)) if old != new),
         min(len(before), len(now)),
     )
-    return f"from token {at + 1} on ({counted(len(before), 'token')} in training, {len(now)} now)"
+    return tr(
+        "from token {at} on ({before} in training, {now} now)",
+        at=at + 1,
+        before=counted(len(before), "token"),
+        now=len(now),
+    )
 
 
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
-    return listed[0] + (tr(" and {listed} more", listed=len(listed) - 1) if len(listed) > 1 else "")
+    if len(listed) == 1:
+        return listed[0]
+    return tr("{name} and {count} more", name=listed[0], count=len(listed) - 1)

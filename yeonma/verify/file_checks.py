@@ -19,7 +19,7 @@ from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash, read_file
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, later, tr
 from yeonma.model.base_content import changes, content_of
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, PRINTED, RUN, SEAL, TOKENIZERS
@@ -78,7 +78,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def check_files(folder: Path, *, is_run: bool) -> Finding:
     """Checks the folder's own files against manifest.json. A mere copy of the adapter may lack RUN_RECORDS."""
-    check = "files"
+    check = later("files")
     if not (folder / SEAL).is_file():
         if is_run:
             return not_checked(
@@ -98,9 +98,11 @@ def check_files(folder: Path, *, is_run: bool) -> Finding:
     if problems:
         return checked(check, problems, "")
     size = sum((folder / name).stat().st_size for name in hashes if name not in absent)
-    about = f"{counted(len(hashes) - len(absent), 'file')} unchanged since the run, {size / 1e6:,.1f} MB"
+    files = counted(len(hashes) - len(absent), "file")
+    about = tr("{files} unchanged since the run, {size:,.1f} MB", files=files, size=size / 1e6)
     if absent:
-        about += tr("; not in this copy: {absent}", absent=", ".join(sorted(absent)))
+        names = ", ".join(sorted(absent))
+        about = tr("{about}; not in this copy: {names}", about=about, names=names)
     return checked(check, problems, about)
 
 
@@ -153,7 +155,9 @@ def check_checkpoint(
     if problems and not checkpoint.exists():  # the run that is under way has removed it meanwhile
         return not_checked(name, tr("removed during the check"))
     return checked(
-        name, problems, f"{counted(len(hashes) if not problems else 0, 'file')} unchanged since the run"
+        name,
+        problems,
+        tr("{files} unchanged since the run", files=counted(len(hashes) if not problems else 0, "file")),
     )
 
 
@@ -244,9 +248,11 @@ def check_run(
     if details is not None:
         problems += _details_problems(folder, identity, details, adapter_config)
     steps, metrics_problems = _metrics_problems(folder / "metrics.jsonl", identity, finished=finished)
-    noun = "model" if is_full(details or {}) else "adapter"
-    about = f"settings, metrics of {counted(steps, 'step')} and {noun} are of one run"
-    return checked("run", [*problems, *metrics_problems], about)
+    noun = tr("model") if is_full(details or {}) else tr("adapter")
+    about = tr(
+        "settings, metrics of {steps} and {noun} are of one run", steps=counted(steps, "step"), noun=noun
+    )
+    return checked(later("run"), [*problems, *metrics_problems], about)
 
 
 def _settings_problems(path: Path, identity: Mapping[str, Any]) -> list[Problem]:
@@ -309,7 +315,7 @@ def _details_problems(
         )
     place = folder / "yeonma.json"
     problems = [
-        Problem(tr("{name} is not that of the run ({run})", name=name, run=RUN), str(place), RESTORE)
+        Problem(tr("{name} is not that of the run ({run})", name=tr(name), run=RUN), str(place), RESTORE)
         for name, (own, recorded) in values.items()
         if own != recorded
     ]
@@ -362,6 +368,8 @@ def _metrics_problems(
             problems.append(Problem(tr("the last line is incomplete"), str(path), RESTORE))
         total, early = identity.get("steps"), identity.get("early_stopping_patience") is not None
         if isinstance(total, int) and (len(steps) > total or (len(steps) < total and not early)):
-            what = f"it has {counted(len(steps), 'step')}, but the run had {total:,}"
+            what = tr(
+                "it has {steps}, but the run had {total:,}", steps=counted(len(steps), "step"), total=total
+            )
             problems.append(Problem(what, str(path), RESTORE))
     return len(steps), problems

@@ -13,7 +13,7 @@ from yeonma.config.settings import VerifySettings
 from yeonma.data.rows import open_rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import existing_folder
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, checkpoints
@@ -86,7 +86,7 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
     if any((folder / name).is_file() for name in (STATE, OPTIMIZER, RANDOM)):
         findings, details = _check_adapter(folder, settings, log)
         files = check_checkpoint(folder, None, None)
-        return _report(folder, "a checkpoint", [files, *findings], details)
+        return _report(folder, tr("a checkpoint"), [files, *findings], details)
     if not (folder / MANIFEST).is_file():
         cure = tr("give the output folder of a run, a checkpoint, or an adapter folder copied from there")
         raise UserError(tr("no Yeonma run in this folder"), place=settings.adapter_dir, cure=cure)
@@ -106,12 +106,12 @@ def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyRepor
     try:
         run = read_object(folder / RUN)
         if not isinstance(run.get("identity"), dict) or not isinstance(run.get("finished"), bool):
-            raise UserError("damaged", place=str(folder / RUN), cure=tr("restore a copy of the file"))
+            raise UserError(tr("damaged"), place=str(folder / RUN), cure=tr("restore a copy of the file"))
         identity, finished = run["identity"], run["finished"]
-        run_finding = checked("run", [], "")
+        run_finding = checked(later("run"), [], "")
     except UserError as error:
         run, identity, finished = {}, None, False
-        run_finding = checked("run", error.problems, "")
+        run_finding = checked(later("run"), error.problems, "")
     findings = []
     if finished and not running:
         adapter, what = folder, tr("a finished run")
@@ -119,7 +119,7 @@ def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyRepor
     else:
         adapter = all_checkpoints[-1] if all_checkpoints else folder
         what = tr("a run that is under way") if running else tr("a run that is not finished")
-        findings.append(not_checked("files", tr("the run has not written its adapter yet")))
+        findings.append(not_checked(later("files"), tr("the run has not written its adapter yet")))
     adapter_findings: list[Finding] = []
     details, config = None, None
     if adapter is not folder or finished:
@@ -136,8 +136,9 @@ def _remark(unknown: list[str]) -> str:
     if not unknown:
         return ""
     names = ", ".join(unknown[:MAX_UNKNOWN])
-    more = tr(" and {unknown} more", unknown=len(unknown) - MAX_UNKNOWN) if len(unknown) > MAX_UNKNOWN else ""
-    return tr("not from the run: {names}{more}", names=names, more=more)
+    if len(unknown) > MAX_UNKNOWN:
+        names = tr("{name} and {count} more", name=names, count=len(unknown) - MAX_UNKNOWN)
+    return tr("not from the run: {names}", names=names)
 
 
 def _report(
@@ -157,15 +158,15 @@ def _check_adapter(
     except UserError as error:
         rest = [
             not_checked(name, tr("the adapter folder cannot be read"))
-            for name in ("adapter", "base", tr("base's content"), "tokenizer", tr("sample rows"))
+            for name in ("adapter", "base", "base's content", "tokenizer", "sample rows")
         ]
-        return [checked(tr("template and rules"), _with_cures(error), ""), *rest], None
+        return [checked(later("template and rules"), _with_cures(error), ""), *rest], None
     config, problems = _adapter_config(folder)
     shapes: Shapes = {}
     if adapter.is_full:
         findings = [check_full_model(adapter)]
     elif config is None:
-        findings = [checked("adapter", problems, "")]
+        findings = [checked(later("adapter"), problems, "")]
     else:
         weights, shapes = check_weights(folder, config)
         findings = [check_names(adapter, config), weights]
@@ -175,7 +176,7 @@ def _check_adapter(
     elif adapter.is_full:
         findings.append(check_base_config(adapter, source))
     elif config is None or not shapes:
-        findings.append(not_checked("base", tr("the adapter cannot be read")))
+        findings.append(not_checked(later("base"), tr("the adapter cannot be read")))
     else:
         findings.append(check_model(adapter, source, shapes))
     findings.append(check_base_content(adapter, source, log))
@@ -198,11 +199,11 @@ def _check_tokenizers(
     try:
         samples = read_samples(adapter.path)
     except UserError as error:
-        damaged = checked(tr("sample rows"), _with_cures(error), "")
+        damaged = checked(later("sample rows"), _with_cures(error), "")
     own = BaseSource(str(adapter.path), None, settings.trust_remote_code)
-    tokenizers = [("tokenizer", tr("sample rows"), own)]
+    tokenizers = [(later("tokenizer"), later("sample rows"), own)]
     if not isinstance(source, Finding):
-        tokenizers.append((tr("base's tokenizer"), tr("sample rows, as the base"), source))
+        tokenizers.append((later("base's tokenizer"), later("sample rows, as the base"), source))
     for check, rows, place in tokenizers:
         try:
             tokenizer = load_tokenizer(place)
@@ -247,13 +248,15 @@ def _check_data(adapter: AdapterFolder, data_path: str, settings: VerifySettings
             max_rows=max_rows if type(max_rows) is int and max_rows > 0 else None,
         )
         if rows.identity == record["data_sha256"]:
-            return checked("data", [], tr("the adapter was trained on {data_path}", data_path=data_path))
+            return checked(
+                later("data"), [], tr("the adapter was trained on {data_path}", data_path=data_path)
+            )
         identities.append(rows.identity)
-    recorded = " or ".join(record["data_sha256"] for record in records)
+    recorded = tr(" or ").join(record["data_sha256"] for record in records)
     hashes = tr(
         "its SHA-256 is {identities}, that of the run's data {recorded}",
         identities=identities[0],
         recorded=recorded,
     )
     what = tr("the adapter was not trained on this data: {hashes}", hashes=hashes)
-    return checked("data", [Problem(what, data_path, tr("give the data file of the run"))], "")
+    return checked(later("data"), [Problem(what, data_path, tr("give the data file of the run"))], "")

@@ -185,6 +185,7 @@ def test_help_of_one_setting(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert main(["dpo", "--help", "learning_rate"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("--learning_rate X 워밍업이") and text.endswith("(0 초과의 수; 기본값 1e-05)")
+    monkeypatch.setenv("YEONMA_LANG", "en")
     assert main(["sft", "--help", "lr"]) == 2
     assert capsys.readouterr().err == "yeonma: lr: no setting of this command; here it is --learning_rate\n"
 

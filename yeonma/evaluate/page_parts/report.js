@@ -2,6 +2,8 @@
 // All texts are set through textContent, so that nothing in the data is parsed as HTML.
 const report = JSON.parse(document.getElementById("data").textContent);
 const FIRST = 10, PAGE = 50, MAX_COMPARED = 250000;
+const words = report.words;
+const filled = (text, ...values) => text.replace(/%([1-9])/g, (_, place) => values[place - 1]);
 const byId = id => document.getElementById(id);
 const models = report.models.map(model => model.name);
 const metrics = report.metrics.filter(metric => metric.key in (report.rows[0].answers[0].scores));
@@ -64,7 +66,7 @@ function marked(text, other) {
   const parts = other === null ? null : uncommon(text, other);
   if (parts === null) element.textContent = text;
   else for (const part of parts) element.append(part.marked && part.text.trim() ? node("mark", part.text) : part.text);
-  if (!text) element.append(node("span", "(empty)", {class: "dim"}));
+  if (!text) element.append(node("span", words.empty, {class: "dim"}));
   return element;
 }
 
@@ -86,24 +88,24 @@ function folded(title, text) {
 function item(row, choice) {
   const element = node("li", undefined, {"data-row": row.row});
   const head = node("div", undefined, {class: "head"});
-  head.append(node("h3", `Row ${row.row}`));
+  head.append(node("h3", filled(words.row, row.row)));
   const change = gain(row, choice), metric = metricOf(choice.metric);
   if (change !== null && choice.from !== choice.to) {
     const raw = metric.better === "lower" ? -change : change;
     const kind = change > 0 && metric.better ? "better" : change < 0 && metric.better ? "worse" : "dim";
-    const word = {better: "better", worse: "worse", dim: change ? "change" : "no change"}[kind];
+    const word = {better: words.better, worse: words.worse, dim: change ? words.change : words.no_change}[kind];
     head.append(node("span", `${word}: ${metric.name} ${raw >= 0 ? "+" : ""}${number(raw)}`, {class: `change ${kind}`}));
   }
-  element.append(head, folded("prompt", row.prompt));
+  element.append(head, folded(words.prompt, row.prompt));
   const against = choice.marks === "wanted" ? row.wanted : choice.marks === "first" ? row.answers[0].text : null;
-  if (row.wanted !== null) element.append(textBlock("reference", "--reference", row.wanted, choice.marks === "first" ? against : null));
+  if (row.wanted !== null) element.append(textBlock(words.reference, "--reference", row.wanted, choice.marks === "first" ? against : null));
   row.answers.forEach((answer, at) => {
     const own = choice.marks === "first" && at === 0 ? null : against;
-    const scores = metrics.map(each => each.key === "unended" ? (answer.ended ? "" : "cut off at max_new_tokens")
+    const scores = metrics.map(each => each.key === "unended" ? (answer.ended ? "" : words.cut_off)
       : each.key === "exact" ? (answer.scores.exact ? each.name : "")
       : answer.scores[each.key] === null ? "" : `${each.name} ${number(answer.scores[each.key])}`);
     element.append(textBlock(models[at], `--m${at % 6}`, answer.text, own, scores.filter(Boolean).join(" · ")));
-    if (answer.prompt !== undefined) element.append(folded(`prompt of ${models[at]}`, answer.prompt));
+    if (answer.prompt !== undefined) element.append(folded(filled(words.prompt_of, models[at]), answer.prompt));
   });
   return element;
 }
@@ -145,7 +147,7 @@ function redraw() {
   list.replaceChildren();
   drawn = 0;
   more();
-  byId("count").textContent = `${matching.length} of ${report.rows.length} rows`;
+  byId("count").textContent = filled(words.count, matching.length, report.rows.length);
 }
 
 function more() {
@@ -154,7 +156,7 @@ function more() {
   for (const row of matching.slice(drawn, next)) list.append(item(row, choice));
   drawn = Math.min(matching.length, next);
   byId("more").hidden = drawn >= matching.length;
-  byId("more").textContent = `Show more (${matching.length - drawn} left)`;
+  byId("more").textContent = filled(words.more, matching.length - drawn);
 }
 
 for (const id of ["metric", "order", "filter", "marks", "from", "to"]) byId(id)?.addEventListener("change", redraw);

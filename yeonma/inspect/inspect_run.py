@@ -64,7 +64,7 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     target = target_device(config.model.device, options.gpu)
     if options.gpu is not None and options.probe:
         raise UserError("real steps run on this machine", place="probe", cure="leave out --gpu or --probe")
-    memory_bytes = memory_for_run(target)
+    memory_bytes = memory_for_run(target, config.run.nproc)
     source, continued = check_folders(config.model, config.run)
     check_full(config, continued)
     if continued is not None:

@@ -26,7 +26,7 @@ from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_head
 from yeonma.model.base_content import VOLATILE, BaseContent, content_of
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
 from yeonma.model.source import BaseSource
-from yeonma.shown import json_text
+from yeonma.shown import code, json_text
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.chat_template_export import (
     BASE_CHAT_TEMPLATE,
@@ -79,6 +79,14 @@ def hub_name(base: str) -> str | None:
 def folder_stand_in(base: str) -> str:
     """What cards have in place of a local folder's path."""
     return f"path/to/{Path(base).name}"
+
+
+def local_base_note(base: str) -> str:
+    """What cards say of the stand-in. It goes when the folder is published with the base's name on the hub."""
+    return (
+        f"The base was a local folder, for which {code(folder_stand_in(base))} stands. adapter_config.json has the "
+        "path that it had in training."
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from yeonma.adapter.adapter_folder import folder_stand_in
+from yeonma.adapter.adapter_folder import folder_stand_in, local_base_note
 from yeonma.config.yaml_text import write_item
 from yeonma.errors import Log, Problem, UserError
 from yeonma.export.publish_check import (
@@ -226,6 +226,7 @@ def _prepared(
     if base is not None and base_model is not None:
         text = with_other_base(name, text, base, base_model)
         if name == CARD:
+            text = text.replace(f"{local_base_note(base)}\n\n", "")
             text = with_other_base(name, text, folder_stand_in(base), base_model)
     hidden_names = names if name in EDITED else ()
     if hide_paths:

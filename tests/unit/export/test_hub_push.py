@@ -98,7 +98,10 @@ def test_uploaded_adapter_contains_no_local_paths(fake_hub: Hub, folder: Path) -
     assert local_base.encode() not in uploaded
     assert json.loads(repository.files["yeonma.json"])["base"]["name"] == NAME
     assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == NAME
-    assert f"base_model: {NAME}\n".encode() in repository.files["README.md"]
+    assert repository.files["README.md"].startswith(f"---\nbase_model: {NAME}\n".encode())
+    assert f"vllm serve {NAME} ".encode() in repository.files["README.md"]
+    assert b"path/to/" not in repository.files["README.md"]
+    assert b"local folder" not in repository.files["README.md"]
     for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json", "log.txt"):
         assert name in done.stdout.partition("not sent:")[2]
     assert "10 files uploaded and verified: " in done.stdout

@@ -20,7 +20,7 @@ from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import micro_batching
 from yeonma.train.prepare import Prepared
 
-SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns
+SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns; larger products are no faster, and three of them take time
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,6 @@ def _prepared(
     if base is not None and base_model is not None:
         text = with_other_base(name, text, base, base_model)
         if name == CARD:
-            text = text.replace(f"{local_base_note(base)}\n\n", "")
             text = with_other_base(name, text, folder_stand_in(base), base_model)
     hidden_names = names if name in EDITED else ()
     if hide_paths:
@@ -234,15 +233,18 @@ def _prepared(
     cure = write_again if hide_paths else HIDE
     problems = find_problems(name, text, environment, Private(hidden_names, cure=cure))
     if name == CARD and base_model is not None:  # after the problems, whose lines are those of the file here
-        text = _card_with_base(text, base_model)
+        text = _card_with_base(text, base or "", base_model)
     if text != before:
         content = text.encode()
         file = replace(file, content=content, size=len(content), edited=True)
     return file, problems
 
 
-def _card_with_base(text: str, base_model: str) -> str:
-    """The card of a model whose base was a local folder, with the base's name on the hub in its front matter."""
+def _card_with_base(text: str, base: str, base_model: str) -> str:
+    """The card of a model whose base was a local folder, with the base's name on the hub in its front matter, and
+    without the note about a folder that this name has replaced."""
+    note = local_base_note(base).replace(folder_stand_in(base), base_model)
+    text = text.replace(f"{note}\n\n", "")
     front, end, rest = text.partition("\n---\n")
     if not end or not front.startswith("---\n") or "\nbase_model:" in front:
         return text

@@ -115,8 +115,8 @@ def generate(console: Console) -> None:
 
 
 def chat(console: Console) -> None:
-    """Questions through a pipe: the field of a template, and conversations. Earlier versions read a field up to an empty
-    line, and had another command that starts anew."""
+    """Questions through a pipe: the field of a template, and conversations. Earlier versions read a field up to an
+    empty line, and had another command that starts anew."""
     settings = f"{CPU} --max_new_tokens 16"
     articles = "A storm. It closed the harbour.\n\n기차가 달린다.\n\n"
     console.yeonma(f"chat sft {settings}", stdout="txt", stdin=articles)

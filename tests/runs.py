@@ -144,10 +144,11 @@ def unfinished_copy(run: Path, place: Path) -> Path:
 
 
 def left_behind(output: Path, parent: Path | None = None) -> dict[str, Any]:
-    """Every file of an output folder, without where it lies (or lay), how long it took and how much memory."""
+    """Every file of an output folder but log.txt, without where it lies (or lay), how long it took and how much
+    memory."""
     found: dict[str, Any] = {}
     for path in sorted(output.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != output / "log.txt":
             content = path.read_bytes().replace(str(parent or output.parent).encode(), b"")
             found[str(path.relative_to(output))] = content
     lines = untimed(found.pop("metrics.jsonl"))

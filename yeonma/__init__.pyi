@@ -181,7 +181,7 @@ def dpo(
     save_total_limit: int | None = None,
     resume_from_checkpoint: str = "latest",
     time_limit: str | None = None,
-    logging_steps: int = 1,
+    logging_steps: int | Literal["auto"] = "auto",
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] | Literal["tensorboard", "wandb", "trackio", "mlflow"] | Literal["none"] = "none",
     run_name: str | None = None,
     nproc: int = 1,
@@ -279,7 +279,7 @@ def dpo(
         save_total_limit: Keep only this many of the newest checkpoints, plus the best one. (a whole number of at least 1)
         resume_from_checkpoint: Continue from `latest` in `output_dir`, from a given checkpoint folder, or from `none`. (default latest)
         time_limit: Stop before this much time has passed, with a checkpoint and exit status 75: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue.
-        logging_steps: Steps between printed and reported metrics. metrics.jsonl records every step. (a whole number of at least 1; default 1)
+        logging_steps: Steps between printed and reported metrics. auto: a live line on a terminal, about a hundred lines elsewhere; trackers get every step. metrics.jsonl records every step anyway. (a whole number of at least 1 or one of auto; default auto)
         report_to: Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed. (a list such as [tensorboard, wandb] or one of tensorboard, wandb, trackio, mlflow, none; default none)
         run_name: Name of the run in the trackers. By default, the name of `output_dir`.
         nproc: Number of processes to start on this machine. Under torchrun, torchrun decides. (a whole number of at least 1; default 1)
@@ -324,6 +324,7 @@ def inspect(
     tokens: bool = False,
     html: StrPath | None = None,
     probe: bool = False,
+    gpu: str | None = None,
     price: float | None = None,
     data_path: Data,
     data_split: str = "train",
@@ -414,7 +415,7 @@ def inspect(
     save_total_limit: int | None = None,
     resume_from_checkpoint: str = "latest",
     time_limit: str | None = None,
-    logging_steps: int = 1,
+    logging_steps: int | Literal["auto"] = "auto",
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] | Literal["tensorboard", "wandb", "trackio", "mlflow"] | Literal["none"] = "none",
     run_name: str | None = None,
     nproc: int = 1,
@@ -430,6 +431,7 @@ def inspect(
         tokens: Show rows token by token, with token ids. (true or false; default False)
         html: Also write everything to this file, as one web page that needs no network.
         probe: Load the model and measure time and memory on a few real steps instead of estimating them. (true or false; default False)
+        gpu: Forecast the run for this GPU instead of the device of this machine: h200, h100, a100-80, a100-40, l40s, l4, t4, rtx5090, rtx4090, rtx3090, or the size of its memory, such as `24GB`.
         price: Price of one GPU hour, in any currency. The forecast then shows what the run costs and what an hour buys. (a number above 0)
         data_path: Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own. (text or a list such as [a, b]; required)
         data_split: Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data. (default train)
@@ -520,7 +522,7 @@ def inspect(
         save_total_limit: Keep only this many of the newest checkpoints, plus the best one. (a whole number of at least 1)
         resume_from_checkpoint: Continue from `latest` in `output_dir`, from a given checkpoint folder, or from `none`. (default latest)
         time_limit: Stop before this much time has passed, with a checkpoint and exit status 75: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue.
-        logging_steps: Steps between printed and reported metrics. metrics.jsonl records every step. (a whole number of at least 1; default 1)
+        logging_steps: Steps between printed and reported metrics. auto: a live line on a terminal, about a hundred lines elsewhere; trackers get every step. metrics.jsonl records every step anyway. (a whole number of at least 1 or one of auto; default auto)
         report_to: Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed. (a list such as [tensorboard, wandb] or one of tensorboard, wandb, trackio, mlflow, none; default none)
         run_name: Name of the run in the trackers. By default, the name of `output_dir`.
         nproc: Number of processes to start on this machine. Under torchrun, torchrun decides. (a whole number of at least 1; default 1)
@@ -665,7 +667,7 @@ def sft(
     save_total_limit: int | None = None,
     resume_from_checkpoint: str = "latest",
     time_limit: str | None = None,
-    logging_steps: int = 1,
+    logging_steps: int | Literal["auto"] = "auto",
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] | Literal["tensorboard", "wandb", "trackio", "mlflow"] | Literal["none"] = "none",
     run_name: str | None = None,
     nproc: int = 1,
@@ -760,7 +762,7 @@ def sft(
         save_total_limit: Keep only this many of the newest checkpoints, plus the best one. (a whole number of at least 1)
         resume_from_checkpoint: Continue from `latest` in `output_dir`, from a given checkpoint folder, or from `none`. (default latest)
         time_limit: Stop before this much time has passed, with a checkpoint and exit status 75: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue.
-        logging_steps: Steps between printed and reported metrics. metrics.jsonl records every step. (a whole number of at least 1; default 1)
+        logging_steps: Steps between printed and reported metrics. auto: a live line on a terminal, about a hundred lines elsewhere; trackers get every step. metrics.jsonl records every step anyway. (a whole number of at least 1 or one of auto; default auto)
         report_to: Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed. (a list such as [tensorboard, wandb] or one of tensorboard, wandb, trackio, mlflow, none; default none)
         run_name: Name of the run in the trackers. By default, the name of `output_dir`.
         nproc: Number of processes to start on this machine. Under torchrun, torchrun decides. (a whole number of at least 1; default 1)

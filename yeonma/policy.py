@@ -47,6 +47,7 @@ from yeonma.model.adapter_weights import (
     load_adapter,
     load_additional_adapter,
 )
+from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.forest_support import attention, check_forest_support
 from yeonma.model.gradient_check import check_input_gradients
@@ -462,12 +463,13 @@ def blueprint(
     device: torch.device | None = None,
     quantization: Quantization = "none",
     by_device: bool = False,
+    planned: Capability | None = None,
 ) -> Blueprint:
     """The model that a run will train, on the meta device without weights, for `yeonma.model.memory_trace.trace`.
 
     `lora`: the shape of a new adapter, the folder of an adapter to continue, or None to train all weights. `device`:
-    the device of the run, by default the CPU. `by_device`: whether that device multiplies fp8 natively. Uses no random
-    numbers.
+    the device of the run, by default the CPU. `by_device`: whether that device multiplies fp8 natively. `planned`: the
+    compute capability of a device that is not here. Uses no random numbers.
 
     Raises UserError if the model does not have the target modules, or cannot be built without its weights.
     """
@@ -528,6 +530,6 @@ def blueprint(
         if has_copies
         else trained_bytes,
         gathered_bytes=gathered_bytes(base),
-        capability=capability_of(device, dtype),
+        capability=capability_of(device, dtype, planned),
         on_cpu=device.type == "cpu",
     )

@@ -118,8 +118,23 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     sys.stderr.write(traceback_text(error))
 
 
+_COPIES: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def copied(keep: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, `keep` gets every line that `tell` prints."""
+    _COPIES.append(keep)
+    try:
+        yield
+    finally:
+        _COPIES.remove(keep)
+
+
 def tell(line: str) -> None:
     """Prints a line on standard error, if that can be written."""
+    for keep in _COPIES:
+        keep(line)
     try:
         print(one_line(line, MOST_OF_A_LINE), file=sys.stderr, flush=True)
     except OSError:

@@ -200,6 +200,7 @@ FORMATS = (
     Format("console/mistakes/*.err.words", read_message, "a refusal must come with a message"),
     Format("*.words", read_lines, "what a command prints for people"),
     Format("*.status", read_text, "exit statuses"),
+    Format("*/log.txt", read_presence, "what was printed, with times"),
     Format("*.txt", read_text, "answers, and templates"),
     Format(
         "*.safetensors", read_tensors, "names, types, shapes and bytes; their order in the file may change"
@@ -220,6 +221,7 @@ FORMATS = (
 FIELDS = (
     Field("*metrics.jsonl", "seconds", "left out", "measured"),
     Field("*metrics.jsonl", "peak_memory_bytes", "left out", "measured"),
+    Field("*settings.yaml", "logging_steps", "left out", "its default changed, which is no result"),
     Field("*yeonma.json", "versions.yeonma", "left out", "it is not what the results depend on"),
     Field("*yeonma.json", "base_content", "left out", "earlier versions did not record it"),
     Field("*run.json", "identity.content of the base model", "left out", "likewise"),
@@ -262,6 +264,12 @@ FIELDS = (
     Field("console/inspect/*", "forecast.memory.peak", "left out", "likewise"),
     Field("console/inspect/*", "forecast.alternatives.peak_bytes", "left out", "likewise"),
     Field("console/inspect/*", "forecast.alternatives.note", "words", "advice"),
+    Field("console/inspect/*", "forecast.alternatives.available", "left out", "it was always true"),
+    Field("console/inspect/*", "forecast.alternatives.same_result", "left out", "earlier versions lack it"),
+    Field("console/inspect/*", "forecast.combinations", "left out", "likewise"),
+    Field("console/inspect/*", "forecast.operator_calls", "left out", "likewise"),
+    Field("console/inspect/*", "forecast.weight_bytes_read", "left out", "likewise"),
+    Field("console/inspect/*", "verdict", "left out", "free memory is measured"),
     Field("console/inspect/*", "what", "words", "`kind` says which remark it is"),
     Field("console/inspect/*", "left_out", "words", "why a row has no tokens"),
     Field("console/inspect/*", "reason", "words", "likewise"),

@@ -34,6 +34,8 @@ class MicroBatchSurvey:
     """Whether a process has several micro-batches in some step, so that gradients exist while the next is computed."""
     count: int
     """Micro-batches surveyed: those of the whole run, or of its beginning."""
+    steps: int
+    """Steps surveyed."""
     distinct: int
     """Number of distinct token counts. oneDNN caches routines for each of them."""
     forest_tokens: float
@@ -65,6 +67,7 @@ def survey_micro_batches(
         heaviest_step=surveyed[best_at][0],
         several=any(several for *_, several in surveyed),
         count=len(surveyed),
+        steps=surveyed[-1][0] + 1,
         distinct=len(set(tokens)),
         forest_tokens=sample_tokens / sum(int(store.unit_lengths[units].sum()) for _, units, _ in sample),
     )

@@ -16,6 +16,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma.config.foreign_names import foreign_name_cure
+from yeonma.config.gpus import UnknownGpu
 from yeonma.config.layer_ranges import InvalidRanges
 from yeonma.config.loss_sum import InvalidLoss
 from yeonma.config.settings import (
@@ -316,6 +317,8 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
             if not value and not setting.optional:
                 raise InvalidValue("is empty")
             _check_utf8(value)
+            if setting.check is not None:
+                _check_text(setting.check, value)
             return value  # Never parsed as YAML: a template may look like it.
         if (
             isinstance(value, str)
@@ -363,6 +366,8 @@ def _check_text(check: Callable[[str], object], text: str) -> None:
         raise InvalidValue("is not valid") from None
     except InvalidRanges as error:
         raise InvalidValue(f"names no layers: {error}", error.cure) from None
+    except UnknownGpu as error:
+        raise InvalidValue(f"names no GPU: {error}", error.cure) from None
 
 
 def _is_list(text: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from yeonma.config.gpus import GPU_EXAMPLE, gpu_named
 from yeonma.config.layer_ranges import RANGES_EXAMPLE, layer_ranges
 from yeonma.config.loss_sum import SUM_EXAMPLE, LossName, weighted_losses
 
@@ -309,8 +310,8 @@ class RunSettings:
     """Continue from `latest` in `output_dir`, from a given checkpoint folder, or from `none`."""
     time_limit: str | None = None
     """Stop before this much time has passed, with a checkpoint and exit status 75: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue."""
-    logging_steps: int = field(default=1, metadata=COUNT)
-    """Steps between printed and reported metrics. metrics.jsonl records every step."""
+    logging_steps: int | Literal["auto"] = field(default="auto", metadata=COUNT)
+    """Steps between printed and reported metrics. auto: a live line on a terminal, about a hundred lines elsewhere; trackers get every step. metrics.jsonl records every step anyway."""
     report_to: list[Tracker] | Tracker | Literal["none"] = "none"
     """Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed."""
     run_name: str | None = None
@@ -368,6 +369,8 @@ class InspectSettings:
     """Also write everything to this file, as one web page that needs no network."""
     probe: bool = False
     """Load the model and measure time and memory on a few real steps instead of estimating them."""
+    gpu: str | None = field(default=None, metadata={"check": gpu_named, "also": GPU_EXAMPLE})
+    """Forecast the run for this GPU instead of the device of this machine: h200, h100, a100-80, a100-40, l40s, l4, t4, rtx5090, rtx4090, rtx3090, or the size of its memory, such as `24GB`."""
     price: float | None = field(default=None, metadata=POSITIVE)
     """Price of one GPU hour, in any currency. The forecast then shows what the run costs and what an hour buys."""
 

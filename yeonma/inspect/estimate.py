@@ -1,46 +1,41 @@
 """Estimates a run before weights are loaded: parameters, memory by part, and floating point operations.
 
-Memory is traced: the heaviest micro-batch of the run goes through the model on the meta device (see `trace`).
-
-Fragmentation of the C library's heap on the CPU is not included. It was 0 to 15% of the measured peak in most runs, and
-up to 40% with gradient checkpointing in a deep model with long micro-batches, where saved tensors are small compared to
-temporary ones.
+Memory is traced: the heaviest micro-batch of the run goes through the model on the meta device (see `trace`), and
+`yeonma.train.memory_parts` adds the parts that follow from the settings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
+from yeonma.batch.forest import Forest, lay_out
 from yeonma.batch.micro_batches import MicroBatchSurvey, survey_micro_batches
-from yeonma.batch.plan import MicroBatchBounds
-from yeonma.config.settings import (
-    Checkpointing,
-    LoraSettings,
-    Optimizer,
-    Quantization,
-    RunConfig,
-)
+from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import UserError
-from yeonma.inspect.forecast import Alternative, Forecast, Memory
+from yeonma.inspect.forecast import Alternative, Forecast
 from yeonma.model import load
-from yeonma.model.kernels.linear import CACHED_ROUTINES, Dense, frozen_linear, has_onednn
-from yeonma.model.memory_trace import Blueprint, Trace, trace
-from yeonma.model.published import Published, published_in
-from yeonma.model.quantization import BLOCK, MIN_8_BIT_NUMEL
-from yeonma.model.quantized import multiplies_fp8
+from yeonma.model.attention.backend import MIN_CAPABILITY
+from yeonma.model.kernels.linear import Dense, frozen_linear
+from yeonma.model.memory_trace import trace
 from yeonma.model.targets import coverage
-from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
-from yeonma.train.preference_losses import preference_loss
-from yeonma.train.prepare import Prepared, lora_shape, train_dtype
+from yeonma.train.memory_parts import MemorySetup, memory_of, memory_setup
+from yeonma.train.prepare import Prepared, lora_shape
+from yeonma.train.target_device import TargetDevice, target_device
 
-ROUTINE_BYTES = 620_000  # of oneDNN's routine for a shape of a product; measured with oneDNN 3.12 on AVX-512
-CHECK_SHAPES = 4  # distinct token counts in the forward passes of the check at loading
+SHORTEST_CUTOFF = 128
+"""No shorter `cutoff_len` is proposed."""
+NOT_SHARDED = ("quantization", "optimizer")
+"""Settings whose changes do not go with sharded weights."""
+MORE_PROCESSES = (2, 4, 8)
+"""Numbers of processes that are proposed for sharded weights."""
 
 
 def estimate(
@@ -48,180 +43,111 @@ def estimate(
     source: load.BaseSource,
     prepared: Prepared,
     *,
+    target: TargetDevice | None = None,
     processes: int = 1,
     with_alternatives: bool = True,
 ) -> Forecast:
     """The forecast of a run with `processes` processes, without time: `timed_by_rate` or `timed_by_probe` add it.
 
     Call it before anything large is in memory: the memory that this process uses now is a part of the forecast.
-    Assumes that the base supports forests; the run checks it when it loads the base.
+    Assumes that the base supports forests; the run checks it when it loads the base. `target`: the device of the run,
+    by default the one of the settings.
     Raises UserError for target modules that the model does not have, and for a model that cannot be traced.
     """
-    model, step = config.model, config.step
-    device = load.pick_device(model.device)
-    dtype = train_dtype(model, device)
-    setup = _Setup(
-        config=prepared.config,
-        lora=None
-        if model.train == "full"
-        else prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
-        trust_remote_code=source.trust_remote_code,
-        device=device.type,
-        dtype=dtype,
-        gradient_checkpointing=checkpointing(model),
-        micro=micro_batching(step),
-        processes=processes,
-        sharded=model.shard and processes > 1,
-        quantization=model.quantization,
-        has_fp8=multiplies_fp8(device),
-        optimizer=step.optimizer,
-        measures_reference=_measures_reference(config),
-    )
-    model_blueprint = _blueprint(setup)
-    process = _process_bytes(device.type)
-    batches = survey_micro_batches(prepared.plan, prepared.dataset.train.store, setup.micro, processes)
+    target = target or target_device(config.model.device)
+    setup = _setup(config, source, prepared, target, processes)
+    model_blueprint = setup.blueprint()
+    process = _process_bytes(target.device.type)
+    plan = prepared.plan
+    batches = survey_micro_batches(plan, prepared.dataset.train.store, setup.micro, processes)
     traced = trace(model_blueprint, batches.heaviest, has_gradients=batches.several)
-    memory = _memory(setup, model_blueprint, batches, traced, process, prepared.plan.total_steps)
+    memory = memory_of(setup, model_blueprint, batches, traced, process=process, steps=plan.total_steps)
     tokens = _tokens(prepared)
-    return Forecast(
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+    forecast = Forecast(
+        device=str(target.device),
+        dtype=str(setup.dtype).removeprefix("torch."),
         parameters_trained=model_blueprint.trained,
         parameters_frozen=model_blueprint.frozen,
-        steps=prepared.plan.total_steps,
-        epochs=prepared.plan.epoch_at(prepared.plan.total_steps),
+        steps=plan.total_steps,
+        epochs=plan.epoch_at(plan.total_steps),
         processes=processes,
         tokens=tokens,
-        tokens_per_epoch=int(prepared.plan.lengths.sum()),
+        tokens_per_epoch=int(plan.lengths.sum()),
         operations=tokens * batches.forest_tokens * traced.flops / traced.tokens / processes,
+        operator_calls=traced.operators * _micro_batches(batches, plan.total_steps, processes),
+        weight_bytes_read=_passes(setup)
+        * memory.weights
+        * _micro_batches(batches, plan.total_steps, processes),
         heaviest_units=batches.heaviest_units,
         heaviest_tokens=traced.tokens,
         memory=memory,
-        alternatives=_alternatives(setup, prepared, batches, process) if with_alternatives else (),
+        alternatives=(),
+        combinations=(),
         adapter=coverage(model_blueprint.model) if setup.lora is not None else None,
         time=None,
         price=None,
         published=_in_words(setup),
     )
+    if not with_alternatives:
+        return forecast
+    trial = _Trial(setup, prepared, process)
+    singles = (trial.alternative([change]) for change in _changes(trial) if change.is_offered)
+    return replace(forecast, alternatives=tuple(one for one in singles if one is not None))
 
 
-def _measures_reference(config: RunConfig) -> bool:
-    preference = config.preference
-    measures = () if preference is None else preference_loss(preference.loss).measures
-    return any(measure.with_reference for measure in measures)
+def combinations(
+    config: RunConfig,
+    source: load.BaseSource,
+    prepared: Prepared,
+    target: TargetDevice,
+    processes: int,
+    process_bytes: int,
+) -> tuple[Alternative, ...]:
+    """Settings that need less memory together: those of the least harm to results first, one more each time; and
+    sharded weights on more GPUs. `process_bytes`: as in the forecast.
+
+    Raises UserError for target modules that the model does not have, and for a model that cannot be traced.
+    """
+    trial = _Trial(_setup(config, source, prepared, target, processes), prepared, process_bytes)
+    best: dict[str, _Change] = {}  # the strongest change of each setting
+    for change in _changes(trial):
+        best.pop(change.setting, None)
+        best[change.setting] = change
+    whole = [change for change in best.values() if change.setting != "shard"]
+    chains = [whole]
+    if "shard" in best:
+        chains.insert(0, [change for change in best.values() if change.setting not in NOT_SHARDED])
+    together = [changes for chain in chains for changes in accumulate([change] for change in chain)]
+    harmless = [change for change in whole if change.same_result]
+    sharded = _sharded(trial)
+    on_more = [*([change] for change in sharded), *([*harmless, change] for change in sharded[-1:])]
+    found = map(trial.alternative, [*(changes for changes in together if len(changes) > 1), *on_more])
+    return tuple(one for one in found if one is not None)
 
 
-def _in_words(setup: _Setup) -> str:
+def _setup(
+    config: RunConfig, source: load.BaseSource, prepared: Prepared, target: TargetDevice, processes: int
+) -> MemorySetup:
+    level, micro = checkpointing(config.model), micro_batching(config.step)
+    return memory_setup(config, source, prepared, target, processes, level, micro)
+
+
+def _passes(setup: MemorySetup) -> int:
+    """How often a micro-batch reads the weights: forward, backward and, with checkpointing, forward again."""
+    return 3 if setup.gradient_checkpointing else 2
+
+
+def _micro_batches(batches: MicroBatchSurvey, steps: int, processes: int) -> float:
+    """Of one process in the whole run."""
+    return batches.count / batches.steps * steps / processes
+
+
+def _in_words(setup: MemorySetup) -> str:
     """How the base's files are quantised and how its weights are held; empty if they are not."""
     if setup.published is None:
         return ""
     held = setup.published.held(setup.quantization, str(setup.dtype).removeprefix("torch."))
     return f"published as {setup.published}: {held}"
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """Everything but the data on which memory depends."""
-
-    config: Any
-    lora: load.LoraShape | str | None
-    """None if all weights are trained."""
-    trust_remote_code: bool
-    device: str
-    dtype: torch.dtype
-    gradient_checkpointing: Checkpointing
-    micro: MicroBatchBounds
-    processes: int
-    sharded: bool
-    quantization: Quantization
-    has_fp8: bool
-    """Whether the device can multiply in fp8."""
-    optimizer: Optimizer
-    measures_reference: bool
-    """Whether every step needs the trained weights as they were at the start, too."""
-
-    @property
-    def published(self) -> Published | None:
-        """How the base's files are quantised."""
-        return published_in(self.config.to_dict(), "base_model")
-
-
-def _blueprint(setup: _Setup) -> Blueprint:
-    return blueprint(
-        setup.config,
-        setup.dtype,
-        setup.lora,
-        trust_remote_code=setup.trust_remote_code,
-        gradient_checkpointing=setup.gradient_checkpointing,
-        quantization=setup.quantization,
-        by_device=setup.has_fp8,
-        device=torch.device(setup.device),
-    )
-
-
-def _memory(
-    setup: _Setup,
-    model_blueprint: Blueprint,
-    batches: MicroBatchSurvey,
-    traced: Trace,
-    process: int,
-    steps: int,
-) -> Memory:
-    weights, gathered = model_blueprint.weight_bytes, 0
-    adapter, copies = model_blueprint.trained_bytes, 0
-    if setup.lora is None:
-        own, copies = adapter, adapter if setup.dtype != torch.float32 else 0
-        weights, adapter = weights + own - copies, 0
-        copies += weights if setup.measures_reference else 0
-    numbers = model_blueprint.frozen if setup.lora is not None else model_blueprint.trained
-    loading = process + weights
-    gradients, optimizer = traced.gradients, _optimizer_bytes(setup.optimizer, model_blueprint)
-    if setup.sharded:
-        whole = weights
-        weights = ceil(whole / setup.processes)
-        gathered = min(model_blueprint.gathered_bytes, whole - weights)
-        if setup.lora is None:  # gradients of what is gathered are whole, too, until they are summed
-            copies, optimizer = (ceil(size / setup.processes) for size in (copies, optimizer))
-            gradients = min(gradients, ceil(gradients / setup.processes) + gathered)
-        # on the CPU also the pages of the file, until all shards are copied from them
-        loading = weights + gathered if setup.device == "cuda" else loading + weights
-    stored = getattr(setup.config, "dtype", None) or setup.dtype
-    # pages of the file and converted weights at the same time
-    published = setup.published
-    if setup.device == "cpu" and published is not None:
-        # transformers does not quantise to fp8 while it reads
-        if setup.quantization == "fp8" and published.method != "mxfp4":
-            loading = process + max(weights, numbers * setup.dtype.itemsize)
-        loading += numbers * published.bits // 8
-    elif setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):
-        loading += numbers * stored.itemsize
-    routines = 0
-    if setup.device == "cpu" and setup.dtype == torch.float32 and has_onednn():
-        shapes = batches.distinct * traced.shapes + CHECK_SHAPES * traced.forward_shapes
-        routines = min(CACHED_ROUTINES, shapes) * ROUTINE_BYTES
-    return Memory(
-        process=process,
-        weights=weights,
-        lora=adapter,
-        copies=copies,
-        gradients=gradients,
-        # allocated after the peak of the first step
-        optimizer=optimizer if steps > 1 else 0,
-        activations=traced.activations,
-        logits=traced.logits,
-        workspace=traced.workspace,
-        routines=routines,
-        loading=loading,
-        gathered=gathered,
-    )
-
-
-def _optimizer_bytes(optimizer: Optimizer, model_blueprint: Blueprint) -> int:
-    """Bytes of AdamW's two moments of the trained parameters. Paged state counts as if it were not paged out."""
-    if optimizer == "adamw":
-        return 2 * model_blueprint.trained_bytes
-    sizes = [parameter.numel() for parameter in model_blueprint.model.parameters() if parameter.requires_grad]
-    return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= MIN_8_BIT_NUMEL else 4 * n) for n in sizes)
 
 
 def _process_bytes(device_type: str) -> int:
@@ -238,50 +164,159 @@ def _process_bytes(device_type: str) -> int:
     return peak_memory_bytes(device_type) if resident is None else resident
 
 
-def _alternatives(
-    setup: _Setup, prepared: Prepared, unchanged: MicroBatchSurvey, process: int
-) -> tuple[Alternative, ...]:
-    """Settings that need less memory, changed one at a time. `unchanged`: the micro-batches of the run itself."""
-    plan = prepared.plan
-    alternatives: list[Alternative] = []
+@dataclass(frozen=True)
+class _Change:
+    """A setting that may need less memory."""
 
-    def add(name: str, note: str, **changed: Any) -> None:
-        other = replace(setup, **changed)
+    setting: str
+    value: str
+    note: str
+    changed: dict[str, Any]
+    """Fields of MemorySetup."""
+    same_result: bool = False
+    cutoff: int | None = None
+    """The most tokens of a row."""
+    is_offered: bool = True
+    """Whether it is an alternative by itself."""
+
+    def __str__(self) -> str:
+        return f"{self.setting} {self.value}"
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Forecasts of the same run with other settings."""
+
+    setup: MemorySetup
+    prepared: Prepared
+    process: int
+
+    def alternative(self, changes: Sequence[_Change]) -> Alternative | None:
+        """The run with these changes; None if the model does not support them."""
+        setup = self.setup
+        for change in changes:
+            setup = replace(setup, **change.changed)
+        cutoffs = [change.cutoff for change in changes if change.cutoff is not None]
+        plan, store = self.prepared.plan, self.prepared.dataset.train.store
         try:
-            other_blueprint = _blueprint(other)
-            store = prepared.dataset.train.store
-            batches = (
-                unchanged
-                if other.micro == setup.micro
-                else survey_micro_batches(plan, store, other.micro, other.processes)
-            )
-            traced = trace(other_blueprint, batches.heaviest, has_gradients=batches.several)
+            model_blueprint = setup.blueprint()
+            batches = survey_micro_batches(plan, store, setup.micro, setup.processes)
+            if cutoffs:
+                batches = replace(batches, heaviest=_last_tokens(batches.heaviest, min(cutoffs)))
+            traced = trace(model_blueprint, batches.heaviest, has_gradients=batches.several)
         except UserError:  # the model does not support checkpointing or that precision
-            return
-        steps = prepared.plan.total_steps
-        other_memory = _memory(other, other_blueprint, batches, traced, process, steps)
-        alternatives.append(Alternative(name, other_memory.peak, True, note))
+            return None
+        memory = memory_of(
+            setup, model_blueprint, batches, traced, process=self.process, steps=plan.total_steps
+        )
+        is_same = all(change.same_result for change in changes)
+        notes = [change.note for change in changes if change.note]
+        return Alternative(
+            name=", ".join(map(str, changes)),
+            peak_bytes=memory.peak,
+            note=", ".join(dict.fromkeys([*(["the same result"] if is_same else []), *notes])),
+            same_result=is_same,
+        )
 
-    if not setup.gradient_checkpointing:
-        add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
-    if setup.processes > 1 and not setup.sharded:
-        add("shard true", "slower: layers are gathered when used", sharded=True)
+
+def _last_tokens(forest: Forest, count: int) -> Forest:
+    """The last tokens of a forest of one segment, as after shortening its prompt."""
+    trained = np.zeros(len(forest.token_ids_T), dtype=np.bool_)
+    trained[forest.source_U + 1] = True
+    trained = trained[-count:].copy()
+    trained[0] = False
+    return lay_out([forest.token_ids_T[-count:]], [trained])
+
+
+def _changes(trial: _Trial) -> list[_Change]:
+    """Settings that may need less memory, from the least harm to results to the most, weaker ones first."""
+    setup = trial.setup
+    changes: list[_Change] = []
+
+    def add(setting: str, value: object, note: str, *, same_result: bool = False, **changed: Any) -> None:
+        changes.append(_Change(setting, str(value), note, changed, same_result))
+
+    one_by_one = replace(setup.micro, most_examples=1)
+    if setup.gradient_checkpointing is not True:
+        add(
+            "gradient_checkpointing",
+            "true",
+            "about a third more time",
+            same_result=True,
+            gradient_checkpointing=True,
+        )
+    if setup.processes > 1 and _may_shard(setup):
+        add(
+            "shard",
+            "true",
+            "slower: layers are gathered when used",
+            same_result=True,
+            sharded=True,
+        )
     current = setup.micro.most_examples
     for size in sorted({current // 2, 1} - {0, current}, reverse=True):
-        add(f"micro_batch_size {size}", "the same result", micro=replace(setup.micro, most_examples=size))
-    if setup.dtype == torch.float32:
-        slow = ", slow on most CPUs" if setup.device == "cpu" else ""
-        add("dtype bfloat16", f"lower precision{slow}", dtype=torch.bfloat16)
+        micro = replace(setup.micro, most_examples=size)
+        add("micro_batch_size", size, "", same_result=True, micro=micro)
+    if (
+        setup.lora is None
+        and setup.device.type == "cuda"
+        and setup.optimizer == "adamw"
+        and not setup.sharded
+    ):
+        note = "AdamW's averages in 8 bits, needs bitsandbytes"
+        add("optimizer", "adamw_8bit", note, optimizer="adamw_8bit")
+    if setup.dtype == torch.float32 and (setup.planned is None or setup.planned >= MIN_CAPABILITY):
+        slow = "lower precision, slow on most CPUs" if setup.device.type == "cpu" else "lower precision"
+        add("dtype", "bfloat16", slow, dtype=torch.bfloat16)
     is_packed = setup.published is not None and setup.published.stays_packed
+    if setup.lora is not None and setup.quantization == "none" and not setup.sharded and not is_packed:
+        if setup.has_fp8 and not (isinstance(setup.lora, load.LoraShape) and setup.lora.use_dora):
+            add("quantization", "fp8", "changes the result", quantization="fp8")
+        add("quantization", "int8", "changes the result, needs bitsandbytes", quantization="int8")
+        add("quantization", "nf4", "changes the result, needs bitsandbytes", quantization="nf4")
+    changes += _cutoffs(trial, one_by_one)
     if setup.lora is None:
-        shape = lora_shape(LoraSettings())
-        add("train lora", "trains an adapter, not the weights", lora=shape)
-    elif setup.quantization == "none" and not setup.sharded and not is_packed:
-        add("quantization int8", "changes the result; needs bitsandbytes", quantization="int8")
-        add("quantization nf4", "changes the result; needs bitsandbytes", quantization="nf4")
-        if setup.has_fp8:
-            add("quantization fp8", "changes the result", quantization="fp8")
-    return tuple(alternatives)
+        lora = lora_shape(LoraSettings())
+        add("train", "lora", "trains an adapter, not the weights", lora=lora)
+    return changes
+
+
+def _cutoffs(trial: _Trial, one_by_one: Any) -> list[_Change]:
+    """Half and a quarter of the longest row's tokens, for data whose rows are one segment each."""
+    prepared = trial.prepared
+    store = prepared.dataset.train.store
+    longest = int(prepared.plan.lengths.max())
+    alone = survey_micro_batches(prepared.plan, store, one_by_one, trial.setup.processes).heaviest
+    if len(alone.segments) != 1:  # pairs
+        return []
+    changes = []
+    for length in (longest // 2 // 64 * 64, longest // 4 // 64 * 64):
+        if length >= SHORTEST_CUTOFF:
+            rows = int((prepared.plan.lengths > length).sum())
+            note = f"shortens {rows:,} of {len(prepared.plan.lengths):,} rows"
+            changed = {"micro": one_by_one}
+            changes.append(_Change("cutoff_len", str(length), note, changed, cutoff=length, is_offered=False))
+    return changes
+
+
+def _may_shard(setup: MemorySetup) -> bool:
+    """Whether the run could be sharded and is not."""
+    is_packed = setup.published is not None and setup.published.stays_packed
+    is_refused = setup.lora is None and (setup.measures_reference or setup.optimizer != "adamw")
+    return not (setup.sharded or is_packed or is_refused or setup.quantization != "none")
+
+
+def _sharded(trial: _Trial) -> list[_Change]:
+    """Sharded weights on more GPUs than the run has."""
+    setup = trial.setup
+    if setup.device.type != "cuda" or not (setup.sharded or _may_shard(setup)):
+        return []
+    return [
+        _Change("nproc", f"{count}, shard true", f"on {count} GPUs", changed, same_result=True)
+        for count in MORE_PROCESSES
+        if count > setup.processes
+        for changed in ({"processes": count, "sharded": True},)
+    ]
 
 
 def _tokens(prepared: Prepared) -> int:

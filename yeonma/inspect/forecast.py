@@ -5,64 +5,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from yeonma.config.gpus import Gpu
 from yeonma.model.targets import Coverage, PartCoverage
+from yeonma.train.memory_parts import Memory
 
 # The fraction of the rate of a large matrix product that a run reaches: lowest, usual, highest. CPU:
 # docs/benchmarks.md, with head, adapter and attention counted as in the trace. GPU: not measured.
 EFFICIENCY = {"cpu": (0.35, 0.5, 0.6), "cuda": (0.15, 0.35, 0.6)}
 
+DATA_SHEET_PARTS = (0.15, 0.35, 0.43)
+"""The assumed part of a data sheet's rate: lowest, usual, highest. NVIDIA publishes 402 and 423 TFLOP/s for LoRA on one
+H100 with rows of 4,096 tokens (Llama 3 8B and Qwen2.5 7B, performance summary of NeMo AutoModel), which is 41% and 43%
+of its 989. Rows of usual lengths reach less."""
 
-@dataclass(frozen=True)
-class Memory:
-    """Peak memory of a process in bytes, by part. On a GPU only tensors count."""
-
-    process: int
-    """Python, torch and the data, as measured in this process; 0 on a GPU."""
-    weights: int
-    """The base's weights. On the CPU, they are pages of the file if it has the run's dtype."""
-    lora: int
-    """The adapter."""
-    gradients: int
-    optimizer: int
-    """AdamW's two moments of the trained parameters."""
-    activations: int
-    """Tensors that the heaviest micro-batch saves for the backward pass, including attention masks."""
-    logits: int
-    """A chunk of logits; all logits if the head does not run in chunks."""
-    workspace: int
-    """Temporary memory of operations."""
-    routines: int
-    """Routines that oneDNN caches, one per shape; 0 if it is not used."""
-    loading: int
-    """Peak while weights are loaded and converted. Not included in `training`."""
-    copies: int = 0
-    """Of weights that are all trained: float32 copies of those in bfloat16, and the weights of the start if every step
-    measures the reference."""
-    gathered: int = 0
-    """Sharded weights that are gathered at a time: those of the running layer and the next one."""
-
-    @property
-    def training(self) -> int:
-        """Sum of the parts."""
-        return sum(value for name, value in asdict(self).items() if name != "loading")
-
-    @property
-    def peak(self) -> int:
-        return max(self.training, self.loading)
+SECONDS_PER_OPERATOR = 8e-6
+"""The assumed time in which PyTorch calls an operator from Python, which bounds the speed of small models on a GPU."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """The peak memory of the run with one setting changed."""
+    """The peak memory of the run with other settings."""
 
     name: str
+    """`micro_batch_size 1`, or several of these with commas between them."""
     peak_bytes: int
-    available: bool
     note: str
+    same_result: bool = False
+    """Whether the run has the same result, up to rounding."""
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The names of the settings that differ."""
+        return frozenset(setting.partition(" ")[0] for setting in self.name.split(", "))
+
+    @property
+    def options(self) -> str:
+        """For a command line: `--micro_batch_size 1 --gradient_checkpointing true`."""
+        return " ".join(f"--{setting}" for setting in self.name.split(", "))
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,7 @@ class Time:
     seconds: float
     seconds_low: float
     seconds_high: float
-    measured_by: Literal["rate", "probe"]
+    measured_by: Literal["rate", "probe", "data sheet"]
 
 
 @dataclass(frozen=True)
@@ -101,12 +84,19 @@ class Forecast:
     tokens_per_epoch: int
     operations: float
     """Floating point operations of all steps in one process, at the cost per token of the heaviest micro-batch."""
+    operator_calls: float
+    """Calls of PyTorch's operators of all steps in one process."""
+    weight_bytes_read: float
+    """Bytes of weights that one process reads in all steps: those of every micro-batch, forward and backward."""
     heaviest_units: int
     """Examples, or pairs, in the heaviest micro-batch."""
     heaviest_tokens: int
     """Tokens of the heaviest micro-batch. Shared tokens count once."""
     memory: Memory
     alternatives: tuple[Alternative, ...]
+    """Settings that may need less memory, each changed alone."""
+    combinations: tuple[Alternative, ...]
+    """Several of them together; empty if the run fits."""
     adapter: Coverage | None
     """What of the model has an adapter; None if all weights are trained."""
     time: Time | None
@@ -120,6 +110,22 @@ def timed_by_rate(forecast: Forecast, flops_per_second: float, price: float | No
     fractions = EFFICIENCY[forecast.device.partition(":")[0]]
     low, usual, high = (forecast.operations / (fraction * flops_per_second) for fraction in fractions)
     time = Time(forecast.tokens / usual, usual, seconds_low=high, seconds_high=low, measured_by="rate")
+    return _with_time(forecast, time, price)
+
+
+def timed_by_data_sheet(forecast: Forecast, gpu: Gpu, price: float | None = None) -> Forecast:
+    """The forecast with a rough time on a GPU that is not here, from its data sheet: that of the products at an assumed
+    part of its rate, of reading the weights at its bandwidth, or of calling the operators, whichever is the longest.
+    Without a time if the data sheet has no rate for the run's number format."""
+    if gpu.flops_per_second is None or gpu.bytes_per_second is None or forecast.dtype == "float32":
+        return forecast
+    least = max(
+        forecast.weight_bytes_read / gpu.bytes_per_second, forecast.operator_calls * SECONDS_PER_OPERATOR
+    )
+    low, usual, high = (
+        max(forecast.operations / (part * gpu.flops_per_second), least) for part in DATA_SHEET_PARTS
+    )
+    time = Time(forecast.tokens / usual, usual, seconds_low=high, seconds_high=low, measured_by="data sheet")
     return _with_time(forecast, time, price)
 
 
@@ -154,7 +160,9 @@ def forecast_dict(forecast: Forecast) -> dict[str, Any]:
 def forecast_of(values: Mapping[str, Any]) -> Forecast:
     """The forecast from a `forecast_dict`, without time and price. Raises KeyError or TypeError for other values."""
     memory = {name: value for name, value in values["memory"].items() if name not in ("training", "peak")}
-    alternatives = tuple(Alternative(**fields) for fields in values["alternatives"])
+    alternatives, combinations = (
+        tuple(Alternative(**fields) for fields in values[name]) for name in ("alternatives", "combinations")
+    )
     adapter = None
     if values["adapter"] is not None:
         adapter = Coverage(
@@ -165,12 +173,15 @@ def forecast_of(values: Mapping[str, Any]) -> Forecast:
             tuple(values["adapter"]["whole"]),
             values["adapter"]["tokens"],
         )
-    parts = {"memory": Memory(**memory), "alternatives": alternatives, "time": None, "price": None}
-    return Forecast(**{**values, **parts, "adapter": adapter})
+    parts = {"memory": Memory(**memory), "alternatives": alternatives, "combinations": combinations}
+    return Forecast(**{**values, **parts, "adapter": adapter, "time": None, "price": None})
 
 
-def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[str, str]]:
-    """(name, value) lines for display. `units`: what a step consists of, such as `pairs`."""
+def forecast_lines(
+    forecast: Forecast, units: str = "examples", savings: Sequence[Alternative] = ()
+) -> list[tuple[str, str]]:
+    """(name, value) lines for display. `units`: what a step consists of, such as `pairs`. `savings`: the settings that
+    are named beside the parts of memory."""
     lines = [
         ("parameters", f"{forecast.parameters_trained:,} trained, {forecast.parameters_frozen:,} frozen"),
         *([("base weights", forecast.published)] if forecast.published else []),
@@ -182,23 +193,22 @@ def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[st
             "heaviest micro-batch",
             f"{forecast.heaviest_units} {units}, {forecast.heaviest_tokens:,} tokens",
         ),
-        ("peak memory", f"{_size(forecast.memory.peak)} on {forecast.device}, {forecast.dtype}"),
+        ("peak memory", f"{size(forecast.memory.peak)} on {forecast.device}, {forecast.dtype}"),
     ]
     parts = {name: value for name, value in asdict(forecast.memory).items() if name != "loading" and value}
-    lines += [(f"  {name}", _size(value)) for name, value in parts.items()]
+    lines += [(f"  {name}", size(value)) for name, value in parts.items()]
     if forecast.memory.loading > forecast.memory.training:
-        lines.append(("  while loading", _size(forecast.memory.loading)))
-    lines += [
-        (f"  with {other.name}", f"{_size(other.peak_bytes)} ({other.note})")
-        for other in forecast.alternatives
-    ]
+        lines.append(("  while loading", size(forecast.memory.loading)))
+    lines += [(f"  with {other.name}", f"{size(other.peak_bytes)} ({other.note})") for other in savings]
     time, price = forecast.time, forecast.price
     if time is not None:
-        source = (
-            "measured on real steps" if time.measured_by == "probe" else "roughly, from the device's speed"
-        )
-        spread = f"{_duration(time.seconds_low)} to {_duration(time.seconds_high)}"
-        lines.append(("time", f"{_duration(time.seconds)} ({spread}), {source}"))
+        source = {
+            "probe": "measured on real steps",
+            "rate": "roughly, from the device's speed",
+            "data sheet": f"from the data sheet, at an assumed {DATA_SHEET_PARTS[1]:.0%} of its rate",
+        }[time.measured_by]
+        spread = f"{duration(time.seconds_low)} to {duration(time.seconds_high)}"
+        lines.append(("time", f"{duration(time.seconds)} ({spread}), {source}"))
         lines.append(("speed", f"{time.tokens_per_second:,.0f} tokens/s"))
     if price is not None:
         lines.append(("price", f"{price.of_the_run:,.2f} at {price.per_hour:g} an hour"))
@@ -207,11 +217,15 @@ def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[st
     return lines
 
 
-def _size(size_bytes: float) -> str:
+def size(size_bytes: float) -> str:
+    """`13.20 GB` or `312 MB`."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`42s`, `12m` or `1h40m`."""
+    if seconds < 1:
+        return "under 1s"
     if seconds < 100:
         return f"{seconds:.0f}s"
     minutes = round(seconds / 60)

@@ -10,18 +10,17 @@ from pathlib import Path
 
 from yeonma.config.settings import RunConfig
 from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_of
-from yeonma.model.load import pick_device
 from yeonma.run_folder.checkpoint import write_text_atomically
-from yeonma.train.prepare import Prepared, train_dtype
+from yeonma.train.prepare import Prepared
+from yeonma.train.target_device import TargetDevice
 
-FORMAT = 7
+FORMAT = 8
 """Increased whenever a change of the code changes the numbers or the notes of the same run."""
 
 
-def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
+def forecast_key(config: RunConfig, prepared: Prepared, target: TargetDevice, processes: int) -> str:
     """SHA-256 of everything on which a forecast without time depends."""
     model, plan = config.model, prepared.plan
-    device = pick_device(model.device)
     adapter = Path(prepared.adapter or "") / "adapter_config.json"
     content = [
         FORMAT,
@@ -29,8 +28,9 @@ def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
         prepared.config.to_json_string(),
         sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,
         [
-            str(device),
-            str(train_dtype(model, device)),
+            str(target.device),
+            target.planned,
+            str(target.dtype(model)),
             model.train,
             model.gradient_checkpointing,
             model.quantization,

@@ -11,6 +11,7 @@ from rich.console import Console
 from yeonma.inspect.audit import Audit, Lengths, PartAudit
 from yeonma.inspect.terminal import (
     SHOWN_IN_LEGEND,
+    VERDICT,
     WORDS,
     heading_of,
     print_audit,
@@ -47,7 +48,7 @@ pre { font: 14px/1.55 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 table { border-collapse: collapse; display: inline-table; margin: .5rem 2rem .5rem 0; vertical-align: top; }
 caption { text-align: left; color: var(--dim); } td { padding: 0 .5rem 0 0; text-align: right; }
 td.bar { text-align: left; width: 10rem; } td.bar i { display: block; height: .8em; background: var(--bar); }
-.note { color: var(--note); }
+.note { color: var(--note); } .verdict { font-weight: bold; }
 """
 )
 SCRIPT = """
@@ -73,6 +74,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html(title)}</h1>",
+        *[f'<p class="verdict">{html(text)}</p>' for name, text in forecast if name == VERDICT],
         f'<p class="legend">{"".join(_legend())}'
         '<label><input type="checkbox" id="borders"> token borders; hover over a token for its id</label></p>',
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,26 @@ from yeonma.config.settings import (
 from yeonma.errors import UserError
 from yeonma.files import user_path
 from yeonma.inspect.audit import Audit, audit_of
-from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_lines, timed_by_probe, timed_by_rate
+from yeonma.inspect.forecast import (
+    Forecast,
+    forecast_dict,
+    forecast_lines,
+    timed_by_data_sheet,
+    timed_by_probe,
+    timed_by_rate,
+)
 from yeonma.inspect.forecast_cache import forecast_key, read_forecast, write_forecast
 from yeonma.inspect.inspect_page import page
 from yeonma.inspect.probe import measure_rate
 from yeonma.inspect.row_views import audit_json, select_rows, view_json, views_of
-from yeonma.inspect.terminal import print_audit, print_forecast, print_remark, print_views
+from yeonma.inspect.terminal import (
+    VERDICT_STYLES,
+    print_audit,
+    print_forecast,
+    print_remark,
+    print_views,
+)
+from yeonma.inspect.verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
 from yeonma.model import load
 from yeonma.model.targets import Coverage
 from yeonma.run_folder.checkpoint import write_text_atomically
@@ -34,8 +48,9 @@ from yeonma.train.full_settings import check_full
 from yeonma.train.memory_budget import micro_batching, resolve_auto
 from yeonma.train.model_remarks import model_remarks
 from yeonma.train.preflight import check_folders, with_adapters_lora
-from yeonma.train.prepare import Prepared, check_adapter, prepare, train_dtype
+from yeonma.train.prepare import Prepared, check_adapter, prepare
 from yeonma.train.run_warnings import run_warnings
+from yeonma.train.target_device import TargetDevice, target_device
 
 RATE_SECONDS = 0.25
 """How long the products of the rate are measured that a forecast of time uses."""
@@ -49,6 +64,8 @@ class Inspection:
     views: Iterable[View]
     audit: Audit
     forecast: Forecast | None
+    verdict: Verdict | None
+    """Whether the run fits into memory."""
     forecast_lines: Sequence[tuple[str, str]]
     adapter: Coverage | None
     remarks: Sequence[str]
@@ -64,22 +81,29 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
 
     Raises UserError for everything that a training run would refuse before it loads weights.
     """
+    target = target_device(config.model.device, options.gpu)
+    if options.gpu is not None and options.probe:
+        raise UserError("real steps run on this machine", place="probe", cure="leave out --gpu or --probe")
+    memory_bytes = memory_for_run(target)
     source, continued = check_folders(config.model, config.run)
     check_full(config, continued)
     if continued is not None:
         check_lora(config, adapter_lora(continued))
     config = with_adapters_lora(config)
-    prepared = prepare(config, source, continued, log_line, try_adapter=False)
+    prepared = prepare(config, source, continued, log_line, target=target, try_adapter=False)
     group = Processes(0, 1)
     processes = config.run.nproc
-    config = resolve_auto(config, source, prepared, group, log_line, processes=processes)
+    config = resolve_auto(config, source, prepared, group, log_line, target=target, processes=processes)
     dataset = prepared.dataset
     selection = select_rows(options.rows, max(one.train.store.counts.rows for one in dataset.sets))
     audit = _audit(config, prepared)
-    forecast, adapter = _forecast(options, config, source, prepared)
+    forecast, adapter = _forecast(options, config, source, prepared, target, memory_bytes)
     lines = [("adapter on", str(adapter))] if adapter is not None else []
+    verdict = None
     if forecast is not None:
-        lines = forecast_lines(forecast, dataset.task.units)
+        verdict = verdict_of(forecast, target, memory_bytes)
+        lines = verdict_lines(verdict, forecast)
+        lines += forecast_lines(forecast, dataset.task.units, savings(forecast))
     remarks = model_remarks(prepared.config, dataset)
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, selection, in_full=not options.json or options.html is not None
@@ -87,7 +111,7 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     title = f"{dataset.train.rows.name} for {Path(source.name).name}"
     if options.html is not None:
         views = list(views)
-    inspection = Inspection(title, views, audit, forecast, lines, adapter, remarks)
+    inspection = Inspection(title, views, audit, forecast, verdict, lines, adapter, remarks)
     if options.html is not None:
         write_text_atomically(user_path(options.html), inspection.web_page)
     return inspection
@@ -97,11 +121,13 @@ def print_inspection(
     inspection: Inspection, options: InspectSettings, console: Console | None = None
 ) -> None:
     """Print rows, audit and forecast on `console`, by default on standard output; with `options.json`, as JSON."""
+    verdict = inspection.verdict
     if options.json:
         for view in inspection.views:
             give(view_json(view))
         about: dict[str, Any] = {
             "forecast": inspection.forecast and forecast_dict(inspection.forecast),
+            **({} if verdict is None else {"verdict": asdict(verdict)}),
             "adapter": inspection.adapter and asdict(inspection.adapter),
             **({"model_remarks": inspection.remarks} if inspection.remarks else {}),
         }
@@ -112,7 +138,8 @@ def print_inspection(
     print_audit(console, inspection.audit)
     for remark in inspection.remarks:
         print_remark(console, "model", remark)
-    print_forecast(console, inspection.forecast_lines)
+    style = VERDICT_STYLES[verdict.outcome] if verdict is not None else ""
+    print_forecast(console, inspection.forecast_lines, style)
 
 
 def _audit(config: RunConfig, prepared: Prepared) -> Audit:
@@ -133,23 +160,37 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
 
 
 def _forecast(
-    options: InspectSettings, config: RunConfig, source: load.BaseSource, prepared: Prepared
+    options: InspectSettings,
+    config: RunConfig,
+    source: load.BaseSource,
+    prepared: Prepared,
+    target: TargetDevice,
+    memory_bytes: int | None,
 ) -> tuple[Forecast | None, Coverage | None]:
     """The forecast; None, after a message, if the model cannot be traced without its weights. And what of the model has
     an adapter; None if the model cannot be built without its weights."""
-    model, processes = config.model, config.run.nproc
+    processes = config.run.nproc
     folder = cache_folder(config.tokens)
-    key = forecast_key(config, prepared, processes)
-    forecast = read_forecast(folder, key)
+    key = forecast_key(config, prepared, target, processes)
+    forecast = cached = read_forecast(folder, key)
     if forecast is None:
         from yeonma.inspect.estimate import estimate  # imports PEFT and the model's code, which takes seconds
 
         _, adapter = check_adapter(config, prepared.config, source, prepared.adapter, prepared.new_token_ids)
         try:
-            forecast = estimate(config, source, prepared, processes=processes)
+            forecast = estimate(config, source, prepared, target=target, processes=processes)
         except UserError as error:
             log_line(f"no forecast: {error}")
             return None, adapter
+    peak = forecast.memory.peak
+    if outcome_of(peak, memory_bytes, target.device.type) in ("may not fit", "does not fit"):
+        if not forecast.combinations:
+            from yeonma.inspect.estimate import combinations
+
+            process_bytes = forecast.memory.process
+            found = combinations(config, source, prepared, target, processes, process_bytes)
+            forecast = replace(forecast, combinations=found)
+    if forecast != cached:
         write_forecast(folder, key, forecast)
     if options.probe:
         from yeonma.inspect.probe import probe_run
@@ -157,6 +198,7 @@ def _forecast(
         probe = probe_run(config, source, prepared, log_line)
         log_line(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
         return timed_by_probe(forecast, probe.tokens_per_second, options.price), forecast.adapter
-    device = load.pick_device(model.device)
-    rate = measure_rate(device, train_dtype(model, device), RATE_SECONDS)
+    if target.gpu is not None:
+        return timed_by_data_sheet(forecast, target.gpu, options.price), forecast.adapter
+    rate = measure_rate(target.device, target.dtype(config.model), RATE_SECONDS)
     return timed_by_rate(forecast, rate.flops_per_second, options.price), forecast.adapter

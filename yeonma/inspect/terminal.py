@@ -48,6 +48,14 @@ WITHIN_ANSWERS: tuple[SpanKind, ...] = ("answer", "end", "reasoning", "call")
 """The kinds that are trained in an ordinary answer."""
 NAMED_BY_MARKS: tuple[SpanKind, ...] = ("tools", "reasoning", "call", "untrained")
 WEIGHT_STYLE = "reverse"
+VERDICT = "verdict"
+"""The name of the forecast's first line."""
+VERDICT_STYLES = {
+    "fits": "bold green",
+    "may not fit": "bold yellow",
+    "does not fit": "bold red",
+    "unknown": "",
+}
 BAR = 16
 CUT_SHOWN = 120
 ROWS_LEFT_OUT_SHOWN = 3
@@ -102,13 +110,16 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     _print(console, ("computation: ", "bold"), _saving(audit))
 
 
-def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Print (name, text) lines. A name that starts with spaces is a part of the line before."""
+def print_forecast(console: Console, lines: Sequence[tuple[str, str]], verdict_style: str = "") -> None:
+    """Print (name, text) lines. A name that starts with spaces is a part of the line before. `verdict_style`: of the
+    line `verdict`."""
     if lines:
         _print(console, ("── forecast ──", "bold"))
     for name, text in lines:
         part = name.startswith(" ")
-        _print(console, (f"{name}: ", "" if part else "bold"), text)
+        _print(
+            console, (f"{name}: ", "" if part else "bold"), (text, verdict_style if name == VERDICT else "")
+        )
 
 
 def print_remark(console: Console, label: str, text: str) -> None:
@@ -117,9 +128,18 @@ def print_remark(console: Console, label: str, text: str) -> None:
 
 
 def _print(console: Console, *parts: str | tuple[str, str]) -> None:
-    """Prints one line, escaped, of texts and of texts with their style."""
+    """Prints one line, escaped, of texts and of texts with their style. A terminal that is too narrow for it gets
+    several lines, broken between words and indented; a file or a pipe always gets one."""
     shown = [(part, "") if isinstance(part, str) else part for part in parts]
-    console.print(Text.assemble(*((one_line(text, MOST_OF_A_LINE), style) for text, style in shown)))
+    line = Text.assemble(*((one_line(text, MOST_OF_A_LINE), style) for text, style in shown))
+    if not console.is_terminal or line.cell_len <= console.width:
+        console.print(line)
+        return
+    indent = len(line.plain) - len(line.plain.lstrip()) + 2
+    first, *rest = line.wrap(console, console.width)
+    console.print(first)
+    for part in Text(" ").join(rest).wrap(console, max(20, console.width - indent)):
+        console.print(Text(" " * indent) + part)
 
 
 def _legend(console: Console) -> Text:

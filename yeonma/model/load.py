@@ -248,9 +248,11 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU that supports it, float16 on other GPUs, float32 on the CPU."""
-    has_bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+def pick_dtype(dtype: str, device: torch.device, *, has_bfloat16: bool | None = None) -> torch.dtype:
+    """auto: bfloat16 on a GPU that supports it, float16 on other GPUs, float32 on the CPU. `has_bfloat16`: whether the
+    device supports it, by default as its driver says."""
+    if has_bfloat16 is None:
+        has_bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
         if device.type == "cpu":
             return torch.float32

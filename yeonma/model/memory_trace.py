@@ -65,6 +65,8 @@ class Trace:
     """Distinct shapes of products in the forward pass."""
     shapes: int
     """Distinct shapes of products in both passes."""
+    operators: int
+    """Calls of operators in both passes."""
 
     @property
     def peak(self) -> int:
@@ -117,6 +119,7 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
         flops=record.flops,
         forward_shapes=forward_shapes,
         shapes=len(record.shapes),
+        operators=record.calls,
     )
 
 
@@ -161,6 +164,7 @@ class _TracedStorage:
         self.logits: set[int] = set()
         self.shapes: set[tuple[Any, ...]] = set()
         self.flops = 0
+        self.calls = 0
         self._numbers: dict[int, int] = {}  # id of a living storage -> its number
 
     def add(self, tensors: Sequence[torch.Tensor], *, counted: bool = True) -> None:
@@ -184,6 +188,7 @@ class _TracedStorage:
     def run(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operator, record it, and return its result."""
         name = str(operator)
+        self.calls += 1
         if name == "aten._local_scalar_dense.default":
             return 0  # for code that looks for padding and packed sequences; there are none
         grouped = _grouped(args) if name == _GROUPED else None

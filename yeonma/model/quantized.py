@@ -306,8 +306,9 @@ def emulated(a: ScaledRows, b: ScaledRows, dtype: torch.dtype) -> torch.Tensor:
     )
 
 
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether the device can multiply e4m3, and this PyTorch has the private operator for it."""
+def multiplies_fp8(device: torch.device, planned: tuple[int, int] | None = None) -> bool:
+    """Whether the device can multiply e4m3, and this PyTorch has the private operator for it. `planned`: the compute
+    capability of a device that is not here, for a forecast."""
     if device.type != "cuda" or not hasattr(torch, "_scaled_mm"):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return (planned or torch.cuda.get_device_capability(device)) >= (8, 9)

@@ -18,6 +18,8 @@ SEAL = "manifest.json"
 LOCK = ".lock"
 SOFT_LOCK = ".lock.held"
 """The lock on a disk that cannot lock files: one process can create it."""
+PRINTED = "log.txt"
+"""What a run printed. A user's own file of this name is appended to, and never deleted."""
 FORMER_PLOT = "loss.png"
 """The plot of earlier versions, now loss.svg."""
 OURS = (
@@ -58,7 +60,7 @@ PARTIAL_FILES = tuple(
     f".{name}.partial" for name in (RUN, SEAL, "settings.yaml", "README.md", "loss.svg", FORMER_PLOT)
 )
 """Files that are being written, under the hidden names of `replace_file`."""
-WRITTEN_IN_PLACE = ("metrics.jsonl", "trained_rows.jsonl", LOCK)
+WRITTEN_IN_PLACE = ("metrics.jsonl", "trained_rows.jsonl", PRINTED, LOCK)
 """Files that are not replaced as a whole, so that a hard link elsewhere would change with them."""
 _CHECKPOINT = re.compile("checkpoint-[1-9][0-9]{0,17}")
 _UNFINISHED = re.compile(r"\.checkpoint-[1-9][0-9]{0,17}\.(partial|removed|former)")
@@ -140,6 +142,6 @@ def _kind_wanted(name: str) -> str:
     """`file` or `folder` for a name of a run, else empty."""
     if is_checkpoint(name) or is_unfinished(name) or name in (PARTIAL_FINAL, CHAT_TEMPLATES):
         return "folder"
-    if name in (RUN, LOCK, SOFT_LOCK, *PARTIAL_FILES):
+    if name in (RUN, LOCK, SOFT_LOCK, PRINTED, *PARTIAL_FILES):
         return "file"
     return "file" if any(fnmatchcase(name, pattern) for pattern in (*OURS, *TOKENIZERS)) else ""

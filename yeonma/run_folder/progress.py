@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.status import Status
+from rich.text import Text
 
 from yeonma.errors import Log
-from yeonma.run_folder.notebook_block import notebook_block
+from yeonma.run_folder.notebook_block import in_notebook, notebook_block
+from yeonma.run_folder.phases import in_two_units
 from yeonma.shown import MOST_OF_A_LINE, one_line
 
 RECENT_STEPS = 20
@@ -61,9 +67,49 @@ class EvaluationRecord:
     losses: dict[str, float] = field(default_factory=dict)
 
 
+def run_console(*, quiet: bool) -> Console:
+    """The console of a run, on standard output. In a notebook it prints plain lines: rich would show each of them as
+    HTML, and kernels ask for colours although their output is no terminal."""
+    interactive = False if in_notebook() else None
+    return Console(quiet=quiet, soft_wrap=True, force_jupyter=False, force_interactive=interactive)
+
+
 def log_of(console: Console) -> Log:
     """Prints lines on a console, escaped, without markup or wrapping."""
     return lambda line: console.out(one_line(line, MOST_OF_A_LINE), highlight=False)
+
+
+LINE_WIDTH = 80
+"""Columns that a printed line of a step has at most."""
+LEAST_BAR = 10
+"""Columns of the bar beside a live line, at least."""
+ABOUT_LINES = 100
+"""Printed steps of a run with `logging_steps` auto, about."""
+LONGEST_SILENCE = 300.0
+"""Seconds after which `logging_steps` auto prints a step anyway."""
+
+
+def printed_every(logging_steps: int | Literal["auto"], total_steps: int) -> int:
+    """Steps between printed lines. auto: 1, 2, 5, 10, 20, 50 ..., so that a run has about a hundred lines."""
+    if logging_steps != "auto":
+        return logging_steps
+    every = 1
+    for factor in cycle((2, 2.5, 2)):
+        if every * ABOUT_LINES * 1.5 >= total_steps:
+            return every
+        every = int(every * factor)
+    raise AssertionError
+
+
+@dataclass(frozen=True)
+class StepsBetween:
+    """The steps between evaluations and saves, which count for the time left. None: there are none."""
+
+    evaluations: int | None = None
+    saves: int | None = None
+
+
+NOTHING_BETWEEN = StepsBetween()
 
 
 class Progress:
@@ -72,15 +118,34 @@ class Progress:
     On a terminal, one line is updated at every step, and other messages appear above it. In a notebook, one block is
     (`NotebookBlock`). Elsewhere (a file, a pipe), every `logging_steps`-th step and the last one print a line with the
     same text:
-    `step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  12m03s left  2.1 GB`.
-    Loss and learning rate are those of the step; tokens/s and time left are estimated from the last 20 steps.
+    `step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  12m03s left`.
+    Loss and learning rate are those of the step. tokens/s and time left are estimated from the last 20 steps, and the
+    time left also from the last evaluation and the last save. What a line has no room for is left out, the peak of
+    memory first.
+
+    `keep` gets the printed lines, and on a terminal or in a notebook those that would be printed elsewhere.
     """
 
-    def __init__(self, total_steps: int, start_step: int, logging_steps: int, console: Console) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int,
+        logging_steps: int | Literal["auto"],
+        console: Console,
+        *,
+        between: StepsBetween = NOTHING_BETWEEN,
+        keep: Log = lambda line: None,
+    ) -> None:
         self._total_steps = total_steps
-        self._logging_steps = logging_steps
+        self._start_step = start_step
+        self._every = printed_every(logging_steps, total_steps)
+        self._is_auto = logging_steps == "auto"
         self._console = console
+        self._between = between
+        self._keep = keep
         self._recent: deque[StepRecord] = deque(maxlen=RECENT_STEPS)
+        self._evaluation_seconds = self._save_seconds = 0.0
+        self._printed_at = time.monotonic()
         self._block = None if console.quiet else notebook_block(total_steps)
         # not interactive: TERM is dumb, or the user set TTY_INTERACTIVE=0
         live = console.is_terminal and console.is_interactive and self._block is None
@@ -90,24 +155,38 @@ class Progress:
         """Displays a finished step."""
         self._recent.append(record)
         if self._block:
-            self._block.step(record.step, record.loss, self._line(record))
-        elif self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._line(record))
-        elif record.step % self._logging_steps == 0 or record.step == self._total_steps:
-            self.print_line(self._line(record))
+            self._block.step(record.step, record.loss, self._line(record, LINE_WIDTH))
+        if self._bar:
+            line = self._line(record, self._console.width - LEAST_BAR)
+            self._bar.update(self._bar.task_ids[0], completed=record.step, description=line)
+        silence = time.monotonic() - self._printed_at
+        is_due = record.step % self._every == 0 or (self._is_auto and silence > LONGEST_SILENCE)
+        is_first = self._is_auto and record.step == self._start_step + 1
+        if is_due or is_first or record.step == self._total_steps:
+            self._printed_at = time.monotonic()
+            line = self._line(record, LINE_WIDTH)
+            if self._bar or self._block:
+                self._keep(line)
+            else:
+                self.print_line(line)
+
+    def saved(self, seconds: float) -> None:
+        """Notes how long a save took."""
+        self._save_seconds = seconds
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Prints an evaluation on its own line."""
+        self._evaluation_seconds = record.seconds
         if self._block:
             self._block.evaluation(record.step, record.loss)
         units = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
-        metrics = _rewards(record.metrics)
+        metrics = "".join(f"  {reward}" for reward in _rewards(record.metrics))
         if record.perplexity is not None:
             metrics, units = f"  perplexity {_perplexity(record.perplexity)}", "examples"
         self.print_line(
             f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}"
             f"  validation loss {record.loss:.4f}{metrics}"
-            f"  {record.examples} {units} in {_duration(record.seconds)}"
+            f"  {record.examples} {units} in {in_two_units(record.seconds)}"
         )
         for name, loss in record.losses.items():
             self.print_line(f"  {name}  validation loss {loss:.4f}")
@@ -116,18 +195,44 @@ class Progress:
         """Prints a line, without markup or wrapping; in a notebook, within the block. A Log."""
         if self._block:
             self._block.say(text)
-            return
-        log_of(self._console)(text)
+        else:
+            log_of(self._console)(text)
+        self._keep(text)
 
-    def _line(self, record: StepRecord) -> str:
+    def _line(self, record: StepRecord, width: int) -> str:
         seconds = sum(step.seconds for step in self._recent)
         tokens = sum(step.tokens for step in self._recent)
-        seconds_left = seconds / len(self._recent) * (self._total_steps - record.step)
-        return (
-            f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}  loss {record.loss:.4f}"
-            f"{_rewards(record.metrics)}  lr {record.learning_rate:.1e}  {_rate(tokens, seconds)} tokens/s"
-            f"  {_duration(seconds_left)} left  {_size(record.peak_memory_bytes)}"
+        parts = [  # text, and when it is left out: the highest first
+            (f"step {record.step}/{self._total_steps}", 0),
+            (f"epoch {record.epoch:.2f}", 3),
+            (f"loss {record.loss:.4f}", 0),
+            *((reward, 2) for reward in _rewards(record.metrics)),
+            (f"lr {record.learning_rate:.1e}", 4),
+            (f"{_rate(tokens, seconds)} tokens/s", 1),
+            (f"{in_two_units(self._seconds_left(record.step))} left", 0),
+            (_size(record.peak_memory_bytes), 5),
+        ]
+        for most in range(5, -1, -1):
+            line = "  ".join(text for text, rank in parts if rank <= most)
+            if len(line) <= width:
+                break
+        return line
+
+    def _seconds_left(self, step: int) -> float:
+        """Of steps, evaluations and saves after this step."""
+
+        def count(between: int | None) -> int:
+            """How often something happens that is due after so many steps and after the last one."""
+            if between is None:
+                return 0
+            done_before = (step - 1) // between  # what is due after this step is still to come
+            return self._total_steps // between - done_before + (self._total_steps % between > 0)
+
+        steps = (
+            sum(record.seconds for record in self._recent) / len(self._recent) * (self._total_steps - step)
         )
+        evaluations = self._evaluation_seconds * count(self._between.evaluations)
+        return steps + evaluations + self._save_seconds * count(self._between.saves)
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -139,6 +244,41 @@ class Progress:
             self._bar.stop()
         if self._block:
             self._block.close()
+
+
+class AnswerProgress:
+    """Displays that the rows of the model card are being answered. On a terminal, one line counts the answers;
+    elsewhere, a line says that it begins. A context manager; call it with the number of answers so far, and of all.
+
+    `whose`: who answers, such as `base and adapter`.
+    """
+
+    def __init__(self, whose: str, console: Console, keep: Log = lambda line: None) -> None:
+        self._whose = whose
+        self._console = console
+        self._keep = keep
+        self._status: Status | None = None
+        self._begun = False
+
+    def __call__(self, done: int, total: int) -> None:
+        line = f"answering the rows of the card with {self._whose}: {done} of {total} answers"
+        if not self._begun:
+            self._begun = True
+            self._keep(line)
+            if self._console.is_terminal and self._console.is_interactive:
+                self._status = self._console.status(Text(line))
+                self._status.start()
+            else:
+                log_of(self._console)(line)
+        elif self._status is not None:
+            self._status.update(Text(line))
+
+    def __enter__(self) -> AnswerProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
 
 
 def peak_memory_bytes(device_type: str) -> int:
@@ -170,25 +310,14 @@ def _rate(tokens: int, seconds: float) -> str:
     return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
-
-
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
-def _rewards(metrics: Mapping[str, float]) -> str:
-    """`  margin 0.12  accuracy 0.75` from a pair loss's metrics; empty for other losses."""
+def _rewards(metrics: Mapping[str, float]) -> list[str]:
+    """`margin 0.12` and `accuracy 0.75` from a pair loss's metrics; empty for other losses."""
     names = {"reward_margin": "margin", "reward_accuracy": "accuracy"}
-    return "".join(f"  {name} {metrics[key]:.2f}" for key, name in names.items() if key in metrics)
+    return [f"{name} {metrics[key]:.2f}" for key, name in names.items() if key in metrics]
 
 
 def _perplexity(value: float) -> str:

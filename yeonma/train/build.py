@@ -44,10 +44,10 @@ from yeonma.train.prepare import (
     lora_shape,
     make_schedule,
     preference_options,
-    train_dtype,
 )
 from yeonma.train.reference import reference_identity, reference_logprobs
 from yeonma.train.step import TrainState
+from yeonma.train.target_device import TargetDevice
 
 REFERENCE_UNITS_FACTOR = 4
 """How many times more units a micro-batch of the reference holds than one of training. Without gradients, memory holds
@@ -83,7 +83,7 @@ def load_model(
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
         log("shard has no effect in a single process")
-    quantization, dtype = model_settings.quantization, train_dtype(model_settings, device)
+    quantization, dtype = model_settings.quantization, TargetDevice(device).dtype(model_settings)
     policy = build_policy(
         source,
         ("full" if is_full else lora_shape(lora, prepared.new_token_ids))

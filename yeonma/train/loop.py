@@ -46,6 +46,8 @@ class RunCallbacks:
     evaluation: Callable[[EvaluationRecord], None]
     before_save: Callable[[], LogSums]
     """Flushes the logs, and returns their sums for the checkpoint."""
+    saved: Callable[[float], None]
+    """Called after each save with its seconds."""
     log: Log
 
 
@@ -80,7 +82,9 @@ def run_steps(
             progress = replace(progress, logs=callbacks.before_save())
             write_checkpoint(output, progress, adapter, optimizer, random)
             rotate(output, schedule.save_total_limit, progress.best_step)
-        stop.record_seconds(save=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        stop.record_seconds(save=seconds)
+        callbacks.saved(seconds)
 
     def run_evaluation(progress: RunProgress) -> RunProgress:
         if not validation:

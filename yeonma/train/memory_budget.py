@@ -6,7 +6,7 @@ budget is tried on that micro-batch before the first step, and every checkpoint 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,18 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds, Plan
-from yeonma.config.settings import Checkpointing, ModelSettings, RunConfig, StepSettings
+from yeonma.config.settings import Checkpointing, ModelSettings, Optimizer, RunConfig, StepSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.logprobs import trained_logprobs
 from yeonma.model.memory_trace import Blueprint, trace
-from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.train_mode import train_adapter
-from yeonma.policy import blueprint
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
-from yeonma.train.prepare import Prepared, lora_shape, train_dtype
+from yeonma.train.memory_parts import MemorySetup, memory_of, memory_setup, optimizer_bytes
+from yeonma.train.prepare import Prepared
 from yeonma.train.step import TrainState, clear_gradients
+from yeonma.train.target_device import TargetDevice, target_device
 
 MAX_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Larger micro-batches are no faster."""
@@ -61,32 +61,35 @@ def resolve_auto(
     group: Processes,
     log: Log,
     *,
+    target: TargetDevice | None = None,
     processes: int | None = None,
     earlier_tokens: int | None = None,
     free: int | None = None,
 ) -> RunConfig:
     """The settings with values in place of `auto`. All processes get the values of the one with the least free memory.
 
-    `processes`: the size of the run, if it is not that of `group`. `earlier_tokens`: this process's token budget in the
-    checkpoint that the run resumes from; it is kept, so that sums are formed in the same order. `free`: free memory in
-    bytes, measured by default. Raises UserError if free memory is unknown, or if the model cannot be traced.
+    `target`: the device of the run, by default the one of the settings. `processes`: the size of the run, if it is not
+    that of `group`. `earlier_tokens`: this process's token budget in the checkpoint that the run resumes from; it is
+    kept, so that sums are formed in the same order. `free`: free memory in bytes, by default what is measured, or all
+    of a GPU that is not here. Raises UserError if free memory is unknown, or if the model cannot be traced.
     """
     model, step = config.model, config.step
     if "auto" not in (step.micro_batch_tokens, model.gradient_checkpointing):
         return config
-    device = load.pick_device(model.device)
-    free = free_memory(device) if free is None else free
+    target = target or target_device(model.device)
+    if free is None:
+        free = free_memory(target.device) if target.gpu is None else target.gpu.memory_bytes
     if free is None:
         raise UserError("how much memory is free is not known on this system", place="auto", cure=CURE)
     processes = processes or group.count
+    kind = target.device.type
+    bounds = MicroBatchBounds(step.batch_size, None, step.share_prefix)
     inputs = _BudgetInputs(
         plan=prepared.plan,
         store=prepared.dataset.train.store,
-        blueprint_at=_blueprint_function(config, source, prepared, device),
-        available_bytes=int(MEMORY_SHARE[device.type] * free),
-        max_tokens=MAX_TOKENS[device.type],
-        processes=processes,
-        sharded=model.shard and processes > 1,
+        setup=memory_setup(config, source, prepared, target, processes, False, bounds),
+        available_bytes=int(MEMORY_SHARE[kind] * free),
+        max_tokens=MAX_TOKENS[kind],
     )
     requested = model.gradient_checkpointing
     levels = CHECKPOINTING_LEVELS if requested == "auto" else (requested,)
@@ -117,60 +120,29 @@ class _BudgetInputs:
 
     plan: Plan
     store: TokenStore
-    blueprint_at: Callable[[Checkpointing], Blueprint]
-    """The model without weights, at a checkpointing level. Raises UserError if the model does not support it."""
+    setup: MemorySetup
+    """Its checkpointing level and its bounds are replaced by those that are tried."""
     available_bytes: int
     max_tokens: int
-    processes: int
-    sharded: bool
-
-
-def _blueprint_function(
-    config: RunConfig, source: load.BaseSource, prepared: Prepared, device: torch.device
-) -> Callable[[Checkpointing], Blueprint]:
-    model = config.model
-
-    def blueprint_at(level: Checkpointing) -> Blueprint:
-        return blueprint(
-            prepared.config,
-            train_dtype(model, device),
-            None
-            if model.train == "full"
-            else prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
-            quantization=model.quantization,
-            by_device=multiplies_fp8(device),
-            trust_remote_code=source.trust_remote_code,
-            gradient_checkpointing=level,
-            device=device,
-        )
-
-    return blueprint_at
 
 
 def _blueprint_or_none(inputs: _BudgetInputs, level: Checkpointing) -> Blueprint | None:
     """None for a model that does not support the checkpointing level."""
     try:
-        return inputs.blueprint_at(level)
+        return replace(inputs.setup, gradient_checkpointing=level).blueprint()
     except UserError:
         if not level:
             raise
         return None
 
 
-def _bytes_for_activations(inputs: _BudgetInputs, model: Blueprint) -> int:
-    """What weights, adapter (or float32 copies of the weights) and AdamW's two averages leave of the memory."""
-    weights, trained = model.weight_bytes, 3 * model.trained_bytes
-    if inputs.sharded:
-        weights = weights // inputs.processes + model.gathered_bytes
-        if not model.frozen:  # all weights are trained, and sharded
-            trained = trained // inputs.processes
-    return inputs.available_bytes - weights - trained
-
-
-def _peak_bytes(inputs: _BudgetInputs, model: Blueprint, bounds: MicroBatchBounds) -> int:
-    """The peak memory of the heaviest micro-batch, weights not included."""
-    batches = survey_micro_batches(inputs.plan, inputs.store, bounds, inputs.processes)
-    return trace(model, batches.heaviest, has_gradients=batches.several).peak
+def _fits(inputs: _BudgetInputs, model: Blueprint, level: Checkpointing, bounds: MicroBatchBounds) -> bool:
+    """Whether training with these micro-batches fits beside what this process has in memory already."""
+    setup = replace(inputs.setup, gradient_checkpointing=level, micro=bounds)
+    batches = survey_micro_batches(inputs.plan, inputs.store, bounds, setup.processes)
+    traced = trace(model, batches.heaviest, has_gradients=batches.several)
+    memory = memory_of(setup, model, batches, traced, process=0, steps=inputs.plan.total_steps)
+    return memory.training <= inputs.available_bytes
 
 
 def _choose_level(
@@ -179,7 +151,7 @@ def _choose_level(
     """The first level at which the micro-batches fit into memory, else the last one."""
     for level in levels[:-1]:
         model = _blueprint_or_none(inputs, level)
-        if model is not None and _peak_bytes(inputs, model, bounds) <= _bytes_for_activations(inputs, model):
+        if model is not None and _fits(inputs, model, level, bounds):
             return level
     return levels[-1]
 
@@ -201,11 +173,10 @@ def _choose_level_and_tokens(
         model = _blueprint_or_none(inputs, level)
         if model is None:
             continue
-        available = _bytes_for_activations(inputs, model)
         candidates = token_budgets(min(largest_step, inputs.max_tokens), longest)
         for tokens in [earlier_tokens] if earlier_tokens else candidates:
             bounds = MicroBatchBounds(step.batch_size, tokens, step.share_prefix)
-            if _peak_bytes(inputs, model, bounds) <= available:
+            if _fits(inputs, model, level, bounds):
                 if earlier_tokens or tokens >= sufficient:
                     return level, tokens
                 break
@@ -214,7 +185,7 @@ def _choose_level_and_tokens(
 
 def _largest_step_tokens(inputs: _BudgetInputs) -> int:
     """The most tokens that one process may have in a step: those of the longest rows."""
-    count = -(-inputs.plan.batch_size // inputs.processes)
+    count = -(-inputs.plan.batch_size // inputs.setup.processes)
     return int(np.sort(inputs.plan.lengths)[::-1][:count].sum())
 
 
@@ -241,19 +212,17 @@ def _summary(level: Checkpointing, tokens: int, free: int) -> str:
     return f"{free / 1e9:.1f} GB free: {at_once}activations are {treatment}"
 
 
-def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
+def try_heaviest(state: TrainState, plan: Plan, store: TokenStore, optimizer: Optimizer) -> None:
     """Runs the heaviest micro-batch forward and backward, with smaller bounds if memory runs out. Changes no weight,
     but advances the random state.
 
     Raises UserError if the longest row alone does not fit.
     """
-    trained_bytes = sum(weight.nbytes for weight in state.parameters.values())
+    averages_bytes = optimizer_bytes(optimizer, (weight.numel() for weight in state.parameters.values()))
     device = state.model.device
 
     def forward_and_backward() -> None:
-        averages = torch.empty(
-            2 * trained_bytes, dtype=torch.uint8, device=device
-        )  # AdamW's, from the first step
+        averages = torch.empty(averages_bytes, dtype=torch.uint8, device=device)  # from the first step
         forest = survey_micro_batches(plan, store, state.limit.bounds, state.group.count).heaviest
         trained_logprobs(state.model, forest, state.support.head, state.support.capability).sum().backward()
         del averages

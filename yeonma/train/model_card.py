@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,12 @@ from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import code, code_block, markdown, shell_word
 from yeonma.tokenization.chat_template_export import MARK
-from yeonma.tokenization.dataset import Dataset, PreparedSet
+from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompt
 
+OnAnswer = Callable[[int, int], None]
+"""Takes the number of answers so far, and of all."""
 MAX_NEW_TOKENS = 128
 MAX_CHARACTERS = 600
 """Of a prompt or an answer on the card."""
@@ -63,13 +65,15 @@ def write_card(
     rows: int,
     remarks: Sequence[str] = (),
     base_answers: Sequence[str] | None = None,
+    on_answer: OnAnswer = lambda done, total: None,
 ) -> None:
     """Writes the card, with greedy answers of the base model and the trained one to `rows` rows.
 
     `adapter_step`: the step whose weights are in the folder. `command`: how to repeat the run. `base_answers`: those of
-    the base, from `answers_before`, if its weights are no longer in memory.
+    the base, from `answers_before`, if its weights are no longer in memory. `on_answer` gets the number of answers so
+    far, and of all.
     """
-    samples = sample_answers(policy, tokenizer, dataset, rows, base_answers) if rows else []
+    samples = sample_answers(policy, tokenizer, dataset, rows, base_answers, on_answer) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
     text = card_text(
         output,
@@ -92,15 +96,21 @@ def _plain_peft(base: Any) -> str:
 
 
 def sample_answers(
-    policy: Policy, tokenizer: Any, dataset: Dataset, count: int, base_answers: Sequence[str] | None = None
+    policy: Policy,
+    tokenizer: Any,
+    dataset: Dataset,
+    count: int,
+    base_answers: Sequence[str] | None = None,
+    on_answer: OnAnswer = lambda done, total: None,
 ) -> list[Sample]:
     """Answers the first rows of each data set, `count` in all but at least one of each, with the base model and with
     the trained one. They are validation rows where there are some. Whole texts have no prompts to answer.
-    `base_answers` as in `write_card`."""
+    `base_answers` and `on_answer` as in `write_card`."""
     policies = [policy, *([replace(policy, adapter_weights=False)] if base_answers is None else [])]
     samples: list[Sample] = []
+    on_done = _counter(dataset, count, len(policies), on_answer)
     for one, share in _asked(dataset, count):
-        prompts, rendered, answers = _answers_of_set(policies, tokenizer, dataset, one, share)
+        prompts, rendered, answers = _answers_of_set(policies, tokenizer, dataset, one, share, on_done)
         first = len(samples)
         base = answers[1] if base_answers is None else base_answers[first : first + len(prompts)]
         rows = (one.validation or one.train).first_rows(share)
@@ -118,13 +128,36 @@ def sample_answers(
     return samples
 
 
-def answers_before(policy: Policy, tokenizer: Any, dataset: Dataset, count: int) -> list[str]:
+def answers_before(
+    policy: Policy,
+    tokenizer: Any,
+    dataset: Dataset,
+    count: int,
+    on_answer: OnAnswer = lambda done, total: None,
+) -> list[str]:
     """The answers of a model to the rows of `sample_answers`, before its weights are trained."""
+    on_done = _counter(dataset, count, 1, on_answer)
     return [
         text
         for one, share in _asked(dataset, count)
-        for text in _answers_of_set([policy], tokenizer, dataset, one, share)[2][0]
+        for text in _answers_of_set([policy], tokenizer, dataset, one, share, on_done)[2][0]
     ]
+
+
+def _counter(dataset: Dataset, count: int, policies: int, on_answer: OnAnswer) -> Callable[[], None]:
+    """Calls `on_answer` before the first answer, and after each with the number of answers so far."""
+    parts = ((one.validation or one.train, share) for one, share in _asked(dataset, count))
+    rows = sum(min(share, len(used_rows(part.store, part.positions))) for part, share in parts)
+    total, done = policies * rows, 0
+    if total:
+        on_answer(0, total)
+
+    def answered() -> None:
+        nonlocal done
+        done += 1
+        on_answer(done, total)
+
+    return answered
 
 
 def _asked(dataset: Dataset, count: int) -> list[tuple[PreparedSet, int]]:
@@ -143,7 +176,12 @@ def _answer_tokens(
 
 
 def _answers_of_set(
-    policies: Sequence[Policy], tokenizer: Any, dataset: Dataset, one: PreparedSet, count: int
+    policies: Sequence[Policy],
+    tokenizer: Any,
+    dataset: Dataset,
+    one: PreparedSet,
+    count: int,
+    on_done: Callable[[], None],
 ) -> tuple[list[NDArray[np.int32]], list[Rendered], list[list[str]]]:
     """(prompts, rendered rows, each policy's answers) for the first `count` rows of a data set, from the prompt ids of
     training. The policies share one model, which stays in training mode."""
@@ -166,7 +204,13 @@ def _answers_of_set(
             _alone(answer.text, prompt.tolist(), tokens, tokenizer)
             for prompt, answer in zip(
                 prompts,
-                each.generate_from_ids(prompts, tokenizer, sampling, batch_size=len(prompts)),
+                each.generate_from_ids(
+                    prompts,
+                    tokenizer,
+                    sampling,
+                    batch_size=len(prompts),
+                    on_answer=lambda index, answer: on_done(),
+                ),
                 strict=True,
             )
         ]

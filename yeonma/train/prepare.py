@@ -19,7 +19,6 @@ from yeonma.config.data_sets import of_data_set
 from yeonma.config.settings import (
     DataSettings,
     LoraSettings,
-    ModelSettings,
     Optimizer,
     PreferenceSettings,
     RunConfig,
@@ -49,6 +48,7 @@ from yeonma.train.full_settings import check_full_base
 from yeonma.train.pair_losses import PreferenceOptions
 from yeonma.train.preference_losses import preference_loss
 from yeonma.train.preflight import task_of
+from yeonma.train.target_device import TargetDevice, target_device
 
 TRIAL_STEPS = 40
 MOST_STEPS = 10**9
@@ -92,18 +92,20 @@ def prepare(
     continued: str | None,
     log: Log,
     *,
+    target: TargetDevice | None = None,
     try_adapter: bool = True,
 ) -> Prepared:
     """Loads the tokenizer, tokenises the data and makes the plan. `continued`: the folder of the adapter to continue.
+    `target`: the device of the run, by default the one of the settings.
 
     Raises UserError for every mistake in settings or data that can be found before weights are loaded. `try_adapter`
     false skips `check_adapter`, which takes seconds.
     """
     model, step = config.model, config.step
     evaluation = config.evaluation
-    device = load.pick_device(model.device)
-    train_dtype(model, device)
-    _check_optimizer(step.optimizer, device)
+    target = target or target_device(model.device)
+    target.dtype(model)
+    _check_optimizer(step.optimizer, target.device)
     model_config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     published = load.published_weights(model_config, source)
     check_full_base(model, model_config, published)
@@ -272,14 +274,6 @@ def lora_shape(lora: LoraSettings, new_token_ids: Sequence[int] = ()) -> load.Lo
         tuple(new_token_ids),
         lora.modules_to_save,
     )
-
-
-def train_dtype(model: ModelSettings, device: torch.device) -> torch.dtype:
-    """The number format of a run. auto: as `pick_dtype`, but float32 for full fine-tuning where that has float16, in
-    which gradients of weights are lost. Raises UserError as `pick_dtype`."""
-    dtype = load.pick_dtype(model.dtype, device)
-    is_lost = model.train == "full" and dtype == torch.float16
-    return torch.float32 if is_lost else dtype
 
 
 def check_adapter(

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,16 +22,27 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.python_rows import is_label
+from yeonma.errors import Log
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
 from yeonma.model.base_content import reading_content
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import RunProgress, checkpoint_path, recover
-from yeonma.run_folder.entries import FORMER_PLOT
+from yeonma.run_folder.entries import FORMER_PLOT, PRINTED
 from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
-from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, log_of
+from yeonma.run_folder.phases import PhaseClock
+from yeonma.run_folder.printed_log import PrintedLog
+from yeonma.run_folder.progress import (
+    AnswerProgress,
+    EvaluationRecord,
+    Progress,
+    StepRecord,
+    StepsBetween,
+    log_of,
+    run_console,
+)
 from yeonma.run_folder.run_log import (
     METRICS,
     THEN_CONTINUE,
@@ -75,10 +86,14 @@ def run_with_callbacks(
     total_steps: int,
     start: RunProgress,
     output: Path,
+    clock: PhaseClock,
+    keep: Log,
+    between: StepsBetween,
     rows_by_set: Callable[[Sequence[int]], dict[str, list[int]]] | None = None,
 ) -> RunProgress:
-    """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers. `rows_by_set`: what
-    trained_rows.jsonl has of a step's rows, in a mixture of data sets."""
+    """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers. `clock` counts
+    evaluations and saves, and `keep` gets what is printed. `rows_by_set`: what trained_rows.jsonl has of a step's rows,
+    in a mixture of data sets."""
     run = config.run
     lines = {name: recorded["lines"] for name, recorded in start.logs.items()}
     with (
@@ -87,19 +102,20 @@ def run_with_callbacks(
         ) as metrics,
         open_trained_rows(output / TRAINED_ROWS, start.step, lines.get(TRAINED_ROWS)) as trained_rows,
         open_trackers(run.report_to, run.run_name, output, settings_dict(config), start.step) as trackers,
-        Progress(total_steps, start.step, run.logging_steps, console) as progress,
+        Progress(total_steps, start.step, run.logging_steps, console, between=between, keep=keep) as progress,
     ):
 
         def step(record: StepRecord, rows: list[int]) -> None:
             metrics.write(record)
             trained_rows.write(record.step, rows if rows_by_set is None else rows_by_set(rows))
             progress.step(record)
-            if record.step % run.logging_steps == 0:
+            if run.logging_steps == "auto" or record.step % run.logging_steps == 0:
                 trackers.log(record.step, tracked(record))
 
         def evaluation(record: EvaluationRecord) -> None:
             metrics.write(record)
             progress.evaluation(record)
+            clock.move("validation", record.seconds)
             trackers.log(record.step, tracked(record))
 
         def before_save() -> LogSums:
@@ -107,7 +123,11 @@ def run_with_callbacks(
             trained_rows.sync()
             return {METRICS: metrics.sum.as_record(), TRAINED_ROWS: trained_rows.sum.as_record()}
 
-        return steps(RunCallbacks(step, evaluation, before_save, progress.print_line))
+        def saved(seconds: float) -> None:
+            progress.saved(seconds)
+            clock.move("saving", seconds)
+
+        return steps(RunCallbacks(step, evaluation, before_save, saved, progress.print_line))
 
 
 SAVE_SECONDS_PER_WEIGHT = 12 / 50e6
@@ -125,10 +145,11 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     source, continued = check_folders(model_settings, run)
     config = with_adapters_lora(config)
     device = load.pick_device(model_settings.device)
-    with rendezvous() as processes, ExitStack() as contexts:
+    clock = PhaseClock()
+    with rendezvous() as processes, PrintedLog() as printed, ExitStack() as contexts:
         stop.several_processes = processes.count > 1
-        console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True, force_jupyter=False)
-        log = log_of(console)
+        console = run_console(quiet=processes.rank != 0)
+        log = printed.also(log_of(console))
         cache_dir = cache_folder(config.tokens)
         base_content = contexts.enter_context(reading_content(source, cache_dir=cache_dir))
         prepared = prepare(config, source, continued, log)
@@ -186,10 +207,13 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             name_rows=name_rows,
         )
         if by_tokens and earlier_tokens is None:  # before the reference, which may take hours
-            try_heaviest(state, plan, prepared.dataset.train.store)
+            try_heaviest(state, plan, prepared.dataset.train.store, config.step.optimizer)
+        clock.enter("reference")
         extras = reference_extras(resolved, loaded, prepared, units_to_reference(prepared), group, log)
         stop.check()
-        stopped = _train(config, loaded, state, extras, console, prepared, start, output)
+        clock.enter("loading")
+        reporting = _Reporting(console, printed, clock)
+        stopped = _train(config, loaded, state, extras, reporting, prepared, start, output)
         wait(group)  # torchrun ends all processes when one ends, so all wait until rank 0 has saved
         if stopped is not None:
             raise Stopped(*stopped, printed=True)
@@ -218,19 +242,37 @@ def _checkpoint_schedule(config: RunConfig, prepared: Prepared) -> folder.Checkp
     return folder.CheckpointSchedule(plan.total_steps, save_steps, run.save_total_limit, keeps_best)
 
 
+@dataclass(frozen=True)
+class _Reporting:
+    """Where a run says what it does, and how long it takes."""
+
+    console: Console
+    printed: PrintedLog
+    clock: PhaseClock
+
+    def log(self, line: str) -> None:
+        """A Log."""
+        self.printed.also(log_of(self.console))(line)
+
+    def answers(self, whose: str) -> AnswerProgress:
+        """The display of the held-out answers, whose time it counts."""
+        self.clock.enter("answers")
+        return AnswerProgress(whose, self.console, self.printed.keep)
+
+
 def _train(
     config: RunConfig,
     loaded: LoadedModel,
     state: TrainState,
     extras: StoreExtras,
-    console: Console,
+    reporting: _Reporting,
     prepared: Prepared,
     start: folder.Start,
     output: Path,
 ) -> tuple[str, int] | None:
     """Returns None if the run is finished, else the message that was printed and the exit status."""
     run, evaluation = config.run, config.evaluation
-    log, group, plan = log_of(console), state.group, prepared.plan
+    log, clock, group, plan = reporting.log, reporting.clock, state.group, prepared.plan
     dataset, policy = prepared.dataset, loaded.policy
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
@@ -245,7 +287,11 @@ def _train(
     base_answers = None
     if config.model.train == "full":
         if (group.first or state.sharded) and evaluation.card_rows:  # before the base's weights are replaced
-            base_answers = answers_before(policy, prepared.tokenizer, dataset, evaluation.card_rows)
+            with reporting.answers("the base") as on_answer:
+                base_answers = answers_before(
+                    policy, prepared.tokenizer, dataset, evaluation.card_rows, on_answer
+                )
+            clock.enter("loading")
         saved = saved_model(state, policy.source, dataset.rules, parts)
     else:
         saved = saved_adapter(policy.model, parts, trained)
@@ -279,6 +325,7 @@ def _train(
     wait(group)
     if group.first:
         folder.begin(output, prepared.identity, to_yaml(config), start, run.save_total_limit)
+        reporting.printed.open(output / PRINTED)
 
     def batch_of(units: np.ndarray, store: TokenStore = dataset.train.store) -> Batch:
         return Batch.from_store(store, units, extras.get(store.key))
@@ -290,15 +337,30 @@ def _train(
     )
     stop = state.stop
     stop.record_seconds(save=trained * SAVE_SECONDS_PER_WEIGHT)
+    between = StepsBetween(schedule.eval_steps if validation else None, schedule.save_steps)
+    clock.enter("training")
     with stop.between_steps():
         if group.first:
             progress = run_with_callbacks(
-                config, steps, console, plan.total_steps, progress, output, rows_by_set
+                config,
+                steps,
+                reporting.console,
+                plan.total_steps,
+                progress,
+                output,
+                clock,
+                reporting.printed.keep,
+                between,
+                rows_by_set,
             )
         else:
-            progress = steps(RunCallbacks(lambda *_: None, lambda _: None, dict, lambda _: None))
+            progress = steps(
+                RunCallbacks(lambda *_: None, lambda _: None, dict, lambda _: None, lambda _: None)
+            )
+    clock.enter("saving")
     if stop.agreed:
         message = _stopped_after(stop.agreed, progress.step, plan.total_steps, output)
+        log(clock.summary())
         log(message)
         sys.stdout.flush()
         return message, stop.agreed
@@ -330,20 +392,25 @@ def _train(
     plot_loss(output / METRICS, output / "loss.svg", loss_unit)
     repeat_command = _repeat_command(config, state.objective.name)
     repeat_command += to_yaml(config)
-    write_card(
-        output,
-        policy,
-        prepared.tokenizer,
-        dataset,
-        repeat_command,
-        best_step,
-        evaluation.card_rows,
-        model_remarks(prepared.config, dataset),
-        base_answers,
-    )
+    whose = f"the {saved.result.noun}" if base_answers is not None else f"base and {saved.result.noun}"
+    with reporting.answers(whose) as on_answer:
+        write_card(
+            output,
+            policy,
+            prepared.tokenizer,
+            dataset,
+            repeat_command,
+            best_step,
+            evaluation.card_rows,
+            model_remarks(prepared.config, dataset),
+            base_answers,
+            on_answer,
+        )
+    clock.enter("saving")
     (output / FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)
     folder.write_run_json(output, prepared.identity, finished=True)
+    log(clock.summary())
     log(f"{saved.result.noun.capitalize()} saved to {output}")
     if exported.text is None:
         log(f"chat_template.jinja does not contain the training template: {exported.why}")

@@ -21,7 +21,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash, read_file
 from yeonma.model.base_content import changes, content_of
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
-from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, RUN, SEAL, TOKENIZERS
+from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, PRINTED, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE, differences
 from yeonma.run_folder.run_log import read_metrics
 
@@ -105,7 +105,7 @@ def check_files(folder: Path, *, is_run: bool) -> Finding:
 def unknown_files(folder: Path, manifest: Mapping[str, Any] | None) -> list[str]:
     """Names of files in an output folder that are not the run's. Subfolders and hidden names, among them leftovers of a
     killed run, are ignored."""
-    known = {RUN, SEAL, *(manifest or {})}
+    known = {RUN, SEAL, PRINTED, *(manifest or {})}
     patterns = () if manifest is not None else (*OURS, *MODEL_FILES, *TOKENIZERS)
     return sorted(
         path.name

@@ -99,7 +99,7 @@ def test_uploaded_adapter_contains_no_local_paths(fake_hub: Hub, folder: Path) -
     assert json.loads(repository.files["yeonma.json"])["base"]["name"] == NAME
     assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == NAME
     assert f"base_model: {NAME}\n".encode() in repository.files["README.md"]
-    for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json"):
+    for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json", "log.txt"):
         assert name in done.stdout.partition("not sent:")[2]
     assert "10 files uploaded and verified: " in done.stdout
 

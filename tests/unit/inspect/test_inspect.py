@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
+from rich.text import Text
 
 from tests.chat_habits import HABITS
 from tests.chromium import browser, contrast, in_chromium
@@ -237,10 +239,45 @@ def test_html_page_matches_json_and_fetches_nothing(base: Path, tmp_path: Path) 
     second_page = tmp_path / "beside.html"
     html_and_json = inspect(base, data, rows="1-2", html=second_page, json=True)
     assert json_lines(html_and_json)[:2] == [first, second]
-    assert (
-        second_page.read_text(encoding="utf-8").partition("<h1>Forecast")[0]
-        == text.partition("<h1>Forecast")[0]
+    assert without_measurements(second_page.read_text(encoding="utf-8")) == without_measurements(text)
+    assert re.search(
+        r'</h1>\n<p class="verdict">needs [\d.]+ [GM]B of [\d.]+ [GM]B on cpu: fits; about ', text
     )
+
+
+KOREAN_ROWS = [
+    {
+        "document": f"{number}번째 기사입니다. " + "항구에 폭풍이 불어 배가 모두 멈추었다. " * 3,
+        "title": "폭풍에 멈춘 항구",
+    }
+    for number in range(12)
+]
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_a_terminal_breaks_no_line_within_a_word(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    folder = tmp_path / "한국어 자료가 들어 있는 폴더"
+    folder.mkdir()
+    data = write_jsonl(folder / "기사와 제목.jsonl", KOREAN_ROWS)
+    settings = {"rows": "none", "val_set_size": 3, "template": "{document}\n\n{title}", "device": "cpu"}
+    whole = inspect(base, data, **settings)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = inspect(base, data, **settings)
+    assert (whole.status, done.status) == (0, 0), done.err
+    lines = Text.from_ansi(done.out).plain.split("\n")
+    assert [line for line in lines if cell_len(line) > width and "█" not in line] == []
+    words = {word for line in whole.out.split("\n") for word in line.split()}
+    broken = [word for line in lines for word in line.split() if word not in words and "█" not in word]
+    assert [word for word in broken if not re.search(r"\d", word) and str(tmp_path) not in word] == []
+    assert max(map(cell_len, whole.out.split("\n"))) > width  # a file or a pipe gets whole lines
+
+
+def without_measurements(page: str) -> str:
+    """A page without its forecast, which has measured numbers."""
+    return re.sub(r'<p class="verdict">.*</p>', "", page.partition("<h1>Forecast")[0])
 
 
 CHATML_WITH_TOOLS = next(habit for habit in HABITS if habit.name == "block of special tokens")

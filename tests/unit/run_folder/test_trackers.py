@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,7 +24,15 @@ from yeonma.errors import UserError
 from yeonma.packages import install
 from yeonma.run_folder import loss_plot
 from yeonma.run_folder import trackers as tracking
-from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, peak_memory_bytes
+from yeonma.run_folder.progress import (
+    AnswerProgress,
+    EvaluationRecord,
+    Progress,
+    StepRecord,
+    StepsBetween,
+    peak_memory_bytes,
+    printed_every,
+)
 from yeonma.run_folder.run_log import open_metrics, read_metrics
 from yeonma.run_folder.trackers import (
     RunningTracker,
@@ -65,25 +73,30 @@ def steps(*numbers: int) -> list[StepRecord]:
 
 # Progress
 
+NONE_BETWEEN = StepsBetween()
+
 
 def printed(
     show: Callable[[Progress], None],
     *,
     total_steps: int = 90,
-    logging_steps: int = 1,
+    logging_steps: int | Literal["auto"] = 1,
     terminal: bool = False,
     width: int = 80,
+    between: StepsBetween = NONE_BETWEEN,
+    keep: Callable[[str], None] = lambda line: None,
 ) -> str:
     out = StringIO()
     console = Console(file=out, force_terminal=terminal, width=width)
-    with Progress(total_steps, 0, logging_steps, console) as progress:
+    with Progress(total_steps, 0, logging_steps, console, between=between, keep=keep) as progress:
         show(progress)
     return out.getvalue()
 
 
 def test_a_step_is_one_plain_line_outside_a_terminal() -> None:
-    expected = "step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  1m18s left  2.1 GB\n"
-    assert printed(lambda progress: progress.step(STEP)) == expected
+    short = replace(STEP, tokens=31)
+    expected = "step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  31 tokens/s  1m18s left  2.1 GB\n"
+    assert printed(lambda progress: progress.step(short)) == expected
 
 
 def test_an_evaluation_is_one_plain_line() -> None:
@@ -143,7 +156,88 @@ def test_a_terminal_has_one_live_line_with_evaluations_above_it() -> None:
 
 def test_a_narrow_terminal_still_has_one_line() -> None:
     (row,) = screen(printed(lambda progress: progress.step(STEP), terminal=True, width=50))
-    assert row.startswith("step 12/90  epoch 0.40  loss 1.2345")
+    assert row.startswith("step 12/90  loss 1.2345  1m18s left")
+
+
+@pytest.mark.parametrize("metrics", [{}, {"reward_margin": -12.25, "reward_accuracy": 0.75}])
+@pytest.mark.parametrize(("total", "step"), [(90, 12), (12_000, 11_999), (1_000_000, 999_999)])
+def test_a_printed_line_fits_into_80_columns(total: int, step: int, metrics: dict[str, float]) -> None:
+    record = replace(STEP, step=step, tokens=312_345, metrics=metrics)
+    (line,) = printed(lambda progress: progress.step(record), total_steps=total).splitlines()
+    assert len(line) <= 80
+    assert line.startswith(f"step {step}/{total}  ") and "  loss 1.2345  " in line and line.count(" left")
+    (row,) = screen(printed(lambda progress: progress.step(record), total_steps=total, terminal=True))
+    assert len(row) <= 80 and row.startswith(f"step {step}/{total}  ")
+
+
+@pytest.mark.parametrize(
+    ("total", "every"), [(1, 1), (150, 1), (151, 2), (1_000, 10), (10_000, 100), (40_000, 500)]
+)
+def test_auto_prints_about_a_hundred_lines(total: int, every: int) -> None:
+    assert printed_every("auto", total) == every
+    assert printed_every(7, total) == 7
+    if total < 1_001:
+        record = replace(STEP, step=1)
+
+        def show(progress: Progress) -> None:
+            for step in range(1, total + 1):
+                progress.step(replace(record, step=step))
+
+        shown = re.findall(
+            r"^step (\d+)/", printed(show, total_steps=total, logging_steps="auto"), re.MULTILINE
+        )
+        numbers = [int(step) for step in shown]
+        expected = {1, *range(every, total + 1, every), total}
+        assert numbers == sorted(expected) and len(numbers) <= 151
+
+
+def test_time_left_has_the_evaluations_and_saves_to_come() -> None:
+    def show(progress: Progress) -> None:
+        progress.evaluation(replace(EVALUATION, step=0, seconds=60.0))
+        for step in range(1, 11):
+            progress.step(replace(STEP, step=step, seconds=1.0))
+            if step % 4 == 0 or step == 10:
+                progress.evaluation(replace(EVALUATION, step=step, seconds=60.0))
+            if step % 5 == 0:
+                progress.saved(600.0)
+
+    text = printed(show, total_steps=10, between=StepsBetween(evaluations=4, saves=5))
+    left = re.findall(r"^step (\d+)/10 .* (\S+) left", text, re.MULTILINE)
+    # at step 4, its own evaluation is still to come, and those of steps 8 and 10; at step 6, the save of step 10
+    assert dict(left) == {
+        **{"1": "3m09s", "2": "3m08s", "3": "3m07s", "4": "3m06s", "5": "2m05s", "6": "12m04s"},
+        **{"7": "12m03s", "8": "12m02s", "9": "11m01s", "10": "11m00s"},
+    }
+
+
+def test_what_is_printed_is_kept_and_a_terminal_keeps_the_same(tmp_path: Path) -> None:
+    kept: dict[bool, list[str]] = {False: [], True: []}
+    for terminal, lines in kept.items():
+
+        def show(progress: Progress) -> None:
+            for record in steps(*range(1, 8)):
+                progress.step(record)
+            progress.evaluation(EVALUATION)
+
+        text = printed(show, total_steps=7, logging_steps=3, terminal=terminal, keep=lines.append)
+        if not terminal:
+            assert text.splitlines() == lines
+    assert kept[True] == kept[False] and len(kept[True]) == 4
+
+
+def test_answers_are_counted_on_a_terminal_and_announced_elsewhere() -> None:
+    shown = {}
+    for terminal in (False, True):
+        out, kept = StringIO(), list[str]()
+        console = Console(file=out, force_terminal=terminal, width=80)
+        with AnswerProgress("base and adapter", console, kept.append) as progress:
+            for done in range(3):
+                progress(done, 2)
+        first = "answering the rows of the card with base and adapter: 0 of 2 answers"
+        assert kept == [first]
+        shown[terminal] = out.getvalue()
+    assert shown[False] == f"{first}\n"
+    assert "2 of 2 answers" in shown[True] and shown[True].endswith("\x1b[2K")  # and the line is gone
 
 
 def screen(text: str) -> list[str]:
@@ -611,8 +705,7 @@ def test_rewards_are_recorded_tracked_and_printed(tmp_path: Path) -> None:
     assert "perplexity" not in evaluation_line
     assert tracked(step)["train/reward_margin"] == tracked(evaluation)["validation/reward_margin"] == 0.25
     assert printed(lambda progress: progress.step(step)) == (
-        "step 12/90  epoch 0.40  loss 1.2345  margin 0.25  accuracy 0.75  lr 1.8e-04  312 tokens/s"
-        "  1m18s left  2.1 GB\n"
+        "step 12/90  loss 1.2345  margin 0.25  accuracy 0.75  312 tokens/s  1m18s left\n"
     )
     assert printed(lambda progress: progress.evaluation(evaluation)) == (
         "step 12/90  epoch 0.40  validation loss 1.5000  margin 0.25  accuracy 0.75  16 pairs in 3s\n"

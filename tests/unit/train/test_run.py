@@ -60,6 +60,7 @@ def test_run_folder_and_checkpoint_hold_exactly_the_expected_files(done: Done) -
         "settings.yaml",
         "metrics.jsonl",
         "trained_rows.jsonl",
+        "log.txt",
         "loss.svg",
         "README.md",
         "run.json",
@@ -200,6 +201,8 @@ def test_console_has_one_line_per_step_and_no_library_output(done: Done, base: P
         *(["step 3/6 .* validation loss .*"]),
         *([r"step \d/6  epoch .*  loss .*  lr .* tokens/s .* left .*"] * 3),
         *(["step 6/6 .* validation loss .*"]),
+        "answering the rows of the card with base and adapter: 0 of 4 answers",
+        r"took \d+s(: .*)?",
         re.escape(f"Adapter saved to {done.folder}"),
     ]
     lines = [line for line in done.out.splitlines() if not line.startswith("tokenised ")]

@@ -122,15 +122,17 @@ def forest_attention(
     return backend.attend(call, forest.by_backend[backend.name]), None
 
 
-def capability_of(device: torch.device, dtype: torch.dtype) -> Capability | None:
+def capability_of(
+    device: torch.device, dtype: torch.dtype, planned: Capability | None = None
+) -> Capability | None:
     """The compute capability of a CUDA device that may compute all segments in one call in this dtype.
 
-    None for other devices, and if there is no kernel.
+    None for other devices, and if there is no kernel. `planned`: that of a device that is not here, for a forecast.
     """
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda" or (torch.version.cuda is None and planned is None):
         return None
     dtypes = (*HALF, torch.float32) if has_flex() else HALF if varlen_attention() is not None else ()
-    capability = torch.cuda.get_device_capability(device)
+    capability = planned or torch.cuda.get_device_capability(device)
     return capability if capability >= MIN_CAPABILITY and dtype in dtypes else None
 
 

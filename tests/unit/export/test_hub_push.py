@@ -385,3 +385,29 @@ def test_missing_empty_or_damaged_folders_are_refused(tmp_path: Path, folder: Pa
         collect(folder, NAME, True, {})
     with pytest.raises(UserError, match="base_model"):
         collect(folder, str(tmp_path), True, {})
+
+
+def test_a_call_in_python_sends_the_same_and_returns_the_address(fake_hub: Hub, folder: Path) -> None:
+    code = (
+        "import sys, yeonma\n"
+        f"settings = {{'repo': 'titles', 'base_model': {NAME!r}, 'hide_paths': True}}\n"
+        "dry = yeonma.push(sys.argv[1], dry_run=True, **settings)\n"
+        "assert dry.url is None and len(dry.files) == 10, dry\n"
+        "try:\n"
+        "    yeonma.push(sys.argv[1], **settings)\n"
+        "except yeonma.UserError as error:\n"
+        "    assert 'give yes=True' in str(error), error\n"
+        "print(repr(yeonma.push(sys.argv[1], yes=True, **settings)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        env=environment(fake_hub, folder.parent / "home"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("10 files uploaded and verified: http")
+    assert len(fake_hub.repositories[f"{OWNER}/titles"].files) == 10

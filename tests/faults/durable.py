@@ -70,9 +70,10 @@ def named(call: Call) -> list[PurePath]:
     ]
 
 
-def is_hidden(path: PurePath, output: PurePath) -> bool:
-    return path.is_relative_to(output) and any(
-        part.startswith(".") for part in path.relative_to(output).parts
+def may_be_lost(path: PurePath, output: PurePath) -> bool:
+    """Whether nothing relies on a file: those of hidden names, and log.txt, which is for people."""
+    return path.is_relative_to(output) and (
+        path == output / "log.txt" or any(part.startswith(".") for part in path.relative_to(output).parts)
     )
 
 
@@ -84,7 +85,7 @@ def breaches(calls: Sequence[Call], output: PurePath) -> list[str]:
             continue
         problems += [f"{call.name} {call.text}: {what}" for what in _relied_on(call, unsafe, output)]
         unsafe.follow(call)
-    left = sorted(path for path in unsafe.all() if not is_hidden(path, output))
+    left = sorted(path for path in unsafe.all() if not may_be_lost(path, output))
     return problems + [f"{path} is not safe at the end" for path in left]
 
 
@@ -93,13 +94,13 @@ def _relied_on(call: Call, unsafe: Unsafe, output: PurePath) -> Iterator[str]:
         return
     before, *after = named(call)
     new_names = {path for path in unsafe.names if CHECKPOINT.fullmatch(path.name)}
-    if after and not is_hidden(after[0], output):
+    if after and not may_be_lost(after[0], output):
         yield from (f"{path} is not safe" for path in unsafe.below(before) - ({before} & unsafe.names))
         if before in unsafe.contents:
             yield f"{before} is not safe"
     if after and (CHECKPOINT.fullmatch(after[0].name) or after[0].name == "run.json"):
         # the steps' lines up to a checkpoint; all of a finished run
-        others = {path for path in unsafe.all() - unsafe.below(before) if not is_hidden(path, output)}
+        others = {path for path in unsafe.all() - unsafe.below(before) if not may_be_lost(path, output)}
         yield from (f"{path} is not safe" for path in others | new_names)
     parts = before.relative_to(output).parts if before.is_relative_to(output) else ()
     if parts and (CHECKPOINT.fullmatch(parts[0]) or GOING.fullmatch(parts[0])):

@@ -205,7 +205,7 @@ def forecast_lines(
         source = {
             "probe": "measured on real steps",
             "rate": "roughly, from the device's speed",
-            "data sheet": f"from the data sheet, at an assumed {DATA_SHEET_PARTS[1]:.0%} of its rate",
+            "data sheet": f"from the data sheet, at an assumed {DATA_SHEET_PARTS[1]:.0%} of its rate at most",
         }[time.measured_by]
         spread = f"{duration(time.seconds_low)} to {duration(time.seconds_high)}"
         lines.append(("time", f"{duration(time.seconds)} ({spread}), {source}"))

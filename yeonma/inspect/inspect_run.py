@@ -84,7 +84,7 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     target = target_device(config.model.device, options.gpu)
     if options.gpu is not None and options.probe:
         raise UserError("real steps run on this machine", place="probe", cure="leave out --gpu or --probe")
-    memory_bytes = memory_for_run(target)
+    memory_bytes = memory_for_run(target, config.run.nproc)
     source, continued = check_folders(config.model, config.run)
     check_full(config, continued)
     if continued is not None:

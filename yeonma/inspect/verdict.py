@@ -35,14 +35,15 @@ class Verdict:
     """With time and price, where they are known."""
 
 
-def memory_for_run(target: TargetDevice) -> int | None:
-    """The memory of a planned GPU, or what a device of this machine has for this process; None if it is not known."""
+def memory_for_run(target: TargetDevice, processes: int = 1) -> int | None:
+    """The memory that each process has: that of a planned GPU, or what is free on a device of this machine; None if it
+    is not known. Processes on the CPU share its memory, and each has a GPU of its own."""
     if target.gpu is not None:
         return target.gpu.memory_bytes
     free = free_memory(target.device)
     if free is None or target.device.type == "cuda":
         return free
-    return free + (status_bytes("VmRSS") or 0)
+    return (free + (status_bytes("VmRSS") or 0)) // processes
 
 
 def outcome_of(peak_bytes: int, memory_bytes: int | None, device_type: str) -> FitOutcome:
@@ -65,7 +66,8 @@ def verdict_of(forecast: Forecast, target: TargetDevice, memory_bytes: int | Non
     outcome = outcome_of(peak, memory_bytes, kind)
     candidates = [one for one in (*forecast.alternatives, *forecast.combinations) if _saves(one, forecast)]
     cures = () if outcome in ("fits", "unknown") else _cures(candidates, memory_bytes, kind)
-    needs = f"needs {size(peak)}" if memory_bytes is None else f"needs {size(peak)} of {size(memory_bytes)}"
+    who = "needs" if forecast.processes == 1 else f"each of {forecast.processes} processes needs"
+    needs = f"{who} {size(peak)}" if memory_bytes is None else f"{who} {size(peak)} of {size(memory_bytes)}"
     where = needs if target.gpu is not None and not target.gpu.source else f"{needs} on {target.name}"
     parts = [where if outcome == "unknown" else f"{where}: {outcome}"]
     if forecast.time is not None:

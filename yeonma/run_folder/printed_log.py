@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
-from yeonma.errors import Log, UserError, first_line
+from yeonma.errors import Log, UserError
 from yeonma.files import open_regular, write_all
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.streams import copied
@@ -84,7 +84,7 @@ class PrintedLog:
             for problem in error.problems:
                 self.keep(str(problem))
         elif error is not None and not getattr(error, "printed", False):
-            self.keep(f"ended by {type(error).__name__}: {first_line(error)}")
+            self.keep(f"ended by {type(error).__name__}: {error}")
         self._contexts.close()
         self._file = None
 

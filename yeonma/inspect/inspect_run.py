@@ -65,7 +65,7 @@ class Inspection:
     audit: Audit
     forecast: Forecast | None
     verdict: Verdict | None
-    """Whether it fits; None without a forecast."""
+    """Whether the run fits into memory."""
     forecast_lines: Sequence[tuple[str, str]]
     adapter: Coverage | None
     remarks: Sequence[str]
@@ -121,12 +121,13 @@ def print_inspection(
     inspection: Inspection, options: InspectSettings, console: Console | None = None
 ) -> None:
     """Print rows, audit and forecast on `console`, by default on standard output; with `options.json`, as JSON."""
+    verdict = inspection.verdict
     if options.json:
         for view in inspection.views:
             give(view_json(view))
         about: dict[str, Any] = {
             "forecast": inspection.forecast and forecast_dict(inspection.forecast),
-            **({} if inspection.verdict is None else {"verdict": asdict(inspection.verdict)}),
+            **({} if verdict is None else {"verdict": asdict(verdict)}),
             "adapter": inspection.adapter and asdict(inspection.adapter),
             **({"model_remarks": inspection.remarks} if inspection.remarks else {}),
         }
@@ -137,7 +138,6 @@ def print_inspection(
     print_audit(console, inspection.audit)
     for remark in inspection.remarks:
         print_remark(console, "model", remark)
-    verdict = inspection.verdict
     style = VERDICT_STYLES[verdict.outcome] if verdict is not None else ""
     print_forecast(console, inspection.forecast_lines, style)
 

@@ -8,4 +8,5 @@ def counted(number: int, one: str, many: str = "", /, **values: object) -> str:
 
     `values` stand at the `{places}` of either form.
     """
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}".format(**values)
+    text = f"{number:,} {one if number == 1 else many or f'{one}s'}"
+    return text.format(**values) if values else text

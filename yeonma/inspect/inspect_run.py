@@ -16,6 +16,7 @@ from yeonma.config.settings import (
 from yeonma.errors import UserError
 from yeonma.files import user_path
 from yeonma.inspect.audit import Audit, audit_of
+from yeonma.inspect.fit_verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
 from yeonma.inspect.forecast import (
     Forecast,
     forecast_dict,
@@ -35,7 +36,6 @@ from yeonma.inspect.terminal import (
     print_remark,
     print_views,
 )
-from yeonma.inspect.verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
 from yeonma.model import load
 from yeonma.model.targets import Coverage
 from yeonma.run_folder.checkpoint import write_text_atomically

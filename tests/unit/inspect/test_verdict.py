@@ -18,8 +18,7 @@ from yeonma.config.gpus import GPUS, UnknownGpu, gpu_named
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.inspect.estimate import combinations, estimate
-from yeonma.inspect.forecast import DATA_SHEET_PARTS, Alternative, Forecast, timed_by_data_sheet
-from yeonma.inspect.verdict import (
+from yeonma.inspect.fit_verdict import (
     SAVED,
     USABLE,
     memory_for_run,
@@ -28,6 +27,7 @@ from yeonma.inspect.verdict import (
     verdict_lines,
     verdict_of,
 )
+from yeonma.inspect.forecast import DATA_SHEET_PARTS, Alternative, Forecast, timed_by_data_sheet
 from yeonma.model import load
 from yeonma.train.prepare import Prepared, prepare
 from yeonma.train.target_device import TargetDevice, target_device

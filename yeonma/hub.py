@@ -135,9 +135,12 @@ def is_downloaded(name: str, kind: Kind, revision: str | None = None) -> bool:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
-    if kind == "dataset":
-        return folder.is_dir() or (_data_cache() / name.replace("/", "___")).is_dir()
-    return any(_snapshots(folder, revision))
+    try:
+        if kind == "dataset":
+            return folder.is_dir() or (_data_cache() / name.replace("/", "___")).is_dir()
+        return _has_config(folder, revision)
+    except (OSError, ValueError):  # no name that a folder can have
+        return False
 
 
 def downloaded(kind: Kind) -> list[str]:
@@ -154,11 +157,11 @@ def downloaded(kind: Kind) -> list[str]:
     return sorted(names)
 
 
-def _snapshots(folder: Path, revision: str | None) -> list[Path]:
-    """The snapshots of a model that have a config, of one revision if it is given."""
-    named = folder / "refs" / (revision or "main")
-    commit = named.read_text("utf-8").strip() if named.is_file() else revision or "*"
-    return [path.parent for path in folder.glob(f"snapshots/{commit}/config.json")]
+def _has_config(folder: Path, revision: str | None) -> bool:
+    """Whether the folder of a model holds a config of this revision: a branch, a tag or a commit."""
+    reference = folder / "refs" / (revision or "main")
+    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
+    return bool(commit) and (folder / "snapshots" / str(commit) / "config.json").is_file()
 
 
 def _data_cache() -> Path:

@@ -1,10 +1,4 @@
-"""What Yeonma says to people, in the language of help.
-
-The English sentences stand in the code, and those of other languages in gettext's catalogues under `catalogue/`:
-`ko.po` to read and edit, `ko.mo` made of it. `python scripts/messages.py` brings both up to date with the code.
-
-What is stored and compared stays English: keys, names, and what programs read.
-"""
+"""Parts of messages to people that depend on a number."""
 
 from __future__ import annotations
 
@@ -14,8 +8,9 @@ from functools import cache
 from gettext import GNUTranslations, NullTranslations
 from pathlib import Path
 from string import Formatter
+from typing import get_args
 
-from yeonma.language import language
+from yeonma.language import Language, language
 
 CATALOGUES = Path(__file__).parent / "catalogue"
 
@@ -128,6 +123,11 @@ def _expressions(parts: list[tuple[str, str | None, str | None, str | None]]) ->
     for literal, place, spec, _ in parts:
         kind = r"[\dN.,]+" if spec and spec.startswith(",") else ".+?"  # N: see `fault_of`
         yield re.escape(literal) + (f"(?P<{place}>{kind})" if place else "")
+
+
+def in_every_language(message: str, /, **values: object) -> list[str]:
+    """What `tr` gives in each language, to find in a file that was written in any of them."""
+    return [_catalogue(name).gettext(message).format(**values) for name in get_args(Language)]
 
 
 @cache

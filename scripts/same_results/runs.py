@@ -115,12 +115,13 @@ def generate(console: Console) -> None:
 
 
 def chat(console: Console) -> None:
-    """Questions through a pipe: fields of a template, and a conversation that begins anew."""
+    """Questions through a pipe: the field of a template, and conversations. Earlier versions read a field up to an
+    empty line, and had another command that starts anew."""
     settings = f"{CPU} --max_new_tokens 16"
-    articles = "A storm.\nIt closed the harbour.\n\n기차가 달린다.\n\n"
+    articles = "A storm. It closed the harbour.\n\n기차가 달린다.\n\n"
     console.yeonma(f"chat sft {settings}", stdout="txt", stdin=articles)
-    turns = "Which train runs?\nAnd when?\n/new\n몇 시에?\n/quit\n"
-    console.yeonma(f"chat sft-turns/chats {settings} --temperature 0.7", stdout="txt", stdin=turns)
+    for turns in ("Which train runs?\nAnd when?\n/quit\n", "몇 시에?\n/quit\n"):
+        console.yeonma(f"chat sft-turns/chats {settings} --temperature 0.7", stdout="txt", stdin=turns)
 
 
 def compare(console: Console) -> None:

@@ -28,7 +28,7 @@ from tests.runs import articles, model_folder, trained, write_jsonl
 from yeonma.errors import UserError
 from yeonma.files import file_hash, kind_of
 from yeonma.run_folder.checkpoint import MANIFEST, OPTIMIZER, RANDOM, STATE
-from yeonma.run_folder.entries import OURS, RUN, SEAL, TOKENIZERS, is_checkpoint, is_unfinished
+from yeonma.run_folder.entries import OURS, PRINTED, RUN, SEAL, TOKENIZERS, is_checkpoint, is_unfinished
 from yeonma.run_folder.run_log import METRICS, TRAINED_ROWS, LineSum
 from yeonma.verify.file_checks import check_files
 
@@ -334,7 +334,7 @@ def contents(folder: Path) -> dict[str, object]:
 def is_a_runs(name: str) -> bool:
     """Whether a run may write or remove what lies under this path."""
     first = Path(name).parts[0]
-    patterns = (*OURS, *TOKENIZERS, ".*.partial", RUN, SEAL)
+    patterns = (*OURS, *TOKENIZERS, ".*.partial", RUN, SEAL, PRINTED)
     return is_checkpoint(first) or is_unfinished(first) or any(Path(name).match(one) for one in patterns)
 
 

@@ -71,7 +71,9 @@ def test_fault_103_a_model_that_was_downloaded_is_taken_and_the_clients_go_offli
     assert capsys.readouterr().err.count("taking the model some/model that was downloaded before") == 1
     assert constants.is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"
     assert find_base("some/model", "c0ffee").revision == "c0ffee"
-    assert "cannot be reached" in message("some/model", revision="other")
+    for revision in ("other", "../../another", "x" * 300, "*"):
+        assert "cannot be reached" in message("some/model", revision=revision)
+    assert "cannot be reached" in message("a" * 250)
 
 
 def test_the_clients_are_online_again_once_the_hub_answers(

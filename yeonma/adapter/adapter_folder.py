@@ -21,13 +21,13 @@ from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
 from yeonma.model.base_content import VOLATILE, BaseContent, content_of
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
 from yeonma.model.source import BaseSource
-from yeonma.shown import json_text
+from yeonma.shown import code, json_text
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.chat_template_export import (
     BASE_CHAT_TEMPLATE,
@@ -80,6 +80,16 @@ def hub_name(base: str) -> str | None:
 def folder_stand_in(base: str) -> str:
     """What cards have in place of a local folder's path."""
     return f"path/to/{Path(base).name}"
+
+
+LOCAL_BASE = later(
+    "The base was a local folder, for which {base} stands. adapter_config.json has the path that it had in training."
+)
+
+
+def local_base_note(base: str) -> str:
+    """What cards say of the stand-in. It goes when the folder is published with the base's name on the hub."""
+    return tr(LOCAL_BASE, base=code(folder_stand_in(base)))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ from yeonma.streams import log_line, say
 ChatTurn = dict[str, str]
 
 
+class _Quit(Exception):
+    pass
+
+
 def run(config: ChatConfig) -> int:
     """Read messages and write answers until the end of the input or /quit.
 
@@ -61,7 +65,7 @@ def run(config: ChatConfig) -> int:
         say(_welcome(builder))
     try:
         chat.converse() if builder.adapter.template.takes_turns else chat.ask_fields()
-    except EOFError:
+    except (EOFError, _Quit):
         if on_terminal:
             say()
     except UnicodeDecodeError as error:
@@ -133,14 +137,15 @@ class _ChatSession:
         return row
 
     def _read(self, label: str) -> str | Command:
-        """The next text, or /reset or /undo. Obeys the other commands. Raises EOFError at the end and for /quit."""
+        """The next text, or /reset or /undo. Obeys the other commands. Raises EOFError at the end, and
+        _Quit."""
         while True:
             by_base = "" if self.policy.adapter_weights else tr("[base] ")
             try:
                 entry = read_entry(f"{by_base}{label} " if self.on_terminal else "")
                 match entry:
                     case Command("/quit"):
-                        raise EOFError
+                        raise _Quit
                     case Command("/help"):
                         for line in help_lines():
                             self.tell(line)

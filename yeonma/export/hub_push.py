@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from yeonma.adapter.adapter_folder import folder_stand_in
+from yeonma.adapter.adapter_folder import LOCAL_BASE, folder_stand_in
 from yeonma.config.yaml_text import write_item
 from yeonma.errors import Log, Problem, UserError
 from yeonma.export.publish_check import (
@@ -24,7 +24,8 @@ from yeonma.export.publish_check import (
     without_paths,
 )
 from yeonma.files import kind_of, open_regular, read_regular
-from yeonma.messages import counted, later, tr
+from yeonma.messages import counted, in_every_language, later, tr
+from yeonma.shown import code
 
 CARD = "README.md"
 EDITED = (
@@ -248,15 +249,18 @@ def _prepared(
     cure = write_again if hide_paths else HIDE
     problems = find_problems(name, text, environment, Private(hidden_names, cure=cure))
     if name == CARD and base_model is not None:  # after the problems, whose lines are those of the file here
-        text = _card_with_base(text, base_model)
+        text = _card_with_base(text, base or "", base_model)
     if text != before:
         content = text.encode()
         file = replace(file, content=content, size=len(content), edited=True)
     return file, problems
 
 
-def _card_with_base(text: str, base_model: str) -> str:
-    """The card of a model whose base was a local folder, with the base's name on the hub in its front matter."""
+def _card_with_base(text: str, base: str, base_model: str) -> str:
+    """The card of a model whose base was a local folder, with the base's name on the hub in its front matter, and
+    without the note about a folder that this name has replaced."""
+    for note in in_every_language(LOCAL_BASE, base=code(folder_stand_in(base))):
+        text = text.replace(f"{note.replace(folder_stand_in(base), base_model)}\n\n", "")
     front, end, rest = text.partition("\n---\n")
     if not end or not front.startswith("---\n") or "\nbase_model:" in front:
         return text

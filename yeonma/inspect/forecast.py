@@ -254,7 +254,7 @@ def forecast_lines(
             "probe": tr("measured on real steps"),
             "rate": tr("roughly, from the device's speed"),
             "data sheet": tr(
-                "from the data sheet, at an assumed {part:.0%} of its rate", part=DATA_SHEET_PARTS[1]
+                "from the data sheet, at an assumed {part:.0%} of its rate at most", part=DATA_SHEET_PARTS[1]
             ),
         }[time.measured_by]
         spread = tr(

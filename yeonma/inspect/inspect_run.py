@@ -18,6 +18,7 @@ from yeonma.config.settings import (
 from yeonma.errors import UserError
 from yeonma.files import user_path
 from yeonma.inspect.audit import Audit, audit_of
+from yeonma.inspect.fit_verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
 from yeonma.inspect.forecast import (
     Forecast,
     forecast_dict,
@@ -37,7 +38,6 @@ from yeonma.inspect.terminal import (
     print_remark,
     print_views,
 )
-from yeonma.inspect.verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
 from yeonma.language import VARIABLES
 from yeonma.messages import tr
 from yeonma.model import load
@@ -71,7 +71,7 @@ class Inspection:
     audit: Audit
     forecast: Forecast | None
     verdict: Verdict | None
-    """Whether it fits; None without a forecast."""
+    """Whether the run fits into memory."""
     forecast_lines: Sequence[tuple[str, str]]
     adapter: Coverage | None
     remarks: Sequence[str]
@@ -92,7 +92,7 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
         raise UserError(
             tr("real steps run on this machine"), place="probe", cure=tr("leave out --gpu or --probe")
         )
-    memory_bytes = memory_for_run(target)
+    memory_bytes = memory_for_run(target, config.run.nproc)
     source, continued = check_folders(config.model, config.run)
     check_full(config, continued)
     if continued is not None:
@@ -158,13 +158,14 @@ def print_inspection(
     inspection: Inspection, options: InspectSettings, console: Console | None = None
 ) -> None:
     """Print rows, audit and forecast on `console`, by default on standard output; with `options.json`, as JSON."""
+    verdict = inspection.verdict
     if options.json:
         with _in_english():
             for view in inspection.views:
                 give(view_json(view))
         about: dict[str, Any] = {
             "forecast": inspection.forecast and forecast_dict(inspection.forecast),
-            **({} if inspection.verdict is None else {"verdict": asdict(inspection.verdict)}),
+            **({} if verdict is None else {"verdict": asdict(verdict)}),
             "adapter": inspection.adapter and asdict(inspection.adapter),
             **({"model_remarks": inspection.remarks} if inspection.remarks else {}),
         }
@@ -175,7 +176,6 @@ def print_inspection(
     print_audit(console, inspection.audit)
     for remark in inspection.remarks:
         print_remark(console, tr("model"), remark)
-    verdict = inspection.verdict
     style = VERDICT_STYLES[verdict.outcome] if verdict is not None else ""
     print_forecast(console, inspection.forecast_lines, style)
 

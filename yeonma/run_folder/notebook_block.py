@@ -31,12 +31,22 @@ def notebook_block(total_steps: int) -> NotebookBlock | None:
     return None if publish is None else NotebookBlock(total_steps, publish)
 
 
-def _publisher() -> Publish | None:
-    """Sends to the notebook whose kernel this process is. Imports nothing: a kernel has imported IPython."""
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return getattr(_shell(), "kernel", None) is not None
+
+
+def _shell() -> Any:
+    """IPython's shell. Imports nothing: a kernel has imported IPython."""
     ipython = sys.modules.get("IPython")
-    shell: Any = None if ipython is None else ipython.get_ipython()
-    if getattr(shell, "kernel", None) is None:
+    return None if ipython is None else ipython.get_ipython()
+
+
+def _publisher() -> Publish | None:
+    """Sends to the notebook whose kernel this process is."""
+    if not in_notebook():
         return None
+    shell = _shell()
     transient = {"display_id": uuid4().hex}
 
     def publish(data: dict[str, str], update: bool) -> None:

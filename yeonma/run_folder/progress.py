@@ -20,7 +20,7 @@ from rich.text import Text
 
 from yeonma.errors import Log
 from yeonma.messages import tr
-from yeonma.run_folder.notebook_block import notebook_block
+from yeonma.run_folder.notebook_block import in_notebook, notebook_block
 from yeonma.run_folder.phases import in_two_units
 from yeonma.shown import MOST_OF_A_LINE, one_line
 
@@ -69,6 +69,13 @@ class EvaluationRecord:
     losses: dict[str, float] = field(default_factory=dict)
     confusion: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """By data set: `yeonma/data/classification.py`'s Confusion of the validation rows. Not written if empty."""
+
+
+def run_console(*, quiet: bool) -> Console:
+    """The console of a run, on standard output. In a notebook it prints plain lines: rich would show each of them as
+    HTML, and kernels ask for colours although their output is no terminal."""
+    interactive = False if in_notebook() else None
+    return Console(quiet=quiet, soft_wrap=True, force_jupyter=False, force_interactive=interactive)
 
 
 def log_of(console: Console) -> Log:
@@ -120,7 +127,7 @@ class Progress:
     time left also from the last evaluation and the last save. What a line has no room for is left out, the peak of
     memory first.
 
-    `keep` gets the printed lines, and on a terminal those that would be printed elsewhere.
+    `keep` gets the printed lines, and on a terminal or in a notebook those that would be printed elsewhere.
     """
 
     def __init__(
@@ -141,9 +148,9 @@ class Progress:
         self._between = between
         self._keep = keep
         self._recent: deque[StepRecord] = deque(maxlen=RECENT_STEPS)
-        self._block = None if console.quiet else notebook_block(total_steps)
         self._evaluation_seconds = self._save_seconds = 0.0
         self._printed_at = time.monotonic()
+        self._block = None if console.quiet else notebook_block(total_steps)
         # not interactive: TERM is dumb, or the user set TTY_INTERACTIVE=0
         live = console.is_terminal and console.is_interactive and self._block is None
         self._bar = _bar(console, total_steps, start_step) if live else None
@@ -203,8 +210,8 @@ class Progress:
         """Prints a line, without markup or wrapping; in a notebook, within the block. A Log."""
         if self._block:
             self._block.say(text)
-            return
-        log_of(self._console)(text)
+        else:
+            log_of(self._console)(text)
         self._keep(text)
 
     def _line(self, record: StepRecord, width: int) -> str:

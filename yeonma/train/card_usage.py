@@ -94,9 +94,17 @@ def example_prompt(
 
 def _fields(template: Template, values: Mapping[str, str] | None) -> dict[str, str]:
     if values:
-        return {name: text[:MOST_CHARACTERS] for name, text in values.items()}
+        return {name: _beginning(text) for name, text in values.items()}
     names = template.variants[0].prompt_fields or (template.answer_field,)
     return dict.fromkeys(names, PLACEHOLDER)
+
+
+def _beginning(text: str) -> str:
+    """The text, or its first words if it is long."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    cut = text[:MOST_CHARACTERS]
+    return cut[: cut.rfind(" ")] if " " in cut else cut
 
 
 def _gives(ids: Sequence[int], other: Any) -> bool:

@@ -20,6 +20,7 @@ from yeonma.adapter.adapter_folder import (
     AdapterFolder,
     folder_stand_in,
     hub_name,
+    local_base_note,
     read_adapter_folder,
 )
 from yeonma.adapter.base_licence import licence_note
@@ -157,14 +158,7 @@ def _usage(
         *ollama_lines(output, adapter, usage),
     ]
     if hub_name(adapter.base.name) is None and not adapter.is_full and lines:
-        lines += [
-            tr(
-                "The base was a local folder, for which {base} stands. adapter_config.json has the path that it had in "
-                "training.",
-                base=code(usage.base),
-            ),
-            "",
-        ]
+        lines += [local_base_note(adapter.base.name), ""]
     return lines
 
 

@@ -42,6 +42,7 @@ from yeonma.run_folder.progress import (
     StepRecord,
     StepsBetween,
     log_of,
+    run_console,
 )
 from yeonma.run_folder.run_log import (
     METRICS,
@@ -150,7 +151,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     clock = PhaseClock()
     with rendezvous() as processes, PrintedLog() as printed, ExitStack() as contexts:
         stop.several_processes = processes.count > 1
-        console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True, force_jupyter=False)
+        console = run_console(quiet=processes.rank != 0)
         log = printed.also(log_of(console))
         cache_dir = cache_folder(config.tokens)
         base_content = contexts.enter_context(reading_content(source, cache_dir=cache_dir))

@@ -146,6 +146,7 @@ def test_several_fields_are_read_line_by_line_and_empty_ones_select_the_variant(
     assert chat(folder, "Add\n1\\\n2\nSing\n\n", monkeypatch, capsys) == expected
     assert chat(folder, "Dance\n/reset\nAdd\n1\\\n2\nSing", monkeypatch, capsys) == expected
     assert chat(folder, "Dance\n/undo\nAdd\n1\\\n2\nSing", monkeypatch, capsys) == expected
+    assert chat(folder, "Add\n/quit\n1", monkeypatch, capsys) == ""
     shown, _ = on_terminal(folder, "Sing\n\n", monkeypatch)
     assert "instruction: input: " in shown
 

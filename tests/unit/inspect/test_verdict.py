@@ -18,8 +18,16 @@ from yeonma.config.gpus import GPUS, UnknownGpu, gpu_named
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.inspect.estimate import combinations, estimate
+from yeonma.inspect.fit_verdict import (
+    SAVED,
+    USABLE,
+    memory_for_run,
+    outcome_of,
+    savings,
+    verdict_lines,
+    verdict_of,
+)
 from yeonma.inspect.forecast import DATA_SHEET_PARTS, Alternative, Forecast, timed_by_data_sheet
-from yeonma.inspect.verdict import SAVED, USABLE, outcome_of, savings, verdict_lines, verdict_of
 from yeonma.model import load
 from yeonma.train.prepare import Prepared, prepare
 from yeonma.train.target_device import TargetDevice, target_device
@@ -271,3 +279,7 @@ def test_auto_is_resolved_for_the_memory_of_the_gpu(base: Path, data: Path) -> N
 def test_cpu_devices_know_their_memory() -> None:
     target = target_device("cpu")
     assert (target.device, target.gpu, target.planned) == (torch.device("cpu"), None, None)
+    alone, shared = memory_for_run(target), memory_for_run(target, 4)
+    assert alone is not None and shared is not None and alone > 1e8
+    assert 0.15 < shared / alone < 0.35  # processes share the memory of the CPU; other programs use it, too
+    assert memory_for_run(target_device("auto", "24GB"), 4) == 24e9  # each has a GPU of its own

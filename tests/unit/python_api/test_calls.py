@@ -185,6 +185,9 @@ def test_verify_and_merge_return_what_they_found(run: RunResult, tmp_path: Path)
     assert isinstance(found, VerifyResult) and found.is_well
     done = command(tmp_path, "verify", str(run.folder))
     assert (done.status, done.out) == (0, f"{found!r}\n")
+    assert yeonma.verify(run, data_path=ROWS).is_well
+    others = yeonma.verify(run, data_path=pd.DataFrame(ROWS[1:]))
+    assert [finding.check for finding in others.findings if finding.outcome == "differs"] == ["data"]
     merged = yeonma.merge(run, output_dir=tmp_path / "merged")
     assert isinstance(merged, MergeResult) and merged.agreement.is_close
     assert (merged.folder / "model.safetensors").is_file() and os.fspath(merged) == str(tmp_path / "merged")

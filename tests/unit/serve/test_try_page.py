@@ -88,7 +88,8 @@ def test_only_get_and_head_of_the_own_host_are_answered(place: Place) -> None:
     assert response.headers["Content-Length"] == str(len(bytes(try_page().body)))
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
         response, _ = ask(place, method, "/")
-        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+        assert response.status == 405
+        assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD"}
     assert ask(place, "GET", "/", Host="evil.example")[0].status == 403
 
 

@@ -160,7 +160,7 @@ def to_pieces(x_TH: torch.Tensor, pieces: Pieces) -> torch.Tensor:
 def to_tokens(x_PHC: torch.Tensor, pieces: Pieces) -> torch.Tensor:
     """(P, H, C, N) -> (T, H, N): the inverse of `to_pieces`."""
     heads = x_PHC.shape[1]
-    result: torch.Tensor = _Gather.apply(x_PHC.flatten(0, 2), pieces.places(heads))
+    result: torch.Tensor = _RowsAt.apply(x_PHC.flatten(0, 2), pieces.places(heads))
     return result.unflatten(0, (-1, heads))
 
 
@@ -178,7 +178,7 @@ class _Spread(torch.autograd.Function):
         return upstream.index_select(0, places), None, None
 
 
-class _Gather(torch.autograd.Function):
+class _RowsAt(torch.autograd.Function):
     """The rows at these places, none of which stands twice: the gradient is a copy and no sum."""
 
     @staticmethod

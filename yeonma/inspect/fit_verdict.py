@@ -43,14 +43,15 @@ class Verdict:
     """With time and price, where they are known."""
 
 
-def memory_for_run(target: TargetDevice) -> int | None:
-    """The memory of a planned GPU, or what a device of this machine has for this process; None if it is not known."""
+def memory_for_run(target: TargetDevice, processes: int = 1) -> int | None:
+    """The memory that each process has: that of a planned GPU, or what is free on a device of this machine; None if it
+    is not known. Processes on the CPU share its memory, and each has a GPU of its own."""
     if target.gpu is not None:
         return target.gpu.memory_bytes
     free = free_memory(target.device)
     if free is None or target.device.type == "cuda":
         return free
-    return free + (status_bytes("VmRSS") or 0)
+    return (free + (status_bytes("VmRSS") or 0)) // processes
 
 
 def outcome_of(peak_bytes: int, memory_bytes: int | None, device_type: str) -> FitOutcome:
@@ -76,6 +77,8 @@ def verdict_of(forecast: Forecast, target: TargetDevice, memory_bytes: int | Non
     is_named = target.gpu is None or bool(target.gpu.source)
     where = _needs(size(peak), None if memory_bytes is None else size(memory_bytes), target.name, is_named)
     parts = [where if outcome == "unknown" else f"{where}: {tr(WORDS_OF_OUTCOMES[outcome])}"]
+    if forecast.processes > 1:
+        where = tr("each of {processes} processes: {where}", processes=forecast.processes, where=where)
     if forecast.time is not None:
         parts.append(tr("about {time}", time=duration(forecast.time.seconds)))
     if (price := forecast.price) is not None:

@@ -1,4 +1,10 @@
-"""Parts of messages to people that depend on a number."""
+"""What Yeonma says to people, in the language of help.
+
+The English sentences stand in the code, and those of other languages in gettext's catalogues under `catalogue/`:
+`ko.po` to read and edit, `ko.mo` made of it. `python scripts/messages.py` brings both up to date with the code.
+
+What is stored and compared stays English: keys, names, and what programs read.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
 from yeonma.generation.sampling import LogitChanges
-from yeonma.messages import counted
+from yeonma.messages import counted_in_english
 from yeonma.shown import MOST_OF_A_LINE, many_lines, one_line
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
@@ -443,7 +443,7 @@ def _check_text(request: TextRequest) -> None:
         message = f"max_tokens must be {TOKEN_COUNT}, or 0 with echo"
         raise RequestError(400, message, param="max_tokens")
     if request.n * len(request.prompt) > MAX_PROMPTS:
-        asked = counted(
+        asked = counted_in_english(
             len(request.prompt), f"prompt with n {request.n} asks", f"prompts with n {request.n} ask"
         )
         message = f"{asked} for more than {MAX_PROMPTS} answers"

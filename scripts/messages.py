@@ -12,6 +12,7 @@ import ast
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from babel.messages.catalog import Catalog
@@ -97,7 +98,8 @@ _UNUSED_HEADERS = tuple(f'"{name}' for name in (*_UNUSED, "Last-Translator", "La
 
 
 def compiled(catalogue: Catalog) -> bytes:
-    """The `.mo`."""
+    """The `.mo`, without the time at which it was made."""
+    catalogue.creation_date = catalogue.revision_date = datetime(2026, 1, 1, tzinfo=timezone.utc)
     buffer = io.BytesIO()
     write_mo(buffer, catalogue)
     return buffer.getvalue()

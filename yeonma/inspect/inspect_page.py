@@ -9,6 +9,7 @@ from io import StringIO
 from rich.console import Console
 
 from yeonma.inspect.audit import Audit, Lengths, PartAudit
+from yeonma.inspect.fit_verdict import VERDICT
 from yeonma.inspect.terminal import (
     SHOWN_IN_LEGEND,
     WORDS,
@@ -18,7 +19,6 @@ from yeonma.inspect.terminal import (
     shown_names,
     weight_text,
 )
-from yeonma.inspect.verdict import VERDICT
 from yeonma.language import language
 from yeonma.messages import tr
 from yeonma.shown import html

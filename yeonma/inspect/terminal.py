@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
+from yeonma.inspect.fit_verdict import VERDICT
 from yeonma.inspect.label_counts import label_lines
-from yeonma.inspect.verdict import VERDICT
 from yeonma.messages import counted, later, tr
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.tokenization.dataset import format_rows

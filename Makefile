@@ -1,6 +1,7 @@
 # Every target works from a bare clone: it makes .venv and installs what is missing first.
 PYTHON ?= python3
 DATA ?=
+DEMO ?=
 CASES ?= 10000
 KILLS ?= 200
 SEED ?=
@@ -29,7 +30,7 @@ setup: .venv/.installed
 	@touch $@
 
 demo: setup
-	$(BIN)/yeonma demo
+	$(BIN)/yeonma demo $(if $(DEMO),--sample "$(DEMO)")
 
 demo-dpo: setup
 	$(BIN)/yeonma demo-dpo

@@ -52,6 +52,23 @@ def test_demo_prints_reference_and_answers_before_and_after_for_three_rows(done:
     ]
 
 
+def test_the_korean_demo_trains_on_korean_titles(base: Path, tmp_path: Path) -> None:
+    done = demo(tmp_path / "out", base, "--sample", "ko")
+    assert (done.status, done.err) == (0, "")
+    rows = (SAMPLES / "news_ko_validation.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [text for name, text in answers(done.out) if name == "reference"] == [
+        json.loads(row)["title"] for row in rows[:3]
+    ]
+    assert "갈매기섬의 오래된 등대가" in done.out
+
+
+def test_preference_pairs_have_no_korean_sample(base: Path, tmp_path: Path) -> None:
+    words = ("demo-dpo", "--model_dir", str(base), "--sample", "ko", "--output_dir", str(tmp_path / "out"))
+    done = command(tmp_path / "out", *words)
+    assert done.status == 2
+    assert "--sample: the sample of preference pairs is English; leave it out, or run yeonma demo" in done.err
+
+
 def test_demo_prints_losses_written_files_and_next_commands(done: Done) -> None:
     first, last = done.looks[0]["loss"], min(evaluation["loss"] for evaluation in done.looks)
     assert f"20 held-out rows: {first:.3f} before, {last:.3f} after" in done.out

@@ -28,6 +28,7 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.rows import Row, open_rows
+from yeonma.errors import UserError
 from yeonma.evaluate.verdict import reference_heading
 from yeonma.files import user_path
 from yeonma.messages import tr
@@ -52,8 +53,11 @@ class Demo:
     defaults: Mapping[str, object]
     rows: str
     validation_rows: str
+    template: str
     reference_column: str
     """The column with the reference answer."""
+    article: str
+    """For the command that asks, at the end."""
     settings: Mapping[str, object]
     next_settings: Mapping[str, object]
     """Of a run on the user's own data, printed as a suggestion at the end."""
@@ -79,15 +83,27 @@ PAIR_SETTINGS: Mapping[str, object] = {
 }
 QUICK_SETTINGS: Mapping[str, object] = {"logging_steps": 1, "card_rows": 1}
 
+KOREAN_MODEL = "Qwen/Qwen3-0.6B"
+"""A small model under Apache 2.0 that knows Korean (Yang et al. 2025, arXiv:2505.09388)."""
+ENGLISH_ARTICLE = "The old lighthouse on Gull Rock will open as a library in May."
 TITLES = Demo(
     verb="sft",
     groups=TRAINING,
     defaults={},
     rows="sample:news_en",
     validation_rows="sample:news_en_validation",
+    template="sample:title_en",
     reference_column="title",
+    article=ENGLISH_ARTICLE,
     settings=SETTINGS,
     next_settings={"data_path": "your-rows.csv", "template": "your-template.txt", "output_dir": "my-titles"},
+)
+KOREAN_TITLES = replace(
+    TITLES,
+    rows="sample:news_ko",
+    validation_rows="sample:news_ko_validation",
+    template="title",
+    article="갈매기섬의 오래된 등대가 5월에 도서관으로 문을 연다.",
 )
 PAIRS = Demo(
     verb="dpo",
@@ -95,7 +111,9 @@ PAIRS = Demo(
     defaults=PREFERENCE_DEFAULTS,
     rows="sample:pairs_en",
     validation_rows="sample:pairs_en_validation",
+    template="sample:title_en",
     reference_column="chosen",
+    article=ENGLISH_ARTICLE,
     settings=PAIR_SETTINGS,
     next_settings={"data_path": "your-pairs.jsonl", "output_dir": "my-preferences"},
 )
@@ -103,11 +121,17 @@ PAIRS = Demo(
 
 def run(settings: DemoSettings) -> int:
     """`yeonma demo`: supervised fine-tuning on articles and their titles."""
-    return _run(TITLES, settings)
+    return _run(KOREAN_TITLES if settings.sample == "ko" else TITLES, settings)
 
 
 def run_dpo(settings: DemoSettings) -> int:
-    """`yeonma demo-dpo`: preference training on pairs of a title in house style and a long-winded one."""
+    """`yeonma demo-dpo`: preference training on pairs of a title in house style and a long-winded one.
+
+    Raises UserError for another language than English.
+    """
+    if settings.sample != "en":
+        cure = tr("leave it out, or run yeonma demo")
+        raise UserError(tr("the sample of preference pairs is English"), place="--sample", cure=cure)
     return _run(PAIRS, settings)
 
 
@@ -116,7 +140,7 @@ def _run(demo: Demo, settings: DemoSettings) -> int:
     started = time.perf_counter()
     output = user_path(settings.output_dir)
     _heading(tr("1. The model"))
-    base = settings.model_dir or _fetch_model()
+    base = settings.model_dir or (KOREAN_MODEL if settings.sample == "ko" else _fetch_model())
     say(base)
 
     _heading(tr("2. Training"))
@@ -155,7 +179,7 @@ def _training_settings(demo: Demo, settings: DemoSettings, base: str) -> dict[st
         "base_model": base,
         "data_path": demo.rows,
         "val_data_path": demo.validation_rows,
-        "template": "sample:title_en",
+        "template": demo.template,
         "output_dir": settings.output_dir,
         **demo.settings,
     }
@@ -246,7 +270,7 @@ def _loss(evaluation: Mapping[str, Any]) -> float:
 
 def _next_steps(demo: Demo, output: Path, base: str) -> str:
     folder = shell_word(str(output))
-    row = json.dumps({"document": "The old lighthouse on Gull Rock will open as a library in May."})
+    row = json.dumps({"document": demo.article}, ensure_ascii=False)
     return tr(
         "{folder}/README.md                  model card: settings, losses, answers before and "
         "after training\n{folder}/loss.svg, metrics.jsonl    loss curve, and the numbers of every "

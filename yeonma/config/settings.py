@@ -30,6 +30,7 @@ TorchCompile = bool | Literal["auto"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
 QuantizationOrAuto = Literal["auto", "none", "int8", "nf4", "fp8"]
+SampleLanguage = Literal["en", "ko"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 TokenLoss = Literal["nll", "dft"]
 Trained = Literal["lora", "full"]
@@ -546,10 +547,12 @@ class DemoSettings:
 
     output_dir: str = "demo"
     """Folder for the adapter and everything else the demo writes."""
+    sample: SampleLanguage = "en"
+    """Language of the articles and titles: en, on SmolLM2-135M-Instruct, or ko, on Qwen3-0.6B, which knows Korean and comes from the hub alone. The sample of preference pairs is English."""
     max_steps: int | None = field(default=None, metadata=COUNT)
     """Stop after this many steps. By default, as many as the sample needs."""
     model_dir: str | None = None
-    """Local model folder to fine-tune instead of downloading SmolLM2-135M-Instruct."""
+    """Local model folder to fine-tune instead of downloading a model."""
     quick: bool = False
     """Run only a few steps: enough to see that everything works, too few to learn much."""
     overwrite: bool = False

@@ -54,6 +54,7 @@ def tr(message: str, /, **values: object) -> str:
 
 def counted(number: int, one: str, many: str = "", /, **values: object) -> str:
     """`1 row`, `1,200 rows`: a number with what it counts. many: for other numbers than 1, by default with an s."""
+    number = int(number)  # NumPy's numbers are no plural forms
     english = forms(one, many)[number != 1]
     if (name := language()) == "en":
         return english.format(number=number, **values)
@@ -64,7 +65,7 @@ def counted(number: int, one: str, many: str = "", /, **values: object) -> str:
 
 def counted_in_english(number: int, one: str, many: str = "", /) -> str:
     """`counted`, in English for programs."""
-    return forms(one, many)[number != 1].format(number=number)
+    return forms(one, many)[int(number) != 1].format(number=number)
 
 
 def forms(one: str, many: str = "") -> tuple[str, str]:

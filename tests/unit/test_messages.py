@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 from string import Formatter
 
+import numpy as np
 import pytest
 from babel.messages.catalog import Catalog
 
@@ -116,6 +117,7 @@ def test_messages_and_numbers_are_said_in_the_language_of_the_process(
     assert korean[:2] == ("ko", "3행") and "3행" in korean[2] and "rows" not in korean[2]
     assert in_english(korean[2]) == english[2]
     assert counted_in_english(3, "row") == "3 rows"
+    assert counted(np.int64(3), "row") == "3행"
     assert translated(english[2]) == korean[2]
     assert (
         in_every_language("With only {rows}, confidence intervals tend to be too narrow.", rows="3 rows")[0]

@@ -33,7 +33,7 @@ from transformers import get_scheduler  # noqa: F401
 from tests.faults.room import mount_small, take_bytes, take_names
 from tests.faults.tracing import IDENTITY
 from tests.models import tiny_model
-from tests.runs import SAMPLE_TOKENS, TEMPLATE, characters
+from tests.runs import TEMPLATE, characters
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.cli import main
 from yeonma.data.template import Template
@@ -48,10 +48,8 @@ from yeonma.run_folder.progress import StepRecord
 from yeonma.run_folder.run_log import METRICS, TRAINED_ROWS, LogSums, open_metrics, open_trained_rows
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.example import TokenRules
-from yeonma.train import loop, model_card
+from yeonma.train import loop
 from yeonma.train import run as _run  # noqa: F401
-
-model_card.MAX_NEW_TOKENS = SAMPLE_TOKENS  # as in the other tests: it stands on the card
 
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, -1
 

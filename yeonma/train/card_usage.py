@@ -31,6 +31,8 @@ MOST_CHARACTERS = 200
 """Of a field in the example prompt."""
 PLACEHOLDER = "..."
 """A field of the example prompt where the card shows no rows."""
+NEW_TOKENS = 128
+"""The most that the code generates."""
 PORT = 8000
 """Where vLLM listens by default."""
 
@@ -120,7 +122,7 @@ def folder_chat_template(output: Path) -> str | None:
     return path.read_bytes().decode() if path.is_file() else None
 
 
-def python_lines(output: Path, adapter: AdapterFolder, usage: Usage, most_tokens: int) -> list[str]:
+def python_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
     """Code that answers the example prompt with PEFT, or with transformers alone if the folder is a whole model."""
     prompt = usage.prompt
     if not prompt.messages and not prompt.text:
@@ -158,7 +160,7 @@ def python_lines(output: Path, adapter: AdapterFolder, usage: Usage, most_tokens
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         *ask,
         "answer = model.generate(",
-        f"    **inputs.to(model.device), max_new_tokens={most_tokens}, do_sample=False,",
+        f"    **inputs.to(model.device), max_new_tokens={NEW_TOKENS}, do_sample=False,",
         f"    eos_token_id={list(usage.stop_ids)}{more},",
         ")",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',

@@ -153,7 +153,7 @@ def _usage(
         model_class=type(model).__name__ if left_out(model) else "",
     )
     lines = [
-        *python_lines(output, adapter, usage, MAX_NEW_TOKENS),
+        *python_lines(output, adapter, usage),
         *vllm_lines(output, adapter, usage),
         *ollama_lines(output, adapter, usage),
     ]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.adapters import tiny_base
-from tests.runs import Done, articles, model_folder, trained, write_jsonl
+from tests.runs import SAMPLE_TOKENS, Done, articles, model_folder, trained, write_jsonl
 from tests.tokenizers import CHATML, byte_level
 from yeonma.adapter.prompt_builder import open_prompt_builder
 from yeonma.data.template import Template, load_template
@@ -25,7 +25,7 @@ from yeonma.model.source import find_base
 from yeonma.serve.vllm import VllmPlan, rank_of, vllm_command, why_not
 from yeonma.shown import many_lines
 from yeonma.tokenization.example import DEFAULT_RULES
-from yeonma.train.card_usage import ExamplePrompt, example_prompt
+from yeonma.train.card_usage import NEW_TOKENS, ExamplePrompt, example_prompt
 from yeonma.train.model_card import _hub_sets
 
 TURNS = "[system]\nYou write titles.\n[user]\n{document}\n[assistant]\n{title}\n"
@@ -42,8 +42,11 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 def printed(done: Done) -> str:
-    """What the card's Python prints, run where the output folder lies, as the card says."""
+    """What the card's Python prints, run where the output folder lies, as the card says; with as many tokens as the
+    samples of tests have."""
     (code,) = fenced(card(done), "python")
+    assert f"max_new_tokens={NEW_TOKENS}," in code
+    code = code.replace(f"max_new_tokens={NEW_TOKENS},", f"max_new_tokens={SAMPLE_TOKENS},")
     out = StringIO()
     with chdir(done.folder.parent), redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {})

@@ -80,7 +80,8 @@ def verdict_of(forecast: Forecast, target: TargetDevice, memory_bytes: int | Non
     if forecast.processes > 1:
         where = tr("each of {processes} processes: {where}", processes=forecast.processes, where=where)
     if forecast.time is not None:
-        parts.append(tr("about {time}", time=duration(forecast.time.seconds)))
+        time = duration(forecast.time.seconds)
+        parts.append(tr("about {time}", time=time) if forecast.time.seconds >= 1 else time)
     if (price := forecast.price) is not None:
         parts.append(
             tr(

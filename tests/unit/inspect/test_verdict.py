@@ -222,7 +222,7 @@ def test_the_forecast_begins_with_the_verdict(base: Path, data: Path) -> None:
     assert done.status == 0, done.err
     verdict = re.search(r"── forecast ──\nverdict: (.*)\n", done.out)
     assert verdict is not None
-    pattern = r"needs [\d.]+ [MG]B of 25\.76 GB on rtx4090: fits; about .*; [\d.]+ at 0\.5 an hour"
+    pattern = r"needs [\d.]+ [MG]B of 25\.76 GB on rtx4090: fits; .+; [\d.]+ at 0\.5 an hour"
     assert re.fullmatch(pattern, verdict[1])
     assert "from the data sheet, at an assumed 35% of its rate" in done.out
     small = inspect(base, data, rows="none", gpu="0.1GB", json=True)

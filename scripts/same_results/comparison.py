@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .formats import Field, Tensor, Value, current_name, fields_of, format_of
+from .formats import NEWER_FILES, Field, Tensor, Value, current_name, fields_of, format_of
 from .recording import FORMAT
 
 Kind = Literal["differs", "rounding", "words"]
@@ -142,6 +142,8 @@ def compare_folders(
     compared = Compared(name)
     for path in sorted({*before, *after}):
         compared.files += 1
+        if path not in before and after[path].name in NEWER_FILES:
+            continue
         if path not in before or path not in after:
             there, missing = "there", str(MISSING)
             texts = (there, missing) if path in before else (missing, there)

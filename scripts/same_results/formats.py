@@ -199,6 +199,9 @@ from before that change is compared any more."""
 RENAMED = (Renamed("loss.png", "loss.svg", "the loss was drawn by matplotlib, and is now an SVG of our own"),)
 """Files that are compared under their new name, on both sides. Remove a row like one of CHANGED_ON_PURPOSE."""
 
+NEWER_FILES = ("log.txt",)
+"""Files without results that only the newer side has. Remove a name like one of CHANGED_ON_PURPOSE."""
+
 FORMATS = (
     *CHANGED_ON_PURPOSE,
     Format("work/models/*", read_bytes, "what both recordings start from"),
@@ -232,6 +235,8 @@ FIELDS = (
         for name in ("accuracy", "macro_f1", "confusion")
     ),
     Field("*settings.yaml", "logging_steps", "left out", "its default changed, which is no result"),
+    Field("*state.json", "surroundings.language", "left out", "earlier versions had cards in English alone"),
+    Field("*.html", "words", "left out", "what the script of a page says"),
     Field("*yeonma.json", "versions.yeonma", "left out", "it is not what the results depend on"),
     Field("*yeonma.json", "base_content", "left out", "earlier versions did not record it"),
     Field("*run.json", "identity.content of the base model", "left out", "likewise"),

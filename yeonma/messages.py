@@ -48,19 +48,23 @@ def tr(message: str, /, **values: object) -> str:
     """
     if (name := language()) == "en":
         return message.format(**values)
-    text = _catalogue(name).gettext(message).format(**values)
-    return Said.of(text, message.format(**{key: in_english(value) for key, value in values.items()}))
+    return _said(_catalogue(name).gettext(message), message, values)
 
 
 def counted(number: int, one: str, many: str = "", /, **values: object) -> str:
     """`1 row`, `1,200 rows`: a number with what it counts. many: for other numbers than 1, by default with an s."""
     number = int(number)  # NumPy's numbers are no plural forms
     english = forms(one, many)[number != 1]
+    values = {"number": number, **values}
     if (name := language()) == "en":
-        return english.format(number=number, **values)
-    text = _catalogue(name).ngettext(*forms(one, many), number).format(number=number, **values)
+        return english.format(**values)
+    return _said(_catalogue(name).ngettext(*forms(one, many), number), english, values)
+
+
+def _said(translation: str, english: str, values: dict[str, object]) -> str:
+    """Both with their values, of which those that are messages have an English form, too."""
     english_values = {key: in_english(value) for key, value in values.items()}
-    return Said.of(text, english.format(number=number, **english_values))
+    return Said.of(translation.format(**values), english.format(**english_values))
 
 
 def counted_in_english(number: int, one: str, many: str = "", /) -> str:

@@ -240,9 +240,8 @@ def test_html_page_matches_json_and_fetches_nothing(base: Path, tmp_path: Path) 
     html_and_json = inspect(base, data, rows="1-2", html=second_page, json=True)
     assert json_lines(html_and_json)[:2] == [first, second]
     assert without_measurements(second_page.read_text(encoding="utf-8")) == without_measurements(text)
-    assert re.search(
-        r'</h1>\n<p class="verdict">needs [\d.]+ [GM]B of [\d.]+ [GM]B on cpu: fits; about ', text
-    )
+    verdict = r"needs [\d.]+ [GM]B of [\d.]+ [GM]B on cpu: fits; (about \d+|under 1)"
+    assert re.search(rf'</h1>\n<p class="verdict">{verdict}', text)
 
 
 KOREAN_ROWS = [
@@ -270,6 +269,7 @@ def test_a_terminal_breaks_no_line_within_a_word(
     lines = Text.from_ansi(done.out).plain.split("\n")
     assert [line for line in lines if cell_len(line) > width and "█" not in line] == []
     words = {word for line in whole.out.split("\n") for word in line.split()}
+    words |= {"under", "about"}  # the two runs may have measured times on either side of a second
     broken = [word for line in lines for word in line.split() if word not in words and "█" not in word]
     assert [word for word in broken if not re.search(r"\d", word) and str(tmp_path) not in word] == []
     assert max(map(cell_len, whole.out.split("\n"))) > width  # a file or a pipe gets whole lines

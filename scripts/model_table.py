@@ -50,7 +50,7 @@ ENGLISH = Wording(
 KOREAN = Wording(
     "docs/models.ko.md",
     "모델 종류 {all}개, {versions}: 포레스트로 {forest}개, 예제를 하나씩 {one by one}개, 거부 {refused}개.",
-    "| 모델 종류 | 계산 방식 | LoRA | 전문가 | DoRA | int8 | nf4 | fp8 | 병합 | vLLM 키 | 메모리 예측 |",
+    "| 모델 종류 | 계산 방식 | LoRA | 전문가 | DoRA | int8 | nf4 | fp8 | 병합 | vLLM 키 | 메모리 추정 |",
     {FOREST: "포레스트", ONE_BY_ONE: "하나씩", REFUSED: "거부"},
     "| 포레스트로 계산하지 않는 까닭 | 모델 종류 |",
 )

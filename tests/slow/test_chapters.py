@@ -80,8 +80,9 @@ def blocks_of(page: str) -> Iterator[Block]:
 
 def without_counts(text: str) -> str:
     text = re.sub(r"[\d,]+ tokens, [\d,]+ (of them )?trained.*", "N tokens, N trained", text)
-    text = re.sub(r"^step .*  validation loss .*", "an evaluation", text, flags=re.MULTILINE)
-    return re.sub(r"validation loss \d+\.\d+", "validation loss N", text)
+    text = re.sub(r"토큰 [\d,]+개, (그중 )?학습하는 토큰 [\d,]+개.*", "N tokens, N trained", text)
+    text = re.sub(r"^(step|스텝) .*  (validation loss|검증 손실) .*", "an evaluation", text, flags=re.MULTILINE)
+    return re.sub(r"(validation loss|검증 손실) \d+\.\d+", r"\1 N", text)
 
 
 def check_shown(shown: str, printed: str) -> None:
@@ -125,6 +126,7 @@ def test_a_chapter_prints_what_it_says(
     name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("YEONMA_LANG", "ko" if name.endswith(".ko") else "en")
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     printed: str | None = None
     url = ""

@@ -22,7 +22,7 @@ STUB = ROOT / "yeonma" / "__init__.pyi"
 HEAD = '''\
 """Written by scripts/python_stub.py from the settings (`make docs`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypeAlias
 
@@ -55,7 +55,8 @@ def load(
 
 '''
 DATA = ("data_path", "val_data_path")
-"""The settings that also take rows."""
+ROW = "row"
+"""The settings that also take rows, and the one that also takes a dict."""
 PATHS = re.compile(r".*_dir|.*_path|base_model|adapter|template|file|folder|html|output")
 """The settings that also take a `Path`."""
 
@@ -71,7 +72,7 @@ def _definition(name: str, call: PythonCall) -> Iterator[str]:
     form = call.form
     yield f"def {name}("
     for number, setting in enumerate(form.settings.values()):
-        if number == (form.positional is not None):
+        if number == len(form.positional):
             yield "    *,"
         default = "" if setting.required else f" = {_literal(setting.default)}"
         yield f"    {setting.name}: {_annotation(setting)}{default},"
@@ -88,8 +89,9 @@ def _definition(name: str, call: PythonCall) -> Iterator[str]:
 def _annotation(setting: Setting) -> str:
     if setting.name in DATA:
         return "Data | None" if setting.optional else "Data"
+    also = ["Mapping[str, Any]"] if setting.name == ROW else []
     parts = dict.fromkeys(_type_text(member, setting.name) for member in setting.members)
-    return " | ".join(parts)
+    return " | ".join([*also, *parts])
 
 
 def _type_text(member: Any, name: str) -> str:

@@ -1,7 +1,7 @@
 """Yeonma: fine-tunes a language model with LoRA on a table of examples and a text template.
 
 For notebooks: `run = yeonma.sft(base_model=..., data_path=..., output_dir="OUT")`, then
-`yeonma.load(run).generate({"document": "..."})`. Importing this imports neither torch nor transformers.
+`yeonma.generate(run, rows)`. Importing this imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_CALLS = ("compare", "dpo", "export", "inspect", "merge", "push", "sft", "verify")
+_CALLS = ("compare", "dpo", "export", "generate", "inspect", "merge", "push", "sft", "verify")
 _HOMES = {
     **dict.fromkeys(_CALLS, "yeonma.python_api.calls"),
     "Policy": "yeonma.policy",

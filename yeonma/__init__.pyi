@@ -1,13 +1,13 @@
 """Written by scripts/python_stub.py from the settings (`make docs`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 from yeonma.data.template import Template as Template
 from yeonma.errors import UserError as UserError
 from yeonma.policy import Policy as Policy
-from yeonma.python_api.results import (CompareResult, ExportResult, InspectResult, MergeResult, PushResult, RunResult, VerifyResult)
+from yeonma.python_api.results import (CompareResult, ExportResult, GenerateResult, InspectResult, MergeResult, PushResult, RunResult, VerifyResult)
 from yeonma.train.interrupt import Stopped as Stopped
 
 StrPath: TypeAlias = str | PathLike[str]
@@ -314,6 +314,71 @@ def export(
         trust_remote_code: Allow running Python code that comes with the model. When off, such a model is refused. (true or false; default False)
         dtype: Data type for comparing the merged model with the original, as for `yeonma merge`. (one of auto, float32, bfloat16, float16; default auto)
         device: Device for comparing them. auto: the GPU if there is one. (one of auto, cpu, cuda; default auto)
+        config: YAML file of settings. Keywords win over it.
+    """
+
+def generate(
+    adapter_dir: StrPath,
+    data_path: Data | None = None,
+    *,
+    base_model: StrPath | None = None,
+    template: StrPath | None = None,
+    data_set: str | None = None,
+    adapter_weights: bool = True,
+    trust_remote_code: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    quantization: Literal["auto", "none", "int8", "nf4", "fp8"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    data_split: str = "train",
+    data_revision: str | None = None,
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    row: Mapping[str, Any] | str | None = None,
+    prompt: str | None = None,
+    output: StrPath | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 42,
+    config: StrPath | None = None,
+) -> GenerateResult:
+    """Generate answers to rows, one row, or a prompt. Takes rows as `sft`: `yeonma.generate(run, rows)`.
+
+    `row` may also be a dict. Returns the answers; with `output` they are written to a file, too, as they come. Each
+    call loads the model; to ask it several times, see `yeonma.load`. Raises UserError before the model is loaded.
+
+    Settings:
+        adapter_dir: Output folder of a run, or one of its checkpoints. It records the base model, template and tokenizer. (required)
+        data_path: Rows to answer, in any format that training accepts.
+        base_model: Name or folder of the base model, if it has moved since training.
+        template: Template for an adapter that another tool made: a built-in template's name, a file, or the text itself. `chat` is the model's own chat template.
+        data_set: Ask with the template of this data set, if the adapter was trained on several. By default, the first one's.
+        adapter_weights: Apply the adapter. When off, the base model answers the same prompts without it. (true or false; default True)
+        trust_remote_code: Allow running Python code that comes with the model. When off, such a model is refused. (true or false; default False)
+        dtype: Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU. (one of auto, float32, bfloat16, float16; default auto)
+        quantization: Quantisation of the frozen weights, as for training. auto: as in training. (one of auto, none, int8, nf4, fp8; default auto)
+        device: Device to run on. auto: the GPU if there is one. (one of auto, cpu, cuda; default auto)
+        data_split: Split to read from a hub data set, or from a `save_to_disk` folder with several splits. (default train)
+        data_revision: Branch, tag or commit of a hub data set.
+        encoding: Character encoding of text files. It is never guessed. (default utf-8)
+        delimiter: The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header.
+        columns: Maps template fields to columns with other names: `{document: body}`. By default, as in training. (a mapping such as {a: b}, with a space after each colon)
+        limit: Answer at most this many rows, from the first on. (a whole number of at least 1)
+        row: One row to answer, as JSON: `{"document": "..."}`.
+        prompt: Text to continue as it is, without the template.
+        output: File for the answers, as JSON lines. By default, standard output.
+        batch_size: Prompts to answer at once. Affects memory and speed, not the answers. (a whole number of at least 1; default 32)
+        max_new_tokens: Maximum number of tokens to generate. Prompts are shortened to leave room for them. (a whole number of at least 1; default 128)
+        temperature: 0 always takes the most likely token (greedy decoding). Higher values sample more freely. (a number of at least 0; default 0.0)
+        top_p: Sample only from the most likely tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751). (a number above 0 and at most 1; default 1.0)
+        top_k: Sample only from the k most likely tokens. 0 turns this off. (a whole number of at least 0; default 0)
+        repetition_penalty: Values above 1 make tokens that already occurred less likely (Keskar et al. 2019, arXiv:1909.05858). (a number above 0; default 1.0)
+        seed: Random seed for sampling. The same prompt and seed give the same answer. (a whole number of at least 0 and at most 4294967295; default 42)
         config: YAML file of settings. Keywords win over it.
     """
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TextIO
+from typing import Any, TextIO
 
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder
 from yeonma.commands.first_checks import check_prompt_source, row_of
@@ -29,8 +29,52 @@ MAX_NUMBERS = 10
 Write = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row's number and what the model answered. Of a prompt without a template, the number is 1."""
+
+    number: int
+    answer: AnswerParts
+    reference: str | None
+    """The row's own answer, if it has one."""
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """As `--output` has them; without reasoning and reference where there are none."""
+        entries: dict[str, Any] = {"row": self.number, "answer": self.answer.content}
+        entries |= {} if self.answer.reasoning is None else {"reasoning_content": self.answer.reasoning}
+        return entries | ({} if self.reference is None else {"reference": self.reference})
+
+
 def run(config: GenerateConfig) -> int:
-    """Answer what the settings name. All rows are checked before the model is loaded. Raises UserError."""
+    """Answer what the settings name. Raises UserError."""
+    is_text = config.generate.data_path is None and config.generate.output is None
+    shows_answers = config.generate.output is None and sys.stdout.isatty()
+    answers = open_answers(config, log_line, shows_answers=shows_answers)
+    with _writer(config.generate.output) as write:
+        for answered in answers:
+            write(answered.answer.content + "\n" if is_text else json_text(answered.entries) + "\n")
+    return 0
+
+
+def generate(config: GenerateConfig, log: Log) -> list[AnsweredRow]:
+    """The answers to what the settings name, which also go to `output` as they come. Raises UserError."""
+    answers, output = open_answers(config, log), config.generate.output
+    if output is None:
+        return list(answers)
+    rows = []
+    with _writer(output) as write:
+        for answered in answers:
+            write(json_text(answered.entries) + "\n")
+            rows.append(answered)
+    return rows
+
+
+def open_answers(config: GenerateConfig, log: Log, *, shows_answers: bool = False) -> Iterator[AnsweredRow]:
+    """Checks all rows and loads the model; then the answers come chunk by chunk, in the order of the rows.
+
+    `shows_answers`: they appear on the terminal, which then gets no bar. Raises UserError before the model is loaded.
+    """
     adapter, source, answer = config.adapter, config.generate, config.answer
     check_prompt_source(source)
     builder = open_prompt_builder(
@@ -40,9 +84,8 @@ def run(config: GenerateConfig) -> int:
         data_set=adapter.data_set,
         template=adapter.template,
     )
-
     if builder.remark:
-        log_line(builder.remark)
+        log(builder.remark)
 
     def load() -> Policy:
         return load_policy(
@@ -51,7 +94,7 @@ def run(config: GenerateConfig) -> int:
             dtype=adapter.dtype,
             quantization=adapter.quantization,
             adapter_weights=adapter.adapter_weights,
-            log=log_line,
+            log=log,
         )
 
     if source.data_path is not None:
@@ -63,24 +106,21 @@ def run(config: GenerateConfig) -> int:
             delimiter=source.delimiter,
         )
         for note in rows.notes:
-            log_line(note)
-        count = _check_rows(builder, rows, source, answer, log_line)
-        policy = load()
-        with _writer(source.output) as write, _progress(count, source.output) as answered:
-            _answer_rows(policy, builder, rows, source, answer, write, answered)
-    elif source.row is not None:
+            log(note)
+        count = _check_rows(builder, rows, source, answer, log)
+        return _answers_to_rows(load(), builder, rows, source, answer, _progress(count, shows_answers, log))
+    if source.row is not None:
         row = Row(1, row_of(source.row), "--row")
         (prompt,) = builder.prompts([row], source.columns, max_new_tokens=answer.max_new_tokens)
         if prompt.shortened:
-            log_line(tr("the row was shortened to fit {limit}", limit=builder.limit))
-        _answer_one(load(), prompt, answer, source.output, builder.reference(row, source.columns))
-    else:
-        text = source.prompt or ""
-        builder.text_prompt(text, "--prompt", answer.max_new_tokens)
-        policy = load()
-        prompt = policy.text_prompt(text, answer.max_new_tokens, "--prompt")
-        _answer_one(policy, prompt, answer, source.output, None)
-    return 0
+            log(tr("the row was shortened to fit {limit}", limit=builder.limit))
+        return _answer_to_prompt(load(), prompt, answer, builder.reference(row, source.columns))
+    text = source.prompt or ""
+    builder.text_prompt(text, "--prompt", answer.max_new_tokens)
+    policy = load()
+    return _answer_to_prompt(
+        policy, policy.text_prompt(text, answer.max_new_tokens, "--prompt"), answer, None
+    )
 
 
 def _check_rows(
@@ -123,37 +163,29 @@ def _check_rows(
     return count
 
 
-def _answer_rows(
+def _answers_to_rows(
     policy: Policy,
     builder: PromptBuilder,
     rows: Rows,
     source: GenerateSettings,
     settings: AnswerSettings,
-    write: Write,
-    answered: Callable[[], None],
-) -> None:
-    for chunk in _chunks(rows, source.limit, source.batch_size):
-        prompts = builder.prompts(chunk, source.columns, max_new_tokens=settings.max_new_tokens)
-        answers = policy.answers(
-            prompts, settings, batch_size=source.batch_size, on_answer=lambda _: answered()
-        )
-        for row, answer in zip(chunk, answers, strict=True):
-            write(_line(row.number, answer, builder.reference(row, source.columns)))
+    progress: AbstractContextManager[Callable[[], None]],
+) -> Iterator[AnsweredRow]:
+    with progress as answered:
+        for chunk in _chunks(rows, source.limit, source.batch_size):
+            prompts = builder.prompts(chunk, source.columns, max_new_tokens=settings.max_new_tokens)
+            answers = policy.answers(
+                prompts, settings, batch_size=source.batch_size, on_answer=lambda _: answered()
+            )
+            for row, answer in zip(chunk, answers, strict=True):
+                yield AnsweredRow(row.number, answer, builder.reference(row, source.columns))
 
 
-def _answer_one(
-    policy: Policy, prompt: Prompt, settings: AnswerSettings, output: str | None, reference: str | None
-) -> None:
+def _answer_to_prompt(
+    policy: Policy, prompt: Prompt, settings: AnswerSettings, reference: str | None
+) -> Iterator[AnsweredRow]:
     (answer,) = policy.answers([prompt], settings)
-    with _writer(output) as write:
-        write(answer.content + "\n" if output is None else _line(1, answer, reference))
-
-
-def _line(row: int, answer: AnswerParts, reference: str | None) -> str:
-    line: dict[str, object] = {"row": row, "answer": answer.content}
-    line |= {} if answer.reasoning is None else {"reasoning_content": answer.reasoning}
-    line |= {} if reference is None else {"reference": reference}
-    return json_text(line) + "\n"
+    yield AnsweredRow(1, answer, reference)
 
 
 def _chunks(rows: Rows, limit: int | None, batch_size: int) -> Iterator[list[Row]]:
@@ -181,9 +213,9 @@ def _writer(output: str | None) -> Iterator[Write]:
 
 
 @contextmanager
-def _progress(count: int, output: str | None) -> Iterator[Callable[[], None]]:
-    """On standard error: a bar on a terminal that does not show the answers, else a line every tenth of the rows."""
-    if sys.stderr.isatty() and (output is not None or not sys.stdout.isatty()):
+def _progress(count: int, shows_answers: bool, log: Log) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal that does not show the answers; without a terminal, a line every tenth of the rows."""
+    if sys.stderr.isatty() and not shows_answers:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -197,7 +229,7 @@ def _progress(count: int, output: str | None) -> Iterator[Callable[[], None]]:
     def answered() -> None:
         done.rows += 1
         if not sys.stderr.isatty() and done.rows * 10 // count > (done.rows - 1) * 10 // count:
-            log_line(tr("answered {rows} of {count}", rows=done.rows, count=counted(count, "row")))
+            log(tr("answered {rows} of {count}", rows=done.rows, count=counted(count, "row")))
 
     yield answered
 

@@ -9,6 +9,7 @@ from yeonma.config.conversion import (
     TRAININGS,
     Conversion,
     columns_to_map,
+    take_best,
     take_dtype,
     take_optimizer,
     take_schedule,
@@ -57,16 +58,26 @@ MESSAGES = {
     "field_system": "system",
 }
 """Key of a data set -> field of ours that is a column there."""
+PROMPT_COLUMNS = {
+    "dpo": {"default": "prompt", "icr": "input", "intel": "question", "prompt_pairs": "prompt"},
+    "kto": {"argilla": "instruction", "intel": "question", "prompt_pairs": "prompt", "ultra": "prompt"},
+}
+"""Of preference rows, for types such as `llama3.intel`: the column with the text of the prompt. Rows of other types are
+dialogues."""
+FASTER = frozenset({"cut_cross_entropy", "kernels", "liger"})
+"""Plugins that change no result."""
 USUAL_COLUMNS = ("messages", "conversations")
 
 
 def is_axolotl(given: Mapping[str, Any]) -> bool:
-    return "base_model" in given and bool({"datasets", "sequence_len", "micro_batch_size"} & set(given))
+    own = {"datasets", "pretraining_dataset", "sequence_len", "micro_batch_size"}
+    return "base_model" in given and bool(own & set(given))
 
 
 def convert(run: Conversion, processes: int) -> None:
     """Fills in the conversion. Raises UserError for a training or an adapter that is none of ours."""
     _take_method(run)
+    _take_plugins(run)
     processes = run.take("ray_num_workers", processes)
     batch = run.take("micro_batch_size", 1), run.take("gradient_accumulation_steps", 1)
     run.take("batch_size")
@@ -85,7 +96,7 @@ def convert(run: Conversion, processes: int) -> None:
     take_schedule(run, "lr_scheduler")
     take_warmup(run)
     if "warmup_steps" not in run.given and "warmup_ratio" not in run.given:
-        run.put("warmup_ratio", 0.03, tr("the default of {tool}", tool=TOOL))
+        run.put("warmup_ratio", 0.03, tr("the default of {tool}, which takes at most 100 steps", tool=TOOL))
     take_dtype(run)
     checkpointing = run.take("gradient_checkpointing")
     if checkpointing:
@@ -103,6 +114,11 @@ def convert(run: Conversion, processes: int) -> None:
         )
         run.used.discard("sequence_len")
     _take_intervals(run)
+    take_best(
+        run,
+        has_validation=bool(run.given.get("val_set_size") or run.given.get("test_datasets")),
+        stops_early=bool(run.given.get("early_stopping_patience")),
+    )
     if any(run.take(key) for key in ("wandb_project", "use_wandb")):
         run.put("report_to", "wandb")
     for key in ("wandb_entity", "wandb_project", "wandb_mode"):
@@ -117,8 +133,9 @@ def _take_method(run: Conversion) -> None:
             raise run.refuse("rl", tr("{rl} is not among the trainings here", rl=rl), TRAININGS)
         run.verb = "dpo"
         run.put("loss", LOSSES[rl])
-        if "rl_beta" in run.given:
-            run.put("beta", run.take("rl_beta"))
+        for key in ("orpo_alpha", "rl_beta"):  # the second wins
+            if key in run.given:
+                run.put("beta", run.take(key))
     if run.given.get("reward_model") or run.given.get("process_reward_model"):
         raise run.refuse("reward_model", tr("reward models are not trained here"), TRAININGS)
     adapter = run.take("adapter")
@@ -145,6 +162,16 @@ def _take_method(run: Conversion) -> None:
         )
 
 
+def _take_plugins(run: Conversion) -> None:
+    plugins = run.given.get("plugins") or []
+    names = {str(plugin).removeprefix("axolotl.integrations.").split(".")[0] for plugin in plugins}
+    if "diffusion" in names or "diffusion" in run.given:
+        key = "diffusion" if "diffusion" in run.given else "plugins"
+        raise run.refuse(key, tr("diffusion models are not trained here"), TRAININGS)
+    if names <= FASTER:
+        run.no_use("plugins", tr("chosen when the model is loaded"))
+
+
 def _take_intervals(run: Conversion) -> None:
     for key in ("evals_per_epoch", "saves_per_epoch"):
         if run.given.get(key) == 1:
@@ -160,17 +187,19 @@ def _take_intervals(run: Conversion) -> None:
 
 
 def _take_data(run: Conversion) -> None:
-    entries = run.take("datasets")
-    if entries is None:
-        return
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and entry.get("path") for entry in entries
-    ):
-        raise run.refuse(
-            "datasets", tr("not a list of data sets with a path each"), tr("see Axolotl's own examples")
-        )
-    sets = [_entry(run, entry) for entry in entries]
-    run.put_data(sets)
+    entries: list[dict[str, Any]] = []
+    for key in ("datasets", "pretraining_dataset"):
+        given = run.take(key, [])
+        if key == "pretraining_dataset" and isinstance(given, str):
+            given = [{"path": given}]
+        if not isinstance(given, list) or not all(isinstance(one, dict) and one.get("path") for one in given):
+            raise run.refuse(
+                key, tr("not a list of data sets with a path each"), tr("see Axolotl's own examples")
+            )
+        entries += [_entry(run, one, key) for one in given]
+    if entries:
+        run.put_data(entries)
+    _take_validation(run)
     if run.take("dataset_exact_deduplication") is True:
         run.remark("dataset_exact_deduplication", tr("equal rows are counted by yeonma inspect, and trained"))
     run.remark(
@@ -182,36 +211,69 @@ def _take_data(run: Conversion) -> None:
     )
 
 
-def _entry(run: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
-    """One of `datasets` as an entry of data_path."""
+def _take_validation(run: Conversion) -> None:
+    """`test_datasets`, if it has one set of the form of the training rows."""
+    given = run.given.get("test_datasets")
+    path = given[0].get("path") if isinstance(given, list) and len(given) == 1 else None
+    trained = run.given.get("datasets")
+    kinds = [one.get("type") for one in trained] if isinstance(trained, list) else []
+    if not path or kinds != [given[0].get("type")] or given[0].get("name"):
+        run.remark("test_datasets", tr("write val_data_path, or val_path in an entry of data_path"))
+        return
+    run.take("test_datasets")
+    run.put("val_data_path", path)
+    if given[0].get("split") not in (None, "train"):
+        run.put("val_split", given[0]["split"])
+
+
+def _entry(run: Conversion, given: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """One of the data sets of a key as an entry of data_path."""
     entry: dict[str, Any] = {
         "path": f"{given['path']}:{given['name']}" if given.get("name") else given["path"]
     }
-    for key in ("split", "revision"):
-        if given.get(key) not in (None, "train", "main"):
-            entry[key] = given[key]
-    kind = given.get("type")
-    word = kind.split(".")[0] if isinstance(kind, str) else kind
-    columns: dict[str, str] = {
-        ours: given[theirs] for theirs, ours in MESSAGES.items() if isinstance(given.get(theirs), str)
-    }
-    if word == "alpaca":
-        entry["template"] = "alpaca"
-    elif word == "completion":
-        entry["template"] = "text"
-        columns["text"] = given.get("field") or "text"
-    elif word in ("chat_template", "sharegpt", "chatml", "llama3"):
-        entry["template"] = "chat"
-    else:
-        run.remark("datasets", tr("{path}: write a template file for its type", path=given["path"]))
-    if columns.get("messages") in USUAL_COLUMNS:
-        del columns["messages"]
+    for part in ("split", "revision"):
+        if given.get(part) not in (None, "train", "main"):
+            entry[part] = given[part]
+    template, columns = _template_of(run, given, key)
+    entry |= {"template": template} if template else {}
+    if not template:
+        run.remark(key, tr("{path}: write a template file for its type", path=given["path"]))
     entry |= columns_to_map(columns)
-    usual = {"roles", "message_property_mappings", "field", *PARTS, *MESSAGES}
-    others = sorted(key for key, value in given.items() if key not in usual and value is not None)
+    usual = {"roles", "message_property_mappings", "field", "text_column", *PARTS, *MESSAGES}
+    others = sorted(part for part, value in given.items() if part not in usual and value is not None)
     if others:
         run.remark(
-            "datasets",
+            key,
             tr("{path}: no counterpart for {keys}", path=given["path"], keys=", ".join(map(str, others))),
         )
     return entry
+
+
+def _template_of(run: Conversion, given: Mapping[str, Any], key: str) -> tuple[str, dict[str, str]]:
+    """The template for the type of a data set, empty for a type without one here; and field -> column."""
+    kind = given.get("type")
+    word, _, strategy = kind.partition(".") if isinstance(kind, str) else ("", "", "")
+    columns: dict[str, str] = {
+        ours: given[theirs] for theirs, ours in MESSAGES.items() if isinstance(given.get(theirs), str)
+    }
+    if word == "completion" or key == "pretraining_dataset":
+        return "text", columns | {"text": given.get("text_column") or given.get("field") or "text"}
+    if word == "alpaca":
+        return "alpaca", columns
+    if word not in ("chat_template", "sharegpt", "chatml", "llama3"):
+        return "", columns
+    if run.verb == "dpo" and word in ("chatml", "llama3"):
+        is_kto = run.settings["loss"] == "kto"
+        prompt = PROMPT_COLUMNS["kto" if is_kto else "dpo"].get(strategy or "default")
+        if prompt is not None:
+            turns = f"[user]\n{{{prompt}}}\n[assistant]\n{{{'completion' if is_kto else 'answer'}}}\n"
+            return f"[system]\n{{system}}\n{turns}---\n{turns}", columns
+        if is_kto:
+            return (
+                ("chat", columns | {"messages": "completion"})
+                if strategy == "argilla_chat"
+                else ("", columns)
+            )
+    if columns.get("messages") in USUAL_COLUMNS:
+        del columns["messages"]
+    return "chat", columns

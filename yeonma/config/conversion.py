@@ -113,6 +113,7 @@ class Conversion:
         """
         own = own_settings(self.verb)
         self.no_use("resume_from_checkpoint", SAME_COMMAND)
+        self.no_use("torch_compile", tr("chosen when the model is loaded"))
         for key in self.given:
             ours = key if key in same else RENAMED.get(key)
             if key in self.used:
@@ -227,6 +228,13 @@ def take_dtype(run: Conversion) -> None:
         if run.take(key) is True:
             run.put("dtype", dtype)
     run.no_use("tf32", tr("float32 is computed in float32"))
+
+
+def take_best(run: Conversion, *, has_validation: bool, stops_early: bool = False) -> None:
+    """Which weights are left at the end. Both tools keep the last ones unless the file asks for the best."""
+    best = run.take("load_best_model_at_end") is True or stops_early
+    if has_validation and not best:
+        run.put("keep_best", False, tr("the last weights, as in {tool}", tool=run.tool))
 
 
 def with_packing(run: Conversion, keys: Sequence[str], tokens: int) -> None:

@@ -27,6 +27,7 @@ RENAMED: Mapping[str, str] = {
     "desirable_weight": "kto_desirable_weight",
     "dpo_beta": "beta",
     "dpo_label_smoothing": "label_smoothing",
+    "early_stopping_steps": "early_stopping_patience",
     "epochs": "num_epochs",
     "eval_dataset": "val_data_path",
     "eval_file": "val_data_path",
@@ -109,14 +110,17 @@ IN_OTHER_WORDS: Mapping[str, str] = {
 """Names whose meaning is that of another setting with another value, and how to say it here."""
 
 _PACKED = tr("examples share passes without padding and without seeing each other")
+_RECOMPUTED = tr("activations are recomputed, not moved to the CPU or the disk")
 _CHOSEN = tr("chosen when the model is loaded")
 _READ = tr("rows are read as a stream and tokenised once")
 SAME_COMMAND = tr("the same command continues a run; overwrite: true begins anew")
 NOT_NEEDED: Mapping[str, str] = {
+    "activation_offloading": _RECOMPUTED,
     "attn_implementation": _CHOSEN,
     "auto_resume_from_checkpoints": SAME_COMMAND,
     "batch_flattening": _PACKED,
     "buffer_size": _READ,
+    "cut_cross_entropy": _CHOSEN,
     "dataloader_num_workers": _READ,
     "dataloader_pin_memory": _READ,
     "dataloader_prefetch_factor": _READ,
@@ -132,11 +136,18 @@ NOT_NEEDED: Mapping[str, str] = {
     "eval_sample_packing": _PACKED,
     "flash_attention": _CHOSEN,
     "flash_attn": _CHOSEN,
+    "flex_attn_compile_kwargs": _CHOSEN,
     "gradient_checkpointing_kwargs": tr("recomputing has one form"),
     "group_by_modality_length": _PACKED,
     "ignore_pad_token_for_loss": tr("there is no padding"),
     "include_num_input_tokens_seen": tr("metrics.jsonl counts tokens"),
     "include_tokens_per_second": tr("metrics.jsonl counts tokens"),
+    "liger_cross_entropy": _CHOSEN,
+    "liger_fused_linear_cross_entropy": _CHOSEN,
+    "liger_glu_activation": _CHOSEN,
+    "liger_layer_norm": _CHOSEN,
+    "liger_rms_norm": _CHOSEN,
+    "liger_rope": _CHOSEN,
     "lora_embedding_kernel": _CHOSEN,
     "lora_mlp_kernel": _CHOSEN,
     "lora_o_kernel": _CHOSEN,
@@ -176,16 +187,22 @@ NOT_NEEDED: Mapping[str, str] = {
 }
 """Names that need no setting here, and why. The result of a run does not depend on them."""
 
+_TRAINED_WHOLE = tr("the products of trained weights have no 8 bits; frozen weights have: quantization: fp8")
 WITHOUT_COUNTERPART: Mapping[str, str] = {
+    "cosine_constant_lr_ratio": tr("the learning rate follows its schedule to the end"),
     "cosine_min_lr_ratio": tr(
         "write lr_scheduler: cosine_with_min_lr and lr_scheduler_kwargs: {{min_lr_rate: ...}}"
     ),
     "curriculum_sampling": tr("rows are drawn in random order, by the seed"),
+    "fp8": _TRAINED_WHOLE,
+    "fp8_enable_fsdp_float8_all_gather": _TRAINED_WHOLE,
+    "llmcompressor": tr("trained weights are not kept at zero; with train: lora the base stays as it is"),
     "loss_watchdog_patience": tr("a run stops at a loss that is not a number, not at a high one"),
     "loss_watchdog_threshold": tr("a run stops at a loss that is not a number, not at a high one"),
     "moe_aux_loss_coef": tr("routers are frozen and have no loss of their own"),
     "neftune_noise_alpha": tr("no noise is added to embeddings"),
     "pissa_init": tr("adapters begin at zero, as PEFT's default"),
+    "qat": tr("weights are not rounded while they are trained"),
     "rope_scaling": tr("put it into the config.json of the base model"),
     "sample_packing_sequentially": tr("rows are drawn in random order, by the seed"),
     "shuffle_merged_datasets": tr("rows are drawn in random order, by the seed"),

@@ -13,6 +13,7 @@ from yeonma.config.conversion import (
     Conversion,
     Remark,
     columns_to_map,
+    take_best,
     take_dtype,
     take_optimizer,
     take_schedule,
@@ -117,6 +118,16 @@ def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
         run.different.append(Remark("packing", tr("not given"), why))
     _take_trackers(run)
     _take_intervals(run)
+    take_best(run, has_validation=bool(run.given.get("val_size") or run.given.get("eval_dataset")))
+    run.remark(
+        "cutoff_len",
+        tr(
+            "longer rows lose text of prompt and answer there; here a prompt field is shortened, never the answer"
+        ),
+    )
+    run.used.discard("cutoff_len")
+    if run.take("use_dft_loss") is True:
+        run.put("token_loss", "dft")
     run.finish(SAME, DEFAULTS)
 
 

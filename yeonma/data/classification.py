@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from yeonma.messages import later, tr
+
 MOST_LABELS = 30
 ROWS_PER_LABEL = 5
 """Rows that there must be for each label, on average."""
 LONGEST_LABEL = 100
 """Characters."""
-NO_LABEL = "(no label)"
-"""The name of texts that are no label, in a confusion table."""
+NO_LABEL = later("(no label)")
+"""The name of texts that are no label, in a confusion."""
 IMBALANCED = 10
 """From this ratio of the most to the least frequent label on, a warning says so."""
 
@@ -111,6 +113,11 @@ def confusion_table(
     columns = [*labels, *([NO_LABEL] if any(NO_LABEL in row for row in confusion.values()) else [])]
     rows = [*labels, *([NO_LABEL] if NO_LABEL in confusion else [])]
     return columns, [(own, [confusion.get(own, {}).get(name, 0) for name in columns]) for own in rows]
+
+
+def label_name(label: str) -> str:
+    """A label of a confusion as people read it: the label itself, or in their language that it is none."""
+    return tr(NO_LABEL) if label == NO_LABEL else label
 
 
 def labels_of(confusion: Confusion) -> list[str]:

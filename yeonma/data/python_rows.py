@@ -34,6 +34,8 @@ from yeonma.messages import tr
 
 SETTINGS = ("data_path", "val_data_path")
 """The settings that take rows."""
+ROW = "row"
+"""The setting that takes one row, as JSON on the command line and also as a dict here."""
 FOLDER_VARIABLE = "YEONMA_GIVEN_ROWS"
 """The environment variable with the folder of the files, for the processes that a call starts."""
 ROWS_A_PIECE = 1000
@@ -50,11 +52,14 @@ class NotData(Exception):
 
 @contextmanager
 def given(keywords: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The keywords of a call, with a label in place of rows. `given_set` opens it within the block.
+    """The keywords of a call, with a label in place of rows, and one row as JSON. `given_set` opens a label within the
+    block.
 
     A list of paths, of entries (`{"path": ..., "weight": 2}`) and of rows in other forms than a list is a mixture of
     data sets. Raises UserError for what is neither a path nor rows, and for rows that are no data.
     """
+    if isinstance(row := keywords.get(ROW), Mapping):
+        keywords = {**keywords, ROW: json.dumps(_row(row, ROW))}
     settings = [name for name in SETTINGS if not isinstance(keywords.get(name), _PATHS)]
     if not settings:
         yield dict(keywords)

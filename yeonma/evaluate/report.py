@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
+from rich.box import SIMPLE, SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from yeonma import __version__
 from yeonma.config.settings import AnswerSettings, CompareSettings
-from yeonma.data.classification import as_confusion, confusion_matrix, label_counts
+from yeonma.data.classification import (
+    NO_LABEL,
+    Confusion,
+    as_confusion,
+    confusion_matrix,
+    confusion_table,
+    f1_of,
+    label_counts,
+    label_name,
+)
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.evaluate.answers import CandidateInputs
@@ -298,6 +309,11 @@ SHOWN_ROWS = 2
 """Rows whose answers the terminal shows."""
 SHOWN_CHARACTERS = 200
 """Of each of these texts."""
+SHOWN_LABELS = 12
+"""The most labels of which the terminal shows confusion tables."""
+LABEL_CELLS = 24
+LEAST_LABEL_CELLS = 8
+"""The widths of a label on the terminal, in cells; a Hangul syllable takes two."""
 
 
 def print_report(console: Console, report: ComparisonReport) -> None:
@@ -306,6 +322,9 @@ def print_report(console: Console, report: ComparisonReport) -> None:
         console.print(Text(one_line(sentence), "bold"), soft_wrap=True)
     _print_rows(console, report)
     _print_table(console, report)
+    _print_confusions(console, report)
+    for note in report["notes"]:
+        console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 
 
 def _print_rows(console: Console, report: ComparisonReport) -> None:
@@ -347,8 +366,64 @@ def _print_table(console: Console, report: ComparisonReport) -> None:
             cells.append(f"{sign}{format_number(difference)}{gap}{format_p(p)}".strip())
         table.add_row(*map(Text, cells))
     console.print(table)
-    for note in report["notes"]:
-        console.print(Text(one_line(f"- {note}")), soft_wrap=True)
+
+
+def _print_confusions(console: Console, report: ComparisonReport) -> None:
+    """Print a confusion table for each model, if the reference answers are labels. Tables for which the terminal has no
+    room are left to the page."""
+    if report["labels"] is None:
+        return
+    labels = list(report["labels"]["counts"])
+    tables = [
+        _confusion_on_terminal(confusion, labels, console) for confusion in report["labels"]["confusions"]
+    ]
+    if len(labels) > SHOWN_LABELS or None in tables:
+        sentence = tr("The confusion tables of the {labels} labels are in report.html.", labels=len(labels))
+        console.print(Text(f"{sentence}\n"), soft_wrap=True)
+        return
+    for model, table in zip(report["models"], tables, strict=True):
+        caption = tr("{model}: rows of a label, by the label that was answered", model=model["name"])
+        console.print(Text(one_line(caption)), soft_wrap=True)
+        console.print(table)
+
+
+def _confusion_on_terminal(confusion: Confusion, labels: Sequence[str], console: Console) -> Table | None:
+    """The table with names above its columns, or with numbers where names are too wide, and then with names cut short;
+    None if there is no room for that."""
+    cells, table = LABEL_CELLS, None
+    for by_number in (False, True):
+        table = _confusion_of(confusion, labels, by_number, cells)
+        excess = (
+            Measurement.get(console, console.options.update(max_width=10_000), table).maximum - console.width
+        )
+        if excess <= 0:
+            return table
+    longest = max(cell_len(one_line(label_name(own))) for own, _ in confusion_table(confusion, labels)[1])
+    cells = min(longest, cells) - excess
+    return _confusion_of(confusion, labels, by_number, cells) if cells >= LEAST_LABEL_CELLS else None
+
+
+def _confusion_of(confusion: Confusion, labels: Sequence[str], by_number: bool, cells: int) -> Table:
+    """A row for each label, with names of at most so many cells. The columns have names, or numbers that stand before
+    the names of the rows."""
+    columns, rows = confusion_table(confusion, labels)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0) if by_number else (0, 1))
+    if by_number:
+        table.add_column("", justify="right", no_wrap=True)
+    table.add_column(Text(tr("label")), no_wrap=True)
+    for number, column in enumerate(columns, 1):
+        head = one_line(label_name(column))
+        if by_number:
+            head = tr("none") if column == NO_LABEL else str(number)
+        table.add_column(Text(head), justify="right", no_wrap=True)
+    table.add_column("F1", justify="right", no_wrap=True)
+    for number, (own, counts) in enumerate(rows, 1):
+        name = Text(one_line(label_name(own)))
+        name.truncate(cells, overflow="ellipsis")
+        number_cells = ["" if own == NO_LABEL else str(number)] if by_number else []
+        numbers = [*(f"{count:,}" for count in counts), format_number(f1_of(confusion, own))]
+        table.add_row(*map(Text, number_cells), name, *map(Text, numbers))
+    return table
 
 
 def explain_numbers(report: ComparisonReport) -> list[str]:

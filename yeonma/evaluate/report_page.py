@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from yeonma import svg
-from yeonma.data.classification import confusion_table, f1_of
+from yeonma.data.classification import confusion_table, f1_of, label_name
 from yeonma.evaluate.report import (
     ARROWS,
     ComparisonReport,
@@ -183,14 +183,15 @@ def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[st
         key = f'<i class="key" style="background:{_model_colour(model)}"></i>'
         caption = tr("{model}: rows of a label, by the label that was answered", model=names[model])
         yield f"<caption>{key}{html(caption)}</caption>"
-        heads = "".join(f'<th scope="col">{html(column)}</th>' for column in columns)
+        heads = "".join(f'<th scope="col">{html(label_name(column))}</th>' for column in columns)
         yield f'<thead><tr><th scope="col">{html(tr("label"))}</th>{heads}<th scope="col">F1</th></tr></thead><tbody>'
         for own, counts in rows:
             cells = "".join(
                 f'<td class="{"right" if column == own else ""}">{count:,}</td>'
                 for column, count in zip(columns, counts, strict=True)
             )
-            yield f'<tr><th scope="row">{html(own)}</th>{cells}<td>{format_number(f1_of(confusion, own))}</td></tr>'
+            name, score = html(label_name(own)), format_number(f1_of(confusion, own))
+            yield f'<tr><th scope="row">{name}</th>{cells}<td>{score}</td></tr>'
         yield "</tbody></table></div>"
 
 

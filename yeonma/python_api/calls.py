@@ -18,6 +18,7 @@ from yeonma.config.parse import ParsedConfig, config_from_keywords
 from yeonma.config.settings import (
     CompareConfig,
     ExportSettings,
+    GenerateConfig,
     InspectConfig,
     MergeSettings,
     PushSettings,
@@ -34,6 +35,7 @@ from yeonma.python_api.keyword_form import in_keyword_form
 from yeonma.python_api.results import (
     CompareResult,
     ExportResult,
+    GenerateResult,
     InspectResult,
     MergeResult,
     PushResult,
@@ -68,7 +70,7 @@ CALLS: dict[str, PythonCall] = {}
 
 
 def _call_of(
-    positional: str | None = None, omitted: tuple[str, ...] = ()
+    *positional: str, omitted: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
     """Makes a function of a config a function of keywords, with the signature and docstring of all settings."""
 
@@ -112,7 +114,7 @@ def _call_of(
 def _keywords(
     form: CallForm, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments by name. Raises UserError for more than one without a name, and for those that only print."""
+    """All arguments by name. Raises UserError for too many without a name, and for those that only print."""
     problems = [
         Problem(
             tr("a setting of the command line, which changes only what is printed"),
@@ -122,14 +124,16 @@ def _keywords(
         for setting in form.omitted
         if setting in keywords
     ]
-    if len(arguments) > (form.positional is not None):
+    named = dict(zip(form.positional, arguments, strict=False))
+    if len(arguments) > len(form.positional):
         cure = tr('write yeonma.{name}(setting="value", ...)', name=name)
         problems.append(Problem(tr("settings are given by name"), f"yeonma.{name}", cure))
-    elif arguments and form.positional in keywords:
-        problems.append(Problem(tr("given twice"), str(form.positional), tr("give it once")))
+    problems += [
+        Problem(tr("given twice"), setting, tr("give it once")) for setting in named if setting in keywords
+    ]
     if problems:
         raise UserError(problems)
-    return {**({str(form.positional): arguments[0]} if arguments else {}), **keywords}
+    return {**named, **keywords}
 
 
 # ---------------------------------------------------------------------------- training
@@ -179,6 +183,18 @@ def inspect(config: InspectConfig) -> InspectResult:
     return InspectResult(replace(inspection, views=tuple(inspection.views)), config.inspect)
 
 
+@_call_of("adapter_dir", "data_path")
+def generate(config: GenerateConfig) -> GenerateResult:
+    """Generate answers to rows, one row, or a prompt. Takes rows as `sft`: `yeonma.generate(run, rows)`.
+
+    `row` may also be a dict. Returns the answers; with `output` they are written to a file, too, as they come. Each
+    call loads the model; to ask it several times, see `yeonma.load`. Raises UserError before the model is loaded.
+    """
+    from yeonma.commands.generate import generate as generate_answers
+
+    return GenerateResult(tuple(answered.entries for answered in generate_answers(config, log_line)))
+
+
 @_call_of()
 def compare(config: CompareConfig) -> CompareResult:
     """Compare models on the same rows and write a report. Takes data as `sft`.
@@ -202,7 +218,7 @@ def compare(config: CompareConfig) -> CompareResult:
 # ---------------------------------------------------------------------------- folders
 
 
-@_call_of(positional="adapter_dir", omitted=("json",))
+@_call_of("adapter_dir", omitted=("json",))
 def verify(config: VerifySettings) -> VerifyResult:
     """Check the folder of a run for damage and mismatches. Takes data as `sft`.
 
@@ -214,7 +230,7 @@ def verify(config: VerifySettings) -> VerifyResult:
     return VerifyResult(verify_folder(config, log_line))
 
 
-@_call_of(positional="adapter_dir")
+@_call_of("adapter_dir")
 def merge(config: MergeSettings) -> MergeResult:
     """Merge an adapter into its base model and check the result.
 
@@ -233,7 +249,7 @@ def merge(config: MergeSettings) -> MergeResult:
     return MergeResult(output, agreement)
 
 
-@_call_of(positional="model_dir")
+@_call_of("model_dir")
 def export(config: ExportSettings) -> ExportResult:
     """Export a fine-tuned model to llama.cpp or Ollama.
 
@@ -249,7 +265,7 @@ def export(config: ExportSettings) -> ExportResult:
     return ExportResult(exported.folder, files, "\n".join(exported.lines))
 
 
-@_call_of(positional="folder")
+@_call_of("folder")
 def push(config: PushSettings) -> PushResult:
     """Upload an adapter or a merged model to the Hugging Face hub. In a notebook, give `yes=True` or `dry_run=True`.
 

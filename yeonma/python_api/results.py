@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from yeonma import svg
 from yeonma.messages import counted, tr
-from yeonma.shown import html_lines, many_lines
+from yeonma.shown import html, html_lines, many_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +29,8 @@ WIDTH = 100
 """Columns of a text."""
 PAGE_HEIGHT = 640
 """Pixels of a page within a notebook."""
+SHOWN_ANSWERS = 20
+"""Rows of a table of answers; all are in `rows`."""
 
 LOSS = tr("loss over the steps")
 
@@ -140,6 +142,56 @@ class InspectResult:
 
     def _repr_html_(self) -> str:
         return _page_frame(self.inspection.web_page)
+
+
+@dataclass(frozen=True, repr=False)
+class GenerateResult:
+    """The answers to rows, in their order: `pandas.DataFrame(result.rows)` is a table of them."""
+
+    rows: tuple[dict[str, Any], ...]
+    """Of each row its number (`row`), the `answer`, and where there are any `reasoning_content` and `reference`."""
+
+    @property
+    def answers(self) -> list[str]:
+        return [row["answer"] for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for column in self._columns():
+            table.add_column(Text(column), overflow="fold")
+        for cells in self._cells():
+            table.add_row(*(Text(many_lines(cell)) for cell in cells))
+        console, out = text_console()
+        console.print(table)
+        lines = "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+        return f"{lines}\n{self._rest()}".rstrip()
+
+    def _repr_html_(self) -> str:
+        heads = "".join(f"<th>{html(column)}</th>" for column in self._columns())
+        style = 'style="text-align:left;white-space:pre-wrap"'
+        rows = "".join(
+            "<tr>" + "".join(f"<td {style}>{html_lines(cell)}</td>" for cell in cells) + "</tr>"
+            for cells in self._cells()
+        )
+        return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>{html(self._rest())}"
+
+    def _columns(self) -> list[str]:
+        names = ("row", "reasoning_content", "answer", "reference")
+        return [name for name in names if any(name in row for row in self.rows)]
+
+    def _cells(self) -> Iterator[list[str]]:
+        for row in self.rows[:SHOWN_ANSWERS]:
+            yield [str(row.get(column, "")) for column in self._columns()]
+
+    def _rest(self) -> str:
+        more = len(self.rows) - SHOWN_ANSWERS
+        return counted(more, "more row is in `rows`", "more rows are in `rows`") if more > 0 else ""
 
 
 @dataclass(frozen=True, repr=False)

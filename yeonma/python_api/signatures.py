@@ -16,32 +16,33 @@ CONFIG = tr("YAML file of settings. Keywords win over it.")
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a verb is called from Python. `positional`: the setting that may be given without its name. `omitted`:
+    """How a verb is called from Python. `positional`: the settings that may be given without their names. `omitted`:
     settings that only change what the command prints."""
 
     verb: Verb
-    positional: str | None
+    positional: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """The settings by name, the positional one first."""
+        """The settings by name, the positional ones first."""
         verb = self.verb
         settings = settings_of(verb.groups, verb.not_required, verb.defaults)
-        first = [self.positional] if self.positional is not None else []
+        first = self.positional
         names = [*first, *(name for name in settings if name not in (*first, *self.omitted))]
         return {name: settings[name] for name in names}
 
 
 def signature_of(form: CallForm, returns: object) -> inspect.Signature:
-    """All settings as parameters with their types and defaults; all but the positional one by keyword."""
+    """All settings as parameters with their types and defaults; all but the positional ones by keyword."""
     parameters = []
     for name, setting in form.settings.items():
-        is_first = name == form.positional
         parameters.append(
             inspect.Parameter(
                 name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD if is_first else inspect.Parameter.KEYWORD_ONLY,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD
+                if name in form.positional
+                else inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if setting.required else setting.default,
                 annotation=setting.hint,
             )

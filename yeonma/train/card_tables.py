@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from yeonma.data.classification import Confusion, confusion_table, f1_of, labels_of
+from yeonma.data.classification import Confusion, confusion_table, f1_of, label_name, labels_of
 from yeonma.messages import counted, tr
 from yeonma.shown import code
 
@@ -87,10 +87,10 @@ def confusion_tables(confusions: Mapping[str, Confusion]) -> list[str]:
         lines += [
             about,
             "",
-            f"| {tr('label')} | {' | '.join(code(column, in_table=True) for column in columns)} | F1 |",
+            f"| {tr('label')} | {' | '.join(code(label_name(column), in_table=True) for column in columns)} | F1 |",
             "| --- |" + " --- |" * (len(columns) + 1),
             *(
-                f"| {code(own, in_table=True)} | {' | '.join(f'{count:,}' for count in counts)} | "
+                f"| {code(label_name(own), in_table=True)} | {' | '.join(f'{count:,}' for count in counts)} | "
                 f"{_f1(confusion, own)} |"
                 for own, counts in rows
             ),

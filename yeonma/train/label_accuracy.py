@@ -1,23 +1,31 @@
 """Which label of a classification a model finds most likely for a validation row.
 
-The labels hang below the row's prompt as siblings in the forest, so that the prompt is computed once. A label's score
-is the log-probability of its whole answer with the tokens that end it; a tie goes to the more frequent label. No answer
-is generated. The ids of a label are the same for all rows, so that nothing in them tells the row's own label.
+The labels hang below the row's prompt as siblings in the forest. The row's own answer is one of them, and the
+validation loss reads it there, so that an evaluation computes every token once. A label's score is the log-probability
+of its whole answer with the tokens that end it; a tie goes to the more frequent label. No answer is generated. The ids
+of a label are the same for all rows, so that nothing in them tells the row's own label.
+
+Shapes: R scored rows, L labels, E examples, N trained tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from yeonma.batch.batch import Batch
 from yeonma.data.classification import accuracy, confusion_matrix, macro_f1
 from yeonma.tokenization.answer_labels import AnswerLabels, answer_labels, labels_of_others
 from yeonma.tokenization.dataset import Dataset, PreparedSet
+from yeonma.tokenization.example import Example
+from yeonma.train.losses import answer_logprobs
 
 MOST_ROWS = 500
 """Validation rows of a data set that are scored, evenly spaced among all."""
@@ -27,18 +35,38 @@ MOST_TOKENS = 8_000_000
 
 @dataclass(frozen=True, eq=False)
 class LabelTrial:
-    """Validation rows of one data set with every label as their answer. R rows, L labels."""
+    """Validation rows of one data set with every label as their answer."""
 
     labels: tuple[str, ...]
     batch: Batch
-    """R units of L examples each, in the order of `labels`."""
+    """R units. A unit has an example for each label, in the order of `labels`, and after them the row's own answer if
+    its ids are those of no label. Weights of 0 keep all other answers out of a supervised loss."""
+    label_E: NDArray[np.int64]
+    """The label of each example, as an index; L for a row's own answer behind them."""
     own_R: NDArray[np.int64]
     """The rows' own labels, as indices; L for a text that is no label of the training rows."""
+    others: NDArray[np.int64]
+    """Units of the validation rows that are not scored, as indices."""
+
+    def label_logprobs(self, logprob_N: Tensor, micro_batch: Batch) -> Tensor:
+        """logprob_E of the answers of a part of `batch`, in float64. Of an example whose prompt is trained, too, only
+        the answer's tokens are counted."""
+        parts = logprob_N.split(micro_batch.trained_counts_E.tolist())
+        counts = self._answer_counts_E[micro_batch.index_E].tolist()
+        answers = [part[len(part) - count :] for part, count in zip(parts, counts, strict=True)]
+        return answer_logprobs(torch.cat(answers), counts)
 
     def confusion(self, logprob_E: NDArray[np.float64]) -> NDArray[np.int64]:
         """The confusion matrix of `yeonma/data/classification.py` for these log-probabilities of the examples."""
-        predicted_R = logprob_E.reshape(len(self.own_R), len(self.labels)).argmax(axis=1)
+        of_labels = logprob_E[self.label_E < len(self.labels)]
+        predicted_R = of_labels.reshape(len(self.own_R), len(self.labels)).argmax(axis=1)
         return confusion_matrix(self.own_R, predicted_R, len(self.labels))
+
+    @cached_property
+    def _answer_counts_E(self) -> NDArray[np.int64]:
+        """The trained tokens of each example's answer."""
+        masks, prompts = self.batch.trained, self.batch.prompt_lengths_E.tolist()
+        return np.array([mask[prompt:].sum() for mask, prompt in zip(masks, prompts, strict=True)])
 
 
 def label_trials(dataset: Dataset, tokenizer: Any, *, shares_prompts: bool) -> dict[str, LabelTrial]:
@@ -63,27 +91,52 @@ def _trial(
 ) -> LabelTrial | None:
     assert one.validation is not None
     store = one.validation.store
-    positions = store.examples_of(one.validation.units)
-    if len(np.unique(store.row_numbers[positions])) != len(positions):
+    rows = store.examples_of(one.validation.units)
+    if len(np.unique(store.row_numbers[rows])) != len(rows):
         return None  # the validation rows have other turns than the training rows
     longest = max(map(len, labels.token_ids))
-    positions = positions[store.prompt_lengths[positions] + longest <= cutoff_len]
-    positions = positions[store.prompt_lengths[positions] > 0]
-    if not len(positions):
+    prompts = store.prompt_lengths[rows]
+    scored = np.flatnonzero((prompts > 0) & (prompts + longest <= cutoff_len))
+    if not len(scored):
         return None
-    count, mean = len(labels.token_ids), float(store.prompt_lengths[positions].mean()) + longest
+    count, mean = len(labels.token_ids), float(prompts[scored].mean()) + longest
     most = MOST_ROWS if shares_prompts else MOST_ROWS // count
-    positions = _spread(positions, max(1, min(most, int(MOST_TOKENS / (count * mean)))))
-    examples = []
-    for position in positions.tolist():
-        example = store.example(position)
-        prompt = example.token_ids[: example.prompt_length]
-        for ids, trained in zip(labels.token_ids, labels.trained, strict=True):
-            mask = np.concatenate([np.zeros(len(prompt), dtype=np.bool_), trained])
-            tokens = np.concatenate([prompt, ids])
-            examples.append(replace(example, token_ids=tokens, trained=mask, weights=None))
-    batch = Batch.of(examples, units=np.repeat(np.arange(len(positions)), count).tolist())
-    return LabelTrial(tuple(labels.texts), batch, labels_of_others(labels, store, positions, tokenizer))
+    scored = _spread(scored, max(1, min(most, int(MOST_TOKENS / (count * mean)))))
+    examples, units, label_E = list[Example](), list[int](), list[int]()
+    for unit, position in enumerate(rows[scored].tolist()):
+        answers = _with_labels(store.example(position), labels)
+        examples += answers
+        units += [unit] * len(answers)
+        label_E += range(len(answers))
+    return LabelTrial(
+        labels=tuple(labels.texts),
+        batch=Batch.of(examples, units=units),
+        label_E=np.array(label_E, dtype=np.int64),
+        own_R=labels_of_others(labels, store, rows[scored], tokenizer),
+        others=np.setdiff1d(np.arange(len(rows)), scored),
+    )
+
+
+def _with_labels(own: Example, labels: AnswerLabels) -> list[Example]:
+    """A row's prompt with each label, and with the row's own answer, which stands in the place of the label that has
+    its ids, else behind them. All other answers have weights of 0."""
+    prompt, answer = own.token_ids[: own.prompt_length], own.token_ids[own.prompt_length :]
+    untrained = np.zeros(len(prompt), dtype=np.bool_)
+    examples, missing = [], True
+    for ids, trained in zip(labels.token_ids, labels.trained, strict=True):
+        if np.array_equal(ids, answer) and np.array_equal(trained, own.trained[own.prompt_length :]):
+            examples.append(own)
+            missing = False
+            continue
+        examples.append(
+            replace(
+                own,
+                token_ids=np.concatenate([prompt, ids]),
+                trained=np.concatenate([untrained, trained]),
+                weights=np.zeros(len(prompt) + len(ids), dtype=np.float32),
+            )
+        )
+    return [*examples, own] if missing else examples
 
 
 def _spread(positions: NDArray[np.int64], most: int) -> NDArray[np.int64]:

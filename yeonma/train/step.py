@@ -172,12 +172,13 @@ def evaluate(
     sums_by_set: dict[str, list[float]] = {}
     confusions: dict[str, np.ndarray] = {}
     for name, batch in validation.items():
-        if (trial := state.label_trials.get(name)) is not None:  # an abandoned one abandons the losses, too
-            confusions[name] = trial.confusion(_measured_logprobs(state, trial.batch, _abandons(state)))
-        sums = _sums_of_set(state, batch)
-        if sums is None:
+        trial = state.label_trials.get(name)
+        measured = _sums_of_set(state, batch, trial)
+        if measured is None:
             return None
-        sums_by_set[name] = sums
+        sums_by_set[name], logprob_E = measured
+        if trial is not None:
+            confusions[name] = trial.confusion(logprob_E)
     counts = [
         batch.trained_weight if objective.per_token else batch.unit_count for batch in validation.values()
     ]
@@ -204,27 +205,48 @@ def evaluate(
     )
 
 
-def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
-    """The sums of loss and metrics over a batch and all ranks; None if a rank abandoned the evaluation."""
+def _sums_of_set(
+    state: TrainState, batch: Batch, trial: LabelTrial | None
+) -> tuple[list[float], np.ndarray] | None:
+    """The sums of loss and metrics over a batch and all ranks, and logprob_E of the trial's answers, which is empty
+    without one; None if a rank abandoned the evaluation. The rows that are scored are read from the trial's batch."""
     objective, abandon = state.objective, _abandons(state)
     batch = _with_step_extras(state, batch, abandon)
     sums_of = objective.evaluation or objective.sums
+    size = 1 + len(objective.metrics)
 
-    def add_losses() -> tuple[torch.Tensor, bool]:
-        totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
+    def add_losses(batch: Batch, trial: LabelTrial | None) -> tuple[torch.Tensor, bool]:
+        """The sums, followed by logprob_E."""
+        totals = torch.zeros(size + (0 if trial is None else len(batch)), dtype=torch.float64)
+
+        def sums_and_labels(logprob_N: torch.Tensor, micro_batch: Batch) -> Sums:
+            if trial is not None:
+                logprob_E = trial.label_logprobs(logprob_N, micro_batch).cpu()
+                totals[size + torch.from_numpy(micro_batch.index_E)] = logprob_E
+            return sums_of(logprob_N, micro_batch)
+
         for micro_pass in _passes(state, batch):
             if abandon():
                 return totals, True
-            loss_sum, metric_sums = _sums(state, sums_of, micro_pass)
-            totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
+            loss_sum, metric_sums = _sums(state, sums_and_labels, micro_pass)
+            totals[:size] += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
         return totals, False
 
     with torch.no_grad(), in_eval_mode(state.model):
-        totals, abandoned = state.limit.fit(add_losses, batch)
+        if trial is None:
+            totals, abandoned = state.limit.fit(partial(add_losses, batch, None), batch)
+        else:
+            totals, abandoned = state.limit.fit(partial(add_losses, trial.batch, trial), trial.batch)
+            others = batch.select_units(trial.others)
+            if not abandoned and others.unit_count:
+                sums, abandoned = state.limit.fit(partial(add_losses, others, None), others)
+                totals[:size] += sums
     totals = torch.cat([totals, totals.new_tensor([float(abandoned), *state.stop.requests()])])
-    sums: list[float] = sum_over(state.group, totals.to(state.model.device)).tolist()
-    state.stop.agree(sums[-len(REASONS) :])
-    return None if sums[-1 - len(REASONS)] else sums[: -1 - len(REASONS)]
+    totals = sum_over(state.group, totals.to(state.model.device)).cpu()
+    state.stop.agree(totals[-len(REASONS) :].tolist())
+    if totals[-1 - len(REASONS)]:
+        return None
+    return totals[:size].tolist(), totals[size : -1 - len(REASONS)].numpy()
 
 
 def _abandons(state: TrainState) -> Callable[[], bool]:

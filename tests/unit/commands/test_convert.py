@@ -176,11 +176,94 @@ def test_axolotls_data_sets_are_entries() -> None:
 
 
 @pytest.mark.parametrize(
+    ("loss", "kind", "template", "columns"),  # template: or the fields of its turns
+    [
+        ("kto", "llama3.ultra", ("prompt", "completion"), None),
+        ("kto", "chatml.argilla", ("instruction", "completion"), None),
+        ("kto", "chatml.argilla_chat", "chat", {"messages": "completion"}),
+        ("dpo", "chatml.intel", ("question", "answer"), None),
+        ("orpo", "llama3.icr", ("input", "answer"), None),
+        ("dpo", "chatml.ultra", "chat", None),
+        ("dpo", "chat_template.default", "chat", None),
+        ("kto", "chatml.made_up", None, None),
+        ("dpo", "zephyr.nectar", None, None),
+    ],
+)
+def test_preference_rows_of_axolotl_have_the_columns_of_their_type(
+    loss: str, kind: str, template: str | tuple[str, str] | None, columns: dict[str, str] | None
+) -> None:
+    if isinstance(template, tuple):
+        turns = "[user]\n{{{}}}\n[assistant]\n{{{}}}\n".format(*template)
+        template = f"[system]\n{{system}}\n{turns}---\n{turns}"
+    run = conversion({**AXOLOTL, "rl": loss, "datasets": [{"path": "p.jsonl", "type": kind}]})
+    assert (run.settings.get("template"), run.settings.get("columns")) == (template, columns)
+    assert ("datasets" in remarks(run)) == (template is None)
+
+
+def test_texts_of_pretraining_are_whole_texts() -> None:
+    texts = {"path": "some/texts", "name": "en", "type": "pretrain", "text_column": "body"}
+    given = {key: value for key, value in AXOLOTL.items() if key != "datasets"}
+    made = conversion({**given, "pretraining_dataset": [texts], "max_steps": 5}).settings
+    assert (made["data_path"], made["template"], made["columns"]) == (
+        "some/texts:en",
+        "text",
+        {"text": "body"},
+    )
+    assert conversion({**given, "pretraining_dataset": "some/texts"}).settings["data_path"] == "some/texts"
+
+
+def test_the_last_weights_are_kept_unless_the_file_asks_for_the_best() -> None:
+    describe_data(letters={"file_name": "letters.json"})
+    held_out = {"val_size": 0.1, "val_set_size": 0.1}
+    for theirs in (LLAMA_FACTORY, AXOLOTL):
+        assert "keep_best" not in conversion(theirs).settings  # no validation rows to choose by
+        run = conversion({**theirs, **held_out})
+        assert run.settings["keep_best"] is False and "keep_best: false  # the last weights" in run.text()
+        assert "keep_best" not in conversion({**theirs, **held_out, "load_best_model_at_end": True}).settings
+    stops = {**AXOLOTL, **held_out, "early_stopping_patience": 3}
+    assert "keep_best" not in conversion(stops).settings
+
+
+def test_one_set_of_test_rows_is_the_validation_data() -> None:
+    rows = {"path": "held.jsonl", "type": "alpaca", "split": "test"}
+    made = conversion({**AXOLOTL, "test_datasets": [rows]}).settings
+    assert (made["val_data_path"], made["val_split"], made["keep_best"]) == ("held.jsonl", "test", False)
+    for others in ([rows, rows], [{**rows, "type": "completion"}]):
+        run = conversion({**AXOLOTL, "test_datasets": others})
+        assert "val_data_path" not in run.settings and "test_datasets" in remarks(run)
+
+
+def test_what_only_saves_time_or_memory_needs_no_setting() -> None:
+    plugins = ["axolotl.integrations.liger.LigerPlugin"]
+    faster = {"plugins": plugins, "liger_rope": True, "torch_compile": True, "activation_offloading": True}
+    run = conversion({**AXOLOTL, **faster})
+    assert {remark.key for remark in run.not_needed} == set(faster) and not set(faster) & set(remarks(run))
+    run = conversion(
+        {**AXOLOTL, "plugins": [*plugins, "axolotl.integrations.made_up.Plugin"], "qat": {"a": 1}}
+    )
+    assert {"plugins", "qat"} <= set(remarks(run))
+
+
+def test_names_of_a_setting_are_taken_with_their_meaning() -> None:
+    describe_data(letters={"file_name": "letters.json"})
+    assert conversion({**AXOLOTL, "rl": "orpo", "orpo_alpha": 0.3}).settings["beta"] == 0.3
+    assert conversion({**AXOLOTL, "rl": "orpo", "orpo_alpha": 0.3, "rl_beta": 0.2}).settings["beta"] == 0.2
+    made = conversion({**LLAMA_FACTORY, "use_dft_loss": True, "cutoff_len": 100})
+    assert made.settings["token_loss"] == "dft" and made.settings["cutoff_len"] == 100
+    assert "here a prompt field is shortened" in remarks(made)["cutoff_len"]
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ({**LLAMA_FACTORY, "stage": "ppo"}, "theirs.yaml:1: stage: ppo is not among the trainings here"),
         ({**LLAMA_FACTORY, "finetuning_type": "oft"}, "finetuning_type: oft is not among the methods here"),
         ({**LLAMA_FACTORY, "stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss: kto_pair is not among"),
+        ({**AXOLOTL, "diffusion": {"eps": 1}}, "diffusion: diffusion models are not trained here"),
+        (
+            {**AXOLOTL, "plugins": ["axolotl.integrations.diffusion.DiffusionPlugin"]},
+            "plugins: diffusion models are not trained here",
+        ),
         ({**AXOLOTL, "rl": "grpo"}, "rl: grpo is not among the trainings here"),
         ({**AXOLOTL, "adapter": "llama-adapter"}, "adapter: llama-adapter is not among the methods here"),
         ({**AXOLOTL, "datasets": "letters"}, "datasets: not a list of data sets"),

@@ -23,7 +23,14 @@ from yeonma.config.parse import settings_of
 from yeonma.errors import Problem, UserError
 from yeonma.python_api.calls import CALLS
 from yeonma.python_api.keyword_form import keyword_form, with_keywords
-from yeonma.python_api.results import CompareResult, InspectResult, MergeResult, RunResult, VerifyResult
+from yeonma.python_api.results import (
+    CompareResult,
+    GenerateResult,
+    InspectResult,
+    MergeResult,
+    RunResult,
+    VerifyResult,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = articles(12)
@@ -59,7 +66,7 @@ def test_a_signature_has_all_settings_of_its_verb_with_their_defaults(name: str)
         assert parameter.default == (parameter.empty if setting.required else setting.default)
         assert f"\n    {setting.name}: " in call.__doc__
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == ([form.positional] if form.positional else [])
+    assert positional == [*form.positional]
     assert is_dataclass(inspect.signature(call).return_annotation)
 
 
@@ -107,7 +114,8 @@ def test_editors_complete_calls_settings_and_results() -> None:
 def test_completion_lists_the_calls_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, inspect, yeonma\n"
-        "assert {'sft', 'dpo', 'inspect', 'compare', 'verify', 'merge', 'export', 'push', 'load'} <= set(dir(yeonma))\n"
+        "assert {'sft', 'dpo', 'inspect', 'generate', 'compare', 'verify'} <= set(dir(yeonma))\n"
+        "assert {'merge', 'export', 'push', 'load'} <= set(dir(yeonma))\n"
         "for name in dir(yeonma):\n"
         "    if name in yeonma._CALLS: inspect.signature(getattr(yeonma, name))\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pandas', 'rich'}\n"
@@ -166,6 +174,41 @@ def test_inspect_returns_rows_audit_and_what_the_command_prints(base: Path, tmp_
     )
     assert ours == theirs and len(ours) == 5
     assert "<script>" not in inspection._repr_html_().partition("srcdoc=")[2]  # escaped within the frame
+
+
+def test_generate_returns_what_the_command_writes(run: RunResult, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS[:3])
+    options = ("--max_new_tokens", "5", "--limit", "2")
+    done = command(tmp_path, "generate", str(run.folder), "--data_path", str(data), *options)
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    result = yeonma.generate(run, ROWS[:3], max_new_tokens=5, limit=2, output=tmp_path / "answers.jsonl")
+    assert isinstance(result, GenerateResult)
+    assert list(result.rows) == lines and len(result) == 2
+    assert result.answers == [line["answer"] for line in lines]
+    written = (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in written] == lines
+    assert list(pd.DataFrame(result.rows).columns) == ["row", "answer", "reference"]
+    assert yeonma.load(run).generate(ROWS[:2], max_new_tokens=5) == result.answers
+    frame = pd.DataFrame(ROWS[:2])
+    assert yeonma.generate(adapter_dir=run, data_path=frame, max_new_tokens=5).rows == result.rows
+    row = {"document": ROWS[1]["document"]}
+    for one in (row, json.dumps(row)):
+        assert yeonma.generate(run, row=one, max_new_tokens=5).answers == result.answers[1:]
+    done = command(tmp_path, "generate", str(run.folder), "--prompt", "a storm", "--max_new_tokens", "5")
+    assert yeonma.generate(run, prompt="a storm", max_new_tokens=5).rows == (
+        {"row": 1, "answer": done.out.removesuffix("\n")},
+    )
+
+
+def test_answers_are_shown_as_a_table() -> None:
+    rows = [{"row": number, "answer": f"<b>\x1b {number}", "reference": "x"} for number in range(1, 26)]
+    result = GenerateResult(tuple(rows))
+    lines = repr(result).splitlines()
+    assert lines[0].split() == ["row", "answer", "reference"]
+    assert lines[1].split() == ["1", "<b>\\x1b", "1", "x"] and len(lines) == 22
+    assert lines[-1] == "5 more rows are in `rows`"
+    assert "<b>" not in result._repr_html_() and "5 more rows are in" in result._repr_html_()
+    assert repr(GenerateResult(())) == ""
 
 
 def test_compare_returns_scores_and_rows(base: Path, run: RunResult, tmp_path: Path) -> None:
@@ -237,6 +280,14 @@ def test_settings_that_only_print_are_refused_with_a_word(run: RunResult) -> Non
         yeonma.verify(run, "x")
     with pytest.raises(UserError, match="adapter_dir: given twice"):
         yeonma.verify(run, adapter_dir=run)
+    with pytest.raises(UserError, match="data_path: given twice"):
+        yeonma.generate(run, ROWS, data_path=ROWS)
+    with pytest.raises(UserError, match="settings are given by name"):
+        yeonma.generate(run, ROWS, "x")
+    with pytest.raises(UserError, match="give one of data_path, row and prompt"):
+        yeonma.generate(run)
+    with pytest.raises(UserError, match="which is no data"):
+        yeonma.generate(run, row={"document": object()})
 
 
 def test_a_notebook_shows_the_message_alone(monkeypatch: pytest.MonkeyPatch) -> None:

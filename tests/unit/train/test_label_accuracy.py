@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.adapters import tiny_base
+from tests.models import VOCABULARY
 from tests.runs import Done, model_folder, trained, untimed, write_jsonl
 from tests.tokenizers import CHATML, byte_level
 from yeonma.data.classification import accuracy, confusion_matrix, macro_f1
+from yeonma.train import label_accuracy, loop, run
 
 LABELS = ("positive", "negative", "it is neither")
 TEMPLATE = "a review of a book.\n\n{review}\n\nis it good? {label}"
@@ -124,6 +127,94 @@ def test_numbers_do_not_depend_on_micro_batches(more: dict[str, object], done: D
         place / f"out{sorted(more.items())}", place / "llama", place / "rows.jsonl", **{**SETTINGS, **more}
     )
     assert scores(other.looks) == scores(done.looks)
+
+
+def evaluated(
+    place: Path, family: str, monkeypatch: pytest.MonkeyPatch, **more: object
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The evaluations of a run of one step, and the tokens of each forward pass of the last. Units go through the model
+    one by one, so that a forest has one row."""
+    lengths: list[int] = []
+    evaluate = loop.evaluate
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == VOCABULARY:
+            lengths.append(inputs[0].numel())
+
+    def counting(*inputs: Any) -> Any:
+        lengths.clear()
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        try:
+            return evaluate(*inputs)
+        finally:
+            handle.remove()
+
+    model = place / family
+    if not model.exists():
+        model_folder(model, family)
+    settings = {
+        "val_data_path": place / "held_out.jsonl",
+        "num_epochs": None,
+        "max_steps": 1,
+        "val_set_size": None,
+    }
+    settings |= {"batch_size": 1, "micro_batch_size": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", counting)
+        out = place / f"count{len(list(place.iterdir()))}"
+        done = trained(out, model, place / "train.jsonl", **{**SETTINGS, **settings, **more})
+    return done.looks, lengths
+
+
+@pytest.mark.parametrize(
+    ("family", "most_rows", "more"),
+    [
+        ("llama", 500, {}),
+        ("llama", 3, {"train_on_inputs": True}),
+        ("llama", 500, {"train_on_inputs": True, "row_weights": "weight"}),
+        ("bloom", 500, {}),
+    ],
+)
+def test_loss_and_labels_come_from_one_pass_that_computes_no_token_twice(
+    family: str,
+    most_rows: int,
+    more: dict[str, object],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loss is that of a pass over the rows alone. A row's forest has the distinct beginnings of its prompt with
+    each label and with its own answer, which here may be no label of the training rows; a model that takes no forests
+    computes each of these sequences once."""
+    weights = {"weight": 1} if "row_weights" in more else {}
+    rows = [{**row, **weights} for row in reviews(54)]
+    held_out = [{**row, "weight": 1 + number % 3} if weights else row for number, row in enumerate(rows[48:])]
+    held_out[2]["label"] = "no idea"
+    write_jsonl(place / "train.jsonl", rows[:48])
+    write_jsonl(place / "held_out.jsonl", held_out)
+    monkeypatch.setattr(label_accuracy, "MOST_ROWS", most_rows if family == "llama" else 3 * most_rows)
+    looks, lengths = evaluated(place, family, monkeypatch, **more)
+    monkeypatch.setattr(run, "label_trials", lambda *_, **__: {})
+    alone, lengths_alone = evaluated(place, family, monkeypatch, **more)
+    assert [look["loss"] for look in looks] == pytest.approx([look["loss"] for look in alone], rel=1e-6)
+    assert "accuracy" in looks[-1] and "accuracy" not in alone[-1]
+    scored = min(most_rows, len(held_out))
+    (confusion,) = looks[-1]["confusion"].values()
+    assert sum(sum(row.values()) for row in confusion.values()) == scored
+    assert len(lengths_alone) == len(held_out)
+    tokenizer = AutoTokenizer.from_pretrained(place / family)
+
+    def with_answer(row: dict[str, object], label: object) -> tuple[int, ...]:
+        prompt = tokenizer(TEMPLATE.partition("{label}")[0].format(review=row["review"]))["input_ids"]
+        return (*prompt, *tokenizer(label, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+
+    spread = [number * len(held_out) // scored for number in range(scored)]
+    expected = []
+    for number, row in enumerate(held_out):
+        answers = {row["label"], *LABELS} if number in spread else {row["label"]}
+        answered = {with_answer(row, answer) for answer in answers}
+        prefixes = {ids[:end] for ids in answered for end in range(1, len(ids) + 1)}
+        expected += [len(prefixes)] if family == "llama" else [len(ids) for ids in answered]
+    assert sorted(lengths) == sorted(expected)
 
 
 def test_resumed_run_has_the_same_bytes(done: Done, place: Path) -> None:

@@ -18,10 +18,10 @@ from rich.progress import Progress as Bar
 from rich.status import Status
 from rich.text import Text
 
+from yeonma.durations import in_two_units
 from yeonma.errors import Log
 from yeonma.messages import tr
 from yeonma.run_folder.notebook_block import in_notebook, notebook_block
-from yeonma.run_folder.phases import in_two_units
 from yeonma.shown import MOST_OF_A_LINE, one_line
 
 RECENT_STEPS = 20

@@ -241,7 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        say_lines(_overview())
+        from yeonma.config.help import overview
+
+        say_lines(overview({name: verb.about for name, verb in VERBS.items()}))
         return 0
     if arguments[0] in ("--version", "-V"):
         _say_versions()
@@ -328,20 +330,3 @@ def _say_versions() -> None:
     for name in MAIN:
         found = version_of(name)
         say(f"{name} {found}" if found else tr("{name} is not installed", name=name))
-
-
-def _overview() -> str:
-    from yeonma.config.help import ABOUT_VERB_HELP, ABOUT_VERSION, about_command
-
-    width = max(map(len, VERBS)) + 2
-    lines = (f"  {name:{width}}{about_command(name, verb.about)}" for name, verb in VERBS.items())
-    return "\n".join(
-        [
-            tr("usage: {command}", command="yeonma COMMAND [--setting value ...]"),
-            "",
-            *lines,
-            "",
-            f"yeonma COMMAND --help   {tr(ABOUT_VERB_HELP)}",
-            f"yeonma --version        {tr(ABOUT_VERSION)}",
-        ]
-    )

@@ -48,6 +48,16 @@ class HelpSource:
         return settings_of(self.groups, self.not_required, self.defaults)
 
 
+def overview(verbs: Mapping[str, str]) -> str:
+    """The page of `yeonma --help`: all commands, and what each does. `verbs`: name -> the same in English."""
+    width = max(map(len, verbs)) + 4
+    lines = [tr("usage: {command}", command=f"yeonma COMMAND {tr('[--setting value ...]')}"), ""]
+    for name, about in verbs.items():
+        lines += _wrapped(about_command(name, about), " " * width, f"  {name}".ljust(width - 1))
+    lines += ["", f"yeonma COMMAND --help   {tr(ABOUT_VERB_HELP)}"]
+    return "\n".join([*lines, f"yeonma --version        {tr(ABOUT_VERSION)}"])
+
+
 def help_text(source: HelpSource, topic: str | None) -> str:
     """The page for `--help TOPIC`: one screen without a topic, all settings for `all`, or the setting of that name.
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from yeonma.config.gpus import Gpu
 from yeonma.durations import estimated
-from yeonma.messages import later, tr
+from yeonma.messages import counted, later, tr
 from yeonma.model.targets import Coverage, PartCoverage
+from yeonma.run_folder.units import counted_units
 from yeonma.train.memory_parts import Memory
 
 # The fraction of the rate of a large matrix product that a run reaches: lowest, usual, highest. CPU:
@@ -224,12 +225,7 @@ def forecast_lines(
         ),
         (
             tr("heaviest micro-batch"),
-            tr(
-                "{count} {units}, {tokens:,} tokens",
-                count=forecast.heaviest_units,
-                units=tr(units),
-                tokens=forecast.heaviest_tokens,
-            ),
+            f"{counted_units(forecast.heaviest_units, units)}, {counted(forecast.heaviest_tokens, 'token')}",
         ),
         (
             tr("peak memory"),

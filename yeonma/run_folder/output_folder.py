@@ -202,7 +202,7 @@ def _other_checkpoints(output: Path) -> list[str]:
 
 
 def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
-    place = tr("resume_from_checkpoint {checkpoint}", checkpoint=checkpoint)
+    place = f"resume_from_checkpoint {checkpoint}"
     if overwrite:
         raise UserError(tr("overwrite would delete it"), place=place, cure=tr("give only one of the two"))
     if not checkpoint.is_dir():

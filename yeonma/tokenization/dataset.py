@@ -555,7 +555,7 @@ def faults_of(left_out: Sequence[LeftOut]) -> list[DataWarning]:
         rare = sorted(row for _, rows in faults[LISTED_FAULTS:] for row in rows)
         faults = [
             *faults[:LISTED_FAULTS],
-            (later("{faults:,} other faults").format(faults=len(faults) - LISTED_FAULTS), rare),
+            (str(in_english(counted(len(faults) - LISTED_FAULTS, "other fault"))), rare),
         ]
     return [DataWarning("bad_row", len(rows), tuple(rows[:LISTED_ROWS]), fault) for fault, rows in faults]
 

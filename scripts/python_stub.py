@@ -6,7 +6,6 @@ With --check nothing is written; the exit status is 1 if the file is out of date
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 from page_tables import ROOT
 
 from yeonma.config.parse import Setting
+from yeonma.language import speaking
 from yeonma.python_api.calls import CALLS, PythonCall
 from yeonma.python_api.signatures import docstring_of
 
@@ -78,7 +78,9 @@ def _definition(name: str, call: PythonCall) -> Iterator[str]:
         yield f"    {setting.name}: {_annotation(setting)}{default},"
     yield "    config: StrPath | None = None,"
     yield f") -> {call.returns}:"
-    text = docstring_of(form, call.about, "en").replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    with speaking("en"):
+        docstring = docstring_of(form, call.about)
+    text = docstring.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
     first, *others = text.split("\n")
     yield f'    """{first}'
     yield from (f"    {line}" if line else "" for line in others)
@@ -123,5 +125,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ["YEONMA_LANG"] = "en"
     raise SystemExit(main())

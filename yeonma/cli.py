@@ -241,7 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        say_lines(_overview())
+        from yeonma.config.help import overview
+
+        say_lines(overview({name: verb.about for name, verb in VERBS.items()}))
         return 0
     if arguments[0] in ("--version", "-V"):
         _say_versions()
@@ -254,7 +256,6 @@ def _dispatch(arguments: list[str]) -> int:
     asked = next((index for index, word in enumerate(rest) if HELP.fullmatch(word)), None)
     if asked is not None:
         from yeonma.config.help import HelpSource, help_text
-        from yeonma.language import language
 
         _, _, given = rest[asked].partition("=")
         following = rest[asked + 1 : asked + 2]
@@ -269,7 +270,7 @@ def _dispatch(arguments: list[str]) -> int:
             verb.important,
             verb.example,
         )
-        say_lines(help_text(source, topic, language()))
+        say_lines(help_text(source, topic))
         return 0
     return _run(name, verb, rest)
 
@@ -304,11 +305,10 @@ def complete(settings: CompletionSettings) -> int:
     from yeonma.commands.shell_completion import CompletedCommand, write_script
     from yeonma.config.help import about_command
     from yeonma.config.parse import settings_of
-    from yeonma.language import language
 
     commands = {
         name: CompletedCommand(
-            about_command(name, verb.about, language()),
+            about_command(name, verb.about),
             settings_of(verb.groups, verb.not_required, verb.defaults),
             verb.positional,
         )
@@ -330,22 +330,3 @@ def _say_versions() -> None:
     for name in MAIN:
         found = version_of(name)
         say(f"{name} {found}" if found else tr("{name} is not installed", name=name))
-
-
-def _overview() -> str:
-    from yeonma.config.help import WORDINGS, about_command
-    from yeonma.language import language
-
-    width, spoken = max(map(len, VERBS)) + 2, language()
-    words = WORDINGS[spoken]
-    lines = (f"  {name:{width}}{about_command(name, verb.about, spoken)}" for name, verb in VERBS.items())
-    return "\n".join(
-        [
-            f"{words.usage}: yeonma COMMAND [--setting value ...]",
-            "",
-            *lines,
-            "",
-            f"yeonma COMMAND --help   {words.of_command}",
-            f"yeonma --version        {words.version}",
-        ]
-    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, later, tr
 from yeonma.shown import one_line, traceback_text
 
 Log = Callable[[str], None]
@@ -115,6 +116,53 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def either(cure: str, other: str) -> str:
     """Two cures, of which either helps."""
     return tr("{cure}, or {other}", cure=cure, other=other)
+
+
+_SYSTEM_REASONS = {
+    errno.EACCES: later("Permission denied"),
+    errno.EADDRINUSE: later("Address already in use"),
+    errno.EADDRNOTAVAIL: later("Cannot assign requested address"),
+    errno.EBUSY: later("Device or resource busy"),
+    errno.ECONNREFUSED: later("Connection refused"),
+    errno.ECONNRESET: later("Connection reset by peer"),
+    errno.EDQUOT: later("Disk quota exceeded"),
+    errno.EEXIST: later("File exists"),
+    errno.EFBIG: later("File too large"),
+    errno.EINVAL: later("Invalid argument"),
+    errno.EIO: later("Input/output error"),
+    errno.EISDIR: later("Is a directory"),
+    errno.ELOOP: later("Too many levels of symbolic links"),
+    errno.EMFILE: later("Too many open files"),
+    errno.ENAMETOOLONG: later("File name too long"),
+    errno.ENFILE: later("Too many open files in system"),
+    errno.ENODEV: later("No such device"),
+    errno.ENOENT: later("No such file or directory"),
+    errno.ENOLCK: later("No locks available"),
+    errno.ENOMEM: later("Cannot allocate memory"),
+    errno.ENOSPC: later("No space left on device"),
+    errno.ENOSYS: later("Function not implemented"),
+    errno.ENOTDIR: later("Not a directory"),
+    errno.ENOTEMPTY: later("Directory not empty"),
+    errno.ENXIO: later("No such device or address"),
+    errno.EOPNOTSUPP: later("Operation not supported"),
+    errno.EPERM: later("Operation not permitted"),
+    errno.EPIPE: later("Broken pipe"),
+    errno.EROFS: later("Read-only file system"),
+    errno.ESTALE: later("Stale file handle"),
+    errno.ETIMEDOUT: later("Connection timed out"),
+}
+"""What Linux says of the usual error numbers."""
+
+
+def system_reason(error: BaseException | int) -> str:
+    """What the system says of an error of its own, or of its number, without the path: `No such file or directory`, in
+    the language of help. The text of any other error as it is."""
+    number = error if isinstance(error, int) else getattr(error, "errno", None)
+    if number in _SYSTEM_REASONS:
+        return tr(_SYSTEM_REASONS[number])
+    if isinstance(error, int):
+        return os.strerror(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
 def first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
-from yeonma.errors import UserError
+from yeonma.errors import UserError, system_reason
 from yeonma.messages import later, tr
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
@@ -50,9 +50,10 @@ def user_path(written: str | Path, place: str = "") -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         shown = str(written) if len(str(written)) <= 200 else f"{str(written)[:197]}..."
-        raise UserError(tr("invalid path: {reason}", reason=reason), place=place or shown) from None
+        raise UserError(
+            tr("invalid path: {reason}", reason=system_reason(error)), place=place or shown
+        ) from None
     return path
 
 
@@ -167,7 +168,7 @@ def disk_errors_as_user_errors(
         if number not in DISK_ERRORS and (number not in _CURES or not is_inside or is_gone):
             raise
         place = folder if is_inside else filename
-        reason = os.strerror(number)
+        reason = system_reason(number)
         if number not in DISK_ERRORS:
             problem = tr("{what} cannot be written: {number}", what=what, number=reason)
         elif needed_bytes is None:

@@ -7,6 +7,7 @@ at most two seconds, and they are put offline where it does not answer.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from yeonma.errors import UserError
+from yeonma.errors import UserError, first_line, system_reason
 from yeonma.messages import later, tr
 from yeonma.streams import log_line
 
@@ -69,7 +70,7 @@ def hub_failure(seconds: float | None = None) -> str:
             status = get_session().head(constants.ENDPOINT, timeout=limit, follow_redirects=False).status_code
             failures.append(tr("status {status}", status=status) if status >= 500 else "")
         except Exception as error:  # the client may raise anything
-            failures.append((str(error).strip().splitlines() or [type(error).__name__])[0][:120])
+            failures.append(_reason(error))
 
     thread = threading.Thread(target=request, name="hub", daemon=True)
     thread.start()
@@ -81,6 +82,18 @@ def hub_failure(seconds: float | None = None) -> str:
             time_out=_TIME_OUT,
         )
     return failures[0]
+
+
+def _reason(error: Exception) -> str:
+    """What kept a client from connecting: the system's own error where it was one, which clients wrap."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror):
+            return tr("its name cannot be resolved")
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return system_reason(cause)
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error) or type(error).__name__
 
 
 def why_unreachable() -> str | None:

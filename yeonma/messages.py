@@ -47,7 +47,7 @@ def tr(message: str, /, **values: object) -> str:
     are doubled.
     """
     if (name := language()) == "en":
-        return message.format(**values)
+        return message.format(**_in_english(values))
     return _said(_catalogue(name).gettext(message), message, values)
 
 
@@ -57,14 +57,17 @@ def counted(number: int, one: str, many: str = "", /, **values: object) -> str:
     english = forms(one, many)[number != 1]
     values = {"number": number, **values}
     if (name := language()) == "en":
-        return english.format(**values)
+        return english.format(**_in_english(values))
     return _said(_catalogue(name).ngettext(*forms(one, many), number), english, values)
 
 
 def _said(translation: str, english: str, values: dict[str, object]) -> str:
     """Both with their values, of which those that are messages have an English form, too."""
-    english_values = {key: in_english(value) for key, value in values.items()}
-    return Said.of(translation.format(**values), english.format(**english_values))
+    return Said.of(translation.format(**values), english.format(**_in_english(values)))
+
+
+def _in_english(values: dict[str, object]) -> dict[str, object]:
+    return {key: in_english(value) for key, value in values.items()}
 
 
 def counted_in_english(number: int, one: str, many: str = "", /) -> str:

@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from yeonma.errors import system_reason
 from yeonma.messages import tr
 from yeonma.shown import MOST_OF_A_LINE, indented, many_lines, one_line, traceback_text
 
@@ -48,7 +49,7 @@ class UnfailingStream:
         try:
             yield
         except OSError as error:
-            self.problem = self.problem or error.strerror or str(error)
+            self.problem = self.problem or system_reason(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

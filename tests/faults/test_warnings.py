@@ -165,7 +165,7 @@ def test_fault_94_warnings_about_the_run_stand_in_inspect_and_at_its_start(
     for warning in (
         "the learning rate is 0 in every step, so nothing is trained: the warm-up takes 500 steps",
         "a step takes 8 examples, and an epoch has 5",
-        "there are only 5 examples to train on",
+        "only 5 examples to train on",
     ):
         assert f"warning: {warning}" in out
         assert f"! {warning}" in inspected

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
+import sys
 from pathlib import Path
 from string import Formatter
 
@@ -11,7 +14,9 @@ import pytest
 from babel.messages.catalog import Catalog
 
 from scripts.messages import compiled, messages, read, updated, written
-from yeonma.language import language
+from yeonma import errors
+from yeonma.errors import system_reason
+from yeonma.language import language, speaking
 from yeonma.messages import (
     CATALOGUES,
     counted,
@@ -123,3 +128,37 @@ def test_messages_and_numbers_are_said_in_the_language_of_the_process(
         in_every_language("With only {rows}, confidence intervals tend to be too narrow.", rows="3 rows")[0]
         == (english[2])
     )
+
+
+def test_a_block_speaks_a_language_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YEONMA_LANG", "ko")
+    rows = counted(3, "row")
+    with speaking("en"):
+        assert (language(), counted(3, "row"), tr("all {count} settings", count=rows)) == (
+            "en",
+            "3 rows",
+            "all 3 rows settings",  # of a message that was made before
+        )
+        with speaking("ko"):
+            assert counted(3, "row") == rows
+        assert language() == "en"
+    assert (language(), rows, os.environ["YEONMA_LANG"]) == ("ko", "3행", "ko")
+
+
+def test_errors_of_the_system_are_said_in_the_language_of_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        (tmp_path / "nothing").read_bytes()
+    assert system_reason(raised.value) == "No such file or directory"
+    assert system_reason(ValueError("no file")) == system_reason(OSError("no file")) == "no file"
+    assert system_reason(errno.ECHILD) == os.strerror(errno.ECHILD)  # an error without a message of ours
+    monkeypatch.setenv("YEONMA_LANG", "ko")
+    assert system_reason(raised.value) == "그런 파일이나 폴더가 없습니다"
+    assert in_english(system_reason(raised.value)) == "No such file or directory"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems use other words")
+def test_english_errors_of_the_system_are_those_of_linux() -> None:
+    numbers = errors._SYSTEM_REASONS
+    assert {number: os.strerror(number) for number in numbers} == numbers

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 from yeonma.adapter.samples import SAMPLES, Samples
 from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
-from yeonma.errors import UserError, did_you_mean
+from yeonma.errors import UserError, did_you_mean, system_reason
 from yeonma.files import user_path
 from yeonma.messages import later, tr
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
@@ -341,7 +341,9 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
             details=details,
         )
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise UserError(tr("damaged ({error})", error=error), place=str(folder / MANIFEST)) from error
+        raise UserError(
+            tr("damaged ({error})", error=system_reason(error)), place=str(folder / MANIFEST)
+        ) from error
 
 
 def check_continued(path: str, base: BaseIdentity | None) -> None:

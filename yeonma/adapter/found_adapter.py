@@ -81,9 +81,7 @@ class FoundAdapter:
     ) -> None:
         """Raises UserError if `max_new_tokens` leave no room for a prompt in the adapter's `cutoff_len`."""
         cutoff_len = self.adapter.rules.cutoff_len
-        check_room(
-            max_new_tokens, cutoff_len, tr("cutoff_len {cutoff_len}", cutoff_len=cutoff_len), place, cure
-        )
+        check_room(max_new_tokens, cutoff_len, f"cutoff_len {cutoff_len}", place, cure)
 
 
 def given_twice(folders: Sequence[str]) -> list[Problem]:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from yeonma.adapter.adapter_folder import write_template_files
 from yeonma.adapter.samples import Samples
 from yeonma.data.template import Template
-from yeonma.errors import UserError
+from yeonma.errors import UserError, system_reason
 from yeonma.messages import tr
 from yeonma.model.saved_config import keep_config_keys, write_generation_config
 from yeonma.model.source import BaseSource
@@ -69,7 +69,9 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 for name in file.keys():  # noqa: SIM118
                     shapes[name] = tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise UserError(tr("cannot be read ({error})", error=error), place=str(path)) from error
+            raise UserError(
+                tr("cannot be read ({error})", error=system_reason(error)), place=str(path)
+            ) from error
     return shapes
 
 

@@ -101,7 +101,7 @@ class PromptBuilder:
         """What limits the length of prompt and answer, for messages."""
         if self.rules.cutoff_len < self.adapter.rules.cutoff_len:
             return tr("the model's {positions} positions", positions=self.positions)
-        return tr("cutoff_len {cutoff_len}", cutoff_len=self.adapter.rules.cutoff_len)
+        return f"cutoff_len {self.adapter.rules.cutoff_len}"
 
     def check_template(self) -> None:
         """Raises UserError if there is no template: an adapter of another tool, and none was given."""

@@ -16,7 +16,7 @@ import numpy as np
 from yeonma.data.rows import Row
 from yeonma.data.task import TASKS, Task, columns_used
 from yeonma.data.template import Template
-from yeonma.errors import UserError
+from yeonma.errors import UserError, system_reason
 from yeonma.messages import tr
 from yeonma.shown import json_text
 from yeonma.tokenization.dataset import DatasetPart
@@ -94,7 +94,7 @@ def read_samples(folder: Path) -> Samples | None:
                 raise TypeError(tr("a row is an object"))
         return Samples(TASKS[content["kind"]], rows)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise UserError(tr("damaged ({error})", error=error), place=str(path)) from error
+        raise UserError(tr("damaged ({error})", error=system_reason(error)), place=str(path)) from error
 
 
 def prompts_now(

@@ -10,7 +10,7 @@ from rich.cells import cell_len, set_cell_size
 
 from yeonma.commands.cache_entries import KINDS, MODELS, CacheEntry, delete_entry, read_cache
 from yeonma.config.settings import CacheSettings
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, system_reason
 from yeonma.files import default_cache_dir, user_path
 from yeonma.messages import tr
 from yeonma.shown import size_text
@@ -30,7 +30,7 @@ def run(settings: CacheSettings) -> int:
     try:
         content = read_cache(folder)
     except OSError as error:
-        problem = tr("the cache cannot be read: {reason}", reason=error.strerror or error)
+        problem = tr("the cache cannot be read: {reason}", reason=system_reason(error))
         raise UserError(
             problem, place=str(folder), cure=tr("name another folder with --cache_dir")
         ) from error
@@ -113,7 +113,7 @@ def _delete(entries: Sequence[CacheEntry], folder: Path) -> int:
                 in_use += 1
         except OSError as error:
             problems.append(
-                Problem(tr("cannot be deleted: {reason}", reason=error.strerror or error), str(entry.path))
+                Problem(tr("cannot be deleted: {reason}", reason=system_reason(error)), str(entry.path))
             )
     say(tr("{folder}: {size} deleted", folder=folder, size=size_text(freed)))
     if in_use:

@@ -8,7 +8,7 @@ from yeonma.commands.first_checks import ANSWERS, report_folder
 from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import open_rows
-from yeonma.errors import Log, UserError
+from yeonma.errors import Log, UserError, system_reason
 from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.evaluate.answers import answer_all, candidate_inputs, read_rows, reference_answers
 from yeonma.evaluate.candidates import open_candidates
@@ -83,6 +83,6 @@ def _create(output: Path, given: str) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            tr("cannot be created: {strerror}", strerror=error.strerror),
+            tr("cannot be created: {strerror}", strerror=system_reason(error)),
             place=f"--output_dir {given}",
         ) from error

@@ -28,6 +28,7 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.rows import Row, open_rows
+from yeonma.durations import in_two_units
 from yeonma.errors import UserError
 from yeonma.evaluate.verdict import reference_heading
 from yeonma.files import user_path
@@ -163,7 +164,7 @@ def _run(demo: Demo, settings: DemoSettings) -> int:
         tr("Open {report} in a browser to read all answers side by side; it needs no network.", report=report)
     )
     say()
-    say(tr("The demo took {time}.", time=_duration(time.perf_counter() - started)))
+    say(tr("The demo took {time}.", time=in_two_units(time.perf_counter() - started)))
     return 0
 
 
@@ -319,14 +320,6 @@ def _relative(path: Path) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS].rstrip()}..."
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    minutes, rest = divmod(whole, 60)
-    if not minutes:
-        return tr("{seconds} s", seconds=rest)
-    return tr("{minutes} min {seconds} s", minutes=minutes, seconds=rest)
 
 
 def _heading(text: str) -> None:

@@ -14,6 +14,7 @@ from rich.cells import cell_len, set_cell_size
 
 from yeonma import __version__
 from yeonma.config.settings import DoctorSettings
+from yeonma.errors import system_reason
 from yeonma.messages import counted, tr
 from yeonma.packages import MAIN, TESTED, install, version_of
 from yeonma.platforms import usable_cores
@@ -188,7 +189,7 @@ def _disks(report: Report, given: str | None) -> None:
             tr(
                 "{folder}: cannot be made ({strerror}); name another with $YEONMA_CACHE",
                 folder=folder,
-                strerror=error.strerror,
+                strerror=system_reason(error),
             )
         )
         return

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin
 
-from yeonma.config.help import WORDINGS
+from yeonma.config.help import ABOUT_CONFIG, ABOUT_HELP, ABOUT_VERB_HELP, ABOUT_VERSION
 from yeonma.config.parse import Setting
 from yeonma.config.settings import CompletionSettings
 from yeonma.errors import UserError
-from yeonma.language import language
 from yeonma.messages import tr
 from yeonma.packages import install
 from yeonma.streams import give
@@ -64,15 +63,14 @@ def write_script(settings: CompletionSettings, commands: Mapping[str, CompletedC
 
 def _parser(commands: Mapping[str, CompletedCommand]) -> argparse.ArgumentParser:
     """What shtab reads the words from. Command lines are parsed by `yeonma.config.parse`, and not by this."""
-    words = WORDINGS[language()]
     parser = argparse.ArgumentParser(prog="yeonma", add_help=False)
-    parser.add_argument("--help", "-h", action="store_true", help=words.of_command)
-    parser.add_argument("--version", "-V", action="store_true", help=words.version)
+    parser.add_argument("--help", "-h", action="store_true", help=tr(ABOUT_VERB_HELP))
+    parser.add_argument("--version", "-V", action="store_true", help=tr(ABOUT_VERSION))
     verbs = parser.add_subparsers()
     for name, command in commands.items():
         verb = verbs.add_parser(name, help=command.about, add_help=False)
-        verb.add_argument("--help", "-h", nargs="?", choices=["all"], help=words.help)
-        _complete(verb.add_argument("--config", help=words.config), "config")
+        verb.add_argument("--help", "-h", nargs="?", choices=["all"], help=tr(ABOUT_HELP))
+        _complete(verb.add_argument("--config", help=tr(ABOUT_CONFIG)), "config")
         for setting in command.settings.values():
             is_positional = setting.name == command.positional
             option = setting.name if is_positional else f"--{setting.name}"

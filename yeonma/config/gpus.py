@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
 MIB = 2**20
-GPU_EXAMPLE = tr("a name such as rtx4090 or a size such as 24GB")
+GPU_EXAMPLE = later("a name such as rtx4090 or a size such as 24GB")
 
 
 @dataclass(frozen=True)

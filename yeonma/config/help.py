@@ -15,70 +15,18 @@ from pathlib import Path
 from types import NoneType
 from typing import Literal, get_origin
 
-from yeonma.config.parse import ENGLISH, KOREAN, Setting, ValueWords, describe, settings_of, unknown_cure
+from yeonma.config.parse import Setting, describe, settings_of, unknown_cure
 from yeonma.errors import UserError
-from yeonma.language import Language
-from yeonma.messages import tr
+from yeonma.language import language
+from yeonma.messages import later, tr
 
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", list: "LIST", dict: "MAP", Literal: "NAME"}
 KOREAN_TEXTS = Path(__file__).parent / "settings.ko.yaml"
 NAMES_WIDTH, MAX_WIDTH = 26, 100
-
-
-@dataclass(frozen=True)
-class Wording:
-    """What the pages say between the settings."""
-
-    usage: str
-    setting_value: str
-    required: str
-    important: str
-    example: str
-    more: str
-    one: str
-    default: str
-    general: str
-    help: str
-    config: str
-    of_command: str
-    version: str
-    values: ValueWords
-
-
-WORDINGS: Mapping[Language, Wording] = {
-    "en": Wording(
-        usage="usage",
-        setting_value="setting value",
-        required="required",
-        important="the settings that matter most",
-        example="example",
-        more="all {count} settings",
-        one="one setting",
-        default="default",
-        general="options",
-        help="Show this help; `all` for every setting, or the name of one.",
-        config="YAML file of settings. The command line wins over it.",
-        of_command="settings of a command",
-        version="version of Yeonma",
-        values=ENGLISH,
-    ),
-    "ko": Wording(
-        usage="사용법",
-        setting_value="설정 값",
-        required="필수",
-        important="가장 중요한 설정",
-        example="예",
-        more="설정 {count}개 모두",
-        one="설정 하나",
-        default="기본값",
-        general="공통",
-        help="이 도움말. `all`이면 모든 설정을, 설정 이름이면 그 설정만 보여 줍니다.",
-        config="설정을 적은 YAML 파일. 명령줄에서 지정한 값이 우선합니다.",
-        of_command="명령의 설정",
-        version="연마의 버전",
-        values=KOREAN,
-    ),
-}
+ABOUT_HELP = later("Show this help; `all` for every setting, or the name of one.")
+ABOUT_CONFIG = later("YAML file of settings. The command line wins over it.")
+ABOUT_VERB_HELP, ABOUT_VERSION = later("settings of a command"), later("version of Yeonma")
+"""What the pages say of options that are no settings; shown by `tr`."""
 
 
 @dataclass(frozen=True)
@@ -100,81 +48,89 @@ class HelpSource:
         return settings_of(self.groups, self.not_required, self.defaults)
 
 
-def help_text(source: HelpSource, topic: str | None, language: Language) -> str:
+def overview(verbs: Mapping[str, str]) -> str:
+    """The page of `yeonma --help`: all commands, and what each does. `verbs`: name -> the same in English."""
+    width = max(map(len, verbs)) + 4
+    lines = [tr("usage: {command}", command=f"yeonma COMMAND {tr('[--setting value ...]')}"), ""]
+    for name, about in verbs.items():
+        lines += _wrapped(about_command(name, about), " " * width, f"  {name}".ljust(width - 1))
+    lines += ["", f"yeonma COMMAND --help   {tr(ABOUT_VERB_HELP)}"]
+    return "\n".join([*lines, f"yeonma --version        {tr(ABOUT_VERSION)}"])
+
+
+def help_text(source: HelpSource, topic: str | None) -> str:
     """The page for `--help TOPIC`: one screen without a topic, all settings for `all`, or the setting of that name.
 
     Raises UserError for a topic that is no setting of the command.
     """
     if topic is None:
-        return _short_page(source, language) if source.important else _whole_page(source, language)
+        return _short_page(source) if source.important else _whole_page(source)
     if topic == "all":
-        return _whole_page(source, language)
-    return _setting_page(source, topic.lstrip("-").replace("-", "_"), language)
+        return _whole_page(source)
+    return _setting_page(source, topic.lstrip("-").replace("-", "_"))
 
 
-def _short_page(source: HelpSource, language: Language) -> str:
-    words, settings, texts = WORDINGS[language], source.settings, _texts(source.groups, language)
+def _short_page(source: HelpSource) -> str:
+    settings, texts = source.settings, _texts(source.groups)
     required = [name for name, setting in settings.items() if setting.required]
-    lines = _head(source, language)
-    for title, names in ((words.required, required), (words.important, source.important)):
-        lines += [f"{title}:"]
+    lines = _head(source)
+    important = tr("the settings that matter most:")
+    for title, names in ((tr("required:"), required), (important, source.important)):
+        lines += [title]
         for name in names:
-            lines += _entry(settings[name], _first_sentence(texts[name]), source, language, is_short=True)
+            lines += _entry(settings[name], _first_sentence(texts[name]), source, is_short=True)
         lines += [""]
     command = f"yeonma {source.verb} --help"
     width = len(f"{command} learning_rate") + 3
-    lines += [f"{words.example}:", *(f"  {line}" for line in source.example.split("\n")), ""]
-    lines += [f"{f'{command} all':{width}}{words.more.format(count=len(settings))}"]
-    lines += [f"{f'{command} {source.important[-1]}':{width}}{words.one}"]
+    lines += [tr("example:"), *(f"  {line}" for line in source.example.split("\n")), ""]
+    lines += [f"{f'{command} all':{width}}{tr('all {count} settings', count=len(settings))}"]
+    lines += [f"{f'{command} {source.important[-1]}':{width}}{tr('one setting')}"]
     return "\n".join(lines)
 
 
-def _whole_page(source: HelpSource, language: Language) -> str:
+def _whole_page(source: HelpSource) -> str:
     """One section per group, with the text, values and default of its settings."""
-    words, settings, texts = WORDINGS[language], source.settings, _texts(source.groups, language)
-    lines = [*_head(source, language), f"{words.general}:"]
-    lines += _columns("-h, --help [NAME]", words.help) + _columns("--config FILE", words.config)
+    settings, texts = source.settings, _texts(source.groups)
+    lines = [*_head(source), tr("options:")]
+    lines += _columns("-h, --help [NAME]", tr(ABOUT_HELP)) + _columns("--config FILE", tr(ABOUT_CONFIG))
     for group in source.groups:
-        lines += ["", *_wrapped(f"{_about(group, language).rstrip('.')}:", "")]
+        lines += ["", *_wrapped(f"{_about(group).rstrip('.')}:", "")]
         for field in fields(group):
             setting = settings[field.name]
-            lines += _entry(setting, texts[field.name], source, language)
+            lines += _entry(setting, texts[field.name], source)
     return "\n".join(lines)
 
 
-def _setting_page(source: HelpSource, name: str, language: Language) -> str:
+def _setting_page(source: HelpSource, name: str) -> str:
     settings = source.settings
     if name not in settings:
         cure = unknown_cure(name, settings, "--{}") or tr(
             "yeonma {verb} --help all lists them", verb=source.verb
         )
         raise UserError(tr("no setting of this command"), place=name, cure=cure)
-    lines = _entry(settings[name], _texts(source.groups, language)[name], source, language)
+    lines = _entry(settings[name], _texts(source.groups)[name], source)
     return "\n".join(line.removeprefix("  ") for line in lines)
 
 
-def _head(source: HelpSource, language: Language) -> list[str]:
+def _head(source: HelpSource) -> list[str]:
     required = [name for name, setting in source.settings.items() if setting.required]
     usage = [f"yeonma {source.verb}", *([source.positional.upper()] if source.positional else [])]
     usage += ["[--config FILE]", *(f"--{name} ..." for name in required if name != source.positional)]
-    usage += [f"[--{WORDINGS[language].setting_value} ...]"]
-    text = f"{WORDINGS[language].usage}: {' '.join(usage)}"
-    about = about_command(source.verb, source.about, language)
-    return [*_wrapped(text, "       "), "", *_wrapped(about, ""), ""]
+    usage += [tr("[--setting value ...]")]
+    text = tr("usage: {command}", command=" ".join(usage))
+    return [*_wrapped(text, "       "), "", *_wrapped(about_command(source.verb, source.about), ""), ""]
 
 
-def about_command(verb: str, about: str, language: Language) -> str:
+def about_command(verb: str, about: str) -> str:
     """What a command does, in one line. `about`: the same in English."""
-    return _korean_texts()["commands"].get(verb, about) if language == "ko" else about
+    return _korean_texts()["commands"].get(verb, about) if language() == "ko" else about
 
 
-def _entry(
-    setting: Setting, text: str, source: HelpSource, language: Language, *, is_short: bool = False
-) -> list[str]:
+def _entry(setting: Setting, text: str, source: HelpSource, *, is_short: bool = False) -> list[str]:
     """A setting's name and kind of value, and beside them its text, its values unless `is_short`, and its default."""
     is_positional = setting.name == source.positional
     name = setting.name.upper() if is_positional else f"--{setting.name} {_metavar(setting)}"
-    return _columns(name, f"{text} {_values_and_default(setting, language, is_short)}".rstrip())
+    return _columns(name, f"{text} {_values_and_default(setting, is_short)}".rstrip())
 
 
 def _columns(name: str, text: str) -> list[str]:
@@ -208,16 +164,16 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
 
 
-def _texts(groups: Sequence[type], language: Language) -> dict[str, str]:
+def _texts(groups: Sequence[type]) -> dict[str, str]:
     """Setting name -> its text."""
-    if language == "ko":
+    if language() == "ko":
         korean = _korean_texts()
         return {name: text for group in groups for name, text in korean[group.__name__].items()}
     return {name: text for group in groups for name, text in setting_texts(group).items()}
 
 
-def _about(group: type, language: Language) -> str:
-    return _korean_texts()[group.__name__]["about"] if language == "ko" else (group.__doc__ or "")
+def _about(group: type) -> str:
+    return _korean_texts()[group.__name__]["about"] if language() == "ko" else (group.__doc__ or "")
 
 
 @cache
@@ -242,15 +198,14 @@ def setting_texts(group: type) -> dict[str, str]:
     return texts
 
 
-def _values_and_default(setting: Setting, language: Language, is_short: bool) -> str:
-    words = WORDINGS[language]
+def _values_and_default(setting: Setting, is_short: bool) -> str:
     parts = []
     if not is_short and set(setting.members) - {str, NoneType}:
-        parts.append(describe(setting, words.values))
+        parts.append(describe(setting))
     if setting.required:
-        parts += [] if is_short else [words.required]
+        parts += [] if is_short else [tr("required")]
     elif setting.default not in (None, ""):
-        parts.append(f"{words.default} {setting.default}")
+        parts.append(tr("default {value}", value=setting.default))
     return f"({'; '.join(parts)})" if parts else ""
 
 
@@ -259,12 +214,10 @@ def _metavar(setting: Setting) -> str:
     return "|".join(dict.fromkeys(METAVARS[kind] for kind in kinds))
 
 
-def setting_entries(
-    groups: Sequence[type], settings: Mapping[str, Setting], language: Language
-) -> list[tuple[str, str]]:
+def setting_entries(groups: Sequence[type], settings: Mapping[str, Setting]) -> list[tuple[str, str]]:
     """Name and text of each of `settings`, with the values that it accepts and its default."""
-    texts = _texts(groups, language)
+    texts = _texts(groups)
     return [
-        (name, f"{texts[name]} {_values_and_default(setting, language, is_short=False)}".rstrip())
+        (name, f"{texts[name]} {_values_and_default(setting, is_short=False)}".rstrip())
         for name, setting in settings.items()
     ]

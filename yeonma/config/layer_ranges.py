@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
-RANGES_EXAMPLE = tr("numbers and ranges such as 0-3,8,10-")
+RANGES_EXAMPLE = later("numbers and ranges such as 0-3,8,10-")
 LayerRange = tuple[int, int | None]
 """The first and the last layer, or None for the last one of the model."""
 
@@ -15,7 +15,7 @@ LayerRange = tuple[int, int | None]
 class InvalidRanges(ValueError):
     """A text that names no layers. `cure` says how to write them."""
 
-    cure = tr("give {values}", values=RANGES_EXAMPLE)
+    cure = tr("give {values}", values=tr(RANGES_EXAMPLE))
 
 
 def layer_ranges(text: str) -> tuple[LayerRange, ...]:

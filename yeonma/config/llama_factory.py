@@ -20,7 +20,7 @@ from yeonma.config.conversion import (
     take_warmup,
     with_packing,
 )
-from yeonma.errors import UserError
+from yeonma.errors import UserError, system_reason
 from yeonma.files import user_path
 from yeonma.messages import tr
 
@@ -252,7 +252,7 @@ def _dataset_info(folder: str) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(tr("cannot be read: {error}", error=error), place=str(path)) from None
+        raise UserError(tr("cannot be read: {error}", error=system_reason(error)), place=str(path)) from None
     if not isinstance(content, dict):
         raise UserError(tr("not an object with the names of data sets"), place=str(path))
     return content

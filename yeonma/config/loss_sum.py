@@ -6,7 +6,7 @@ import math
 from typing import Literal, get_args
 
 from yeonma.errors import did_you_mean
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
 PairLossName = Literal[
     "sigmoid",
@@ -32,7 +32,7 @@ LabelLossName = Literal["kto", "apo_zero_unpaired", "bco"]  # learn from labelle
 LossName = Literal[PairLossName, LabelLossName]
 
 PAIR_LOSSES, LABEL_LOSSES = get_args(PairLossName), get_args(LabelLossName)
-SUM_EXAMPLE = tr("a weighted sum such as sigmoid:1,sft:0.5")
+SUM_EXAMPLE = later("a weighted sum such as sigmoid:1,sft:0.5")
 
 
 class InvalidLoss(ValueError):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from datetime import date
+from functools import reduce
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,18 +20,17 @@ from yeonma.config.foreign_names import foreign_name_cure
 from yeonma.config.gpus import UnknownGpu
 from yeonma.config.layer_ranges import InvalidRanges
 from yeonma.config.loss_sum import InvalidLoss
+from yeonma.config.ranges import Range
 from yeonma.config.settings import (
     ADAPTER_SETTINGS,
     FULL_LEARNING_RATES,
     PREFERENCE_DEFAULTS,
     InspectConfig,
-    Range,
     RunConfig,
     StepSettings,
 )
 from yeonma.config.yaml_text import read_items, read_value, write_item
-from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.language import language
+from yeonma.errors import Problem, UserError, did_you_mean, system_reason
 from yeonma.messages import tr
 
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
@@ -261,9 +261,10 @@ def config_text(path: str) -> str:
     except UnicodeDecodeError:
         raise UserError(tr("not UTF-8"), place=path, cure=tr("save it as UTF-8")) from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            tr("cannot be read: {reason}", reason=reason), place=path, cure=tr("--config takes a YAML file")
+            tr("cannot be read: {reason}", reason=system_reason(error)),
+            place=path,
+            cure=tr("--config takes a YAML file"),
         ) from None
 
 
@@ -434,7 +435,7 @@ def _value_problem(setting: Setting, raw: RawValue, reason: str, cure: str = "")
         return Problem(
             tr("{value} is not text", value=_format_value(value)), raw.place, tr("put it in quotes")
         )
-    cure = tr("give {values}", values=describe(setting, KOREAN if language() == "ko" else ENGLISH))
+    cure = tr("give {values}", values=describe(setting))
     choices = [
         choice for member in setting.members if get_origin(member) is Literal for choice in get_args(member)
     ]
@@ -493,53 +494,7 @@ def settings_of(
     return settings
 
 
-@dataclass(frozen=True)
-class ValueWords:
-    """How a language describes values. Braces stand for examples, choices, or the ends of a range."""
-
-    true_or_false: str
-    whole_number: str
-    number: str
-    in_range: str
-    """Takes the range and one of the two above."""
-    ends: tuple[str, str, str, str]
-    between_ends: str
-    text: str
-    list: str
-    mapping: str
-    one_of: str
-    between_kinds: str
-
-
-ENGLISH = ValueWords(
-    true_or_false="true or false",
-    whole_number="a whole number",
-    number="a number",
-    in_range="{number} {range}",
-    ends=("of at least {}", "above {}", "at most {}", "below {}"),
-    between_ends=" and ",
-    text="text",
-    list="a list such as [{}]",
-    mapping="a mapping such as {{a: {}}}, with a space after each colon",
-    one_of="one of {}",
-    between_kinds=" or ",
-)
-KOREAN = ValueWords(
-    true_or_false="true 또는 false",
-    whole_number="정수",
-    number="수",
-    in_range="{range}의 {number}",
-    ends=("{} 이상", "{} 초과", "{} 이하", "{} 미만"),
-    between_ends=" ",
-    text="텍스트",
-    list="[{}] 같은 목록",
-    mapping="{{a: {}}} 같은 매핑, 콜론 뒤에 공백",
-    one_of="{} 가운데 하나",
-    between_kinds=" 또는 ",
-)
-
-
-def describe(setting: Setting, words: ValueWords = ENGLISH) -> str:
+def describe(setting: Setting) -> str:
     """A description of the values that a setting accepts: `a whole number of at least 1`."""
     kinds: list[str] = []
     choices: list[str] = []
@@ -547,29 +502,31 @@ def describe(setting: Setting, words: ValueWords = ENGLISH) -> str:
         if get_origin(member) is Literal:
             choices += [str(choice) for choice in get_args(member)]
         elif member is bool:
-            kinds.append(words.true_or_false)
+            kinds.append(tr("true or false"))
         elif member in (int, float):
-            kinds.append(_number_in_words(member, setting.range, words))
+            kinds.append(_number_in_words(member, setting.range))
         elif member is str:
-            kinds += [] if setting.also else [words.text]
+            kinds += [] if setting.also else [tr("text")]
         elif get_origin(member) is list:
             item = get_args(member)[0]
             examples = get_args(item) if get_origin(item) is Literal else ("a", "b")
-            kinds.append(words.list.format(", ".join(map(str, examples[:2]))))
+            kinds.append(tr("a list such as [{items}]", items=", ".join(map(str, examples[:2]))))
         elif get_origin(member) is dict:
-            kinds.append(words.mapping.format("b" if get_args(member)[1] is str else "1"))
+            value = "b" if get_args(member)[1] is str else "1"
+            kinds.append(tr("a mapping such as {{a: {value}}}, with a space after each colon", value=value))
     if choices:
-        kinds.append(words.one_of.format(", ".join(choices)))
+        kinds.append(tr("one of {choices}", choices=", ".join(choices)))
     if setting.also:
-        kinds.append(setting.also)
-    return words.between_kinds.join(kinds)
+        kinds.append(tr(setting.also))
+    return reduce(lambda first, second: tr("{first} or {second}", first=first, second=second), kinds)
 
 
-def _number_in_words(member: type, accepted: Range | None, words: ValueWords) -> str:
-    number = words.whole_number if member is int else words.number
-    if accepted is None:
-        return number
-    return words.in_range.format(number=number, range=accepted.in_words(words.ends, words.between_ends))
+def _number_in_words(member: type, accepted: Range | None) -> str:
+    number = tr("a whole number") if member is int else tr("a number")
+    ends = accepted.in_words() if accepted is not None else []
+    if len(ends) == 2:
+        return tr("{number} {lower} and {upper}", number=number, lower=ends[0], upper=ends[1])
+    return tr("{number} {end}", number=number, end=ends[0]) if ends else number
 
 
 def _parts(kind: type) -> dict[str, tuple[type, bool]]:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from yeonma.config.gpus import GPU_EXAMPLE, gpu_named
 from yeonma.config.layer_ranges import RANGES_EXAMPLE, layer_ranges
 from yeonma.config.loss_sum import SUM_EXAMPLE, LossName, weighted_losses
+from yeonma.config.ranges import (
+    BATCH,
+    BYTES,
+    COUNT,
+    DECAY,
+    EPOCHS,
+    FRACTION,
+    NOT_NEGATIVE,
+    PORT,
+    POSITIVE,
+    PROCESSES,
+    RANK,
+    RATIO,
+    ROWS,
+    SEED,
+    TOKENS,
+    Range,
+)
 
 LrScheduler = Literal[
     "linear",
@@ -35,50 +53,6 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 TokenLoss = Literal["nll", "dft"]
 Trained = Literal["lora", "full"]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The numbers that a setting accepts. Infinity and NaN are never among them."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    limit: int | None = None
-    """What no run can mean: a billion steps of a millisecond take eleven days. Named only where a number is above it."""
-
-    def __contains__(self, number: float) -> bool:
-        return (
-            float("-inf") < number < float("inf")
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-        )
-
-    def in_words(self, forms: Sequence[str], between: str) -> str:
-        """`forms`: how its four ends are said, such as `above {}`, in the order of the fields."""
-        ends = (self.at_least, self.above, self.at_most, self.below)
-        said = (form.format(end) for form, end in zip(forms, ends, strict=True) if end is not None)
-        return between.join(said)
-
-
-COUNT = {"range": Range(at_least=1, limit=10**9)}
-ROWS = {"range": Range(at_least=1, limit=10**12)}
-BATCH = {"range": Range(at_least=1, limit=10**6)}
-EPOCHS = {"range": Range(above=0, limit=10**6)}
-TOKENS = {"range": Range(at_least=1, limit=10**8)}
-RANK = {"range": Range(at_least=1, limit=65536)}
-PROCESSES = {"range": Range(at_least=1, limit=1024)}
-BYTES = {"range": Range(at_least=1, limit=10**15)}
-NOT_NEGATIVE = {"range": Range(at_least=0, limit=10**9)}
-POSITIVE = {"range": Range(above=0, limit=10**9)}
-FRACTION = {"range": Range(at_least=0, at_most=1)}
-DECAY = {"range": Range(at_least=0, below=1)}
-RATIO = {"range": Range(at_least=1, limit=10**6)}
-SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
-PORT = {"range": Range(at_least=0, at_most=65535)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from yeonma.errors import UserError
-from yeonma.messages import tr
+from yeonma.messages import later, tr, translated
 from yeonma.shown import has_hidden, many_lines
 
 MAX_FRONT_CHARACTERS = 1 << 20
@@ -95,12 +95,32 @@ def _yaml_errors_as_user_errors(name: str) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise UserError(tr("not YAML: {error}", error=error.problem or error.context), place=place) from None
+        raise UserError(tr("not YAML: {error}", error=_translated_fault(error)), place=place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(tr("not YAML: {error}", error=" ".join(str(error).split())), place=name) from None
     except (AttributeError, LookupError):  # PyYAML at `!!timestamp x`, `!!bool x`, `!!int ""`
         problem = tr("not YAML: a value does not match its tag")
         raise UserError(problem, place=name, cure=tr("write values without tags")) from None
+
+
+_FAULTS = (
+    later("expected ',' or ']', but got {token}"),
+    later("expected ',' or '}}', but got {token}"),
+    later("expected <block end>, but found {token}"),
+    later("but found another document"),
+    later("expected '<document start>', but found {token}"),
+    later("could not find expected ':'"),
+    later("mapping values are not allowed here"),
+    later("found character {character} that cannot start any token"),
+    later("found unexpected end of stream"),
+    later("found unknown escape character {character}"),
+    later("found undefined alias {name}"),
+)
+"""What PyYAML says of the usual faults."""
+
+
+def _translated_fault(error: yaml.MarkedYAMLError) -> str:
+    return translated(str(error.problem or error.context))
 
 
 def _refuse_equal_keys_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:

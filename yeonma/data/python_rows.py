@@ -29,7 +29,7 @@ from yeonma.data.arrow_reader import open_table
 from yeonma.data.records import DataSet, Record, Source
 from yeonma.data.strict_json import kind_of
 from yeonma.data.words import row_place
-from yeonma.errors import Problem, UserError, brief
+from yeonma.errors import Problem, UserError, brief, system_reason
 from yeonma.messages import tr
 
 SETTINGS = ("data_path", "val_data_path")
@@ -137,7 +137,7 @@ def _write(data: Any, setting: str, folder: Path) -> str:
                 file.write(line)
         temporary.rename(folder / f"{setting}-{digest.hexdigest()}.jsonl")
     except OSError as error:
-        problem = tr("the rows cannot be written to a temporary file: {value}", value=error.strerror or error)
+        problem = tr("the rows cannot be written to a temporary file: {value}", value=system_reason(error))
         raise UserError(
             problem, place=setting, cure=tr("make room, or choose its folder with TMPDIR")
         ) from None

@@ -26,7 +26,7 @@ from yeonma.data.python_rows import given_set
 from yeonma.data.readers import ENDINGS, ending_of, is_text, open_file
 from yeonma.data.records import DataSet, FileOptions, Source
 from yeonma.data.splits import SplitSlice, parse_split, sliced
-from yeonma.errors import Problem, UserError, brief, did_you_mean
+from yeonma.errors import Problem, UserError, brief, did_you_mean, system_reason
 from yeonma.files import file_hash, user_path
 from yeonma.messages import counted, tr
 
@@ -158,7 +158,9 @@ def _read_errors_as_user_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = tr("cannot be read: {value}", value=error.strerror or one_line(error))
+        problem = tr(
+            "cannot be read: {value}", value=system_reason(error) if error.errno else one_line(error)
+        )
         raise UserError(problem, place=name, cure=tr("check the file, or write it again")) from None
 
 
@@ -229,7 +231,9 @@ def _existing(written: str) -> Path | None:
         return None
     except OSError as error:
         cure = tr("give a file or folder that you can read")
-        raise UserError(tr("cannot be opened: {error}", error=error), place=written, cure=cure) from None
+        raise UserError(
+            tr("cannot be opened: {error}", error=system_reason(error)), place=written, cure=cure
+        ) from None
     return path
 
 

@@ -70,7 +70,7 @@ def parse(text: str, at: int) -> tuple[object, int]:
 def kind_of(value: object) -> str:
     """The kind of a value for messages: `a number`, `null`, ..."""
     if value is None:
-        return tr("null")
+        return "null"
     if isinstance(value, bool):
         return tr("true or false")
     named = (

@@ -42,7 +42,7 @@ from yeonma.data.template_syntax import (
 )
 from yeonma.data.turns import Turn, is_turn_list, object_of, tools_of, turn_list, with_system
 from yeonma.data.words import all_of, field_name
-from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.errors import Problem, UserError, did_you_mean, system_reason
 from yeonma.messages import tr
 
 BUILT_IN = (
@@ -637,7 +637,9 @@ def _read_file(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(tr("cannot be read: {strerror}", strerror=error.strerror), place=str(path)) from error
+        raise UserError(
+            tr("cannot be read: {strerror}", strerror=system_reason(error)), place=str(path)
+        ) from error
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

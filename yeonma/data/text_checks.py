@@ -12,6 +12,7 @@ from unicodedata import name, normalize
 
 from yeonma.data.template import Rendered
 from yeonma.data.turns import Turn
+from yeonma.messages import later
 
 LARGE_BYTES = 10_000_000
 
@@ -28,19 +29,19 @@ NOT_GIVEN_BACK: the token ids do not decode to the row's texts. From FIRST_KEY o
 `tokenization/chat_remarks.py`."""
 
 SCRIPTS = (
-    "Latin",
-    "Hangul",
-    "Han",
-    "Kana",
-    "Cyrillic",
-    "Greek",
-    "Arabic",
-    "Hebrew",
-    "Devanagari",
-    "Thai",
-    "other",
+    later("Latin"),
+    later("Hangul"),
+    later("Han"),
+    later("Kana"),
+    later("Cyrillic"),
+    later("Greek"),
+    later("Arabic"),
+    later("Hebrew"),
+    later("Devanagari"),
+    later("Thai"),
+    later("other"),
 )
-"""In the order of the bits of `Notes.scripts`, lowest first."""
+"""In the order of the bits of `Notes.scripts`, lowest first. Shown by `tr`."""
 
 # Conjoining Jamo. Compatibility Jamo, which people type as such, are not decomposed syllables.
 _JAMO = re.compile("[\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]")

@@ -10,7 +10,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from yeonma.errors import UserError
+from yeonma.errors import UserError, system_reason
 from yeonma.files import disk_errors_as_user_errors, write_all
 from yeonma.messages import tr
 from yeonma.shown import json_text
@@ -46,7 +46,7 @@ def open_answer_cache(path: Path) -> Iterator[AnswerCache]:
         file = path.open("ab", buffering=0)
     except OSError as error:
         raise UserError(
-            tr("cannot be written: {value}", value=error.strerror or error), place=str(path)
+            tr("cannot be written: {value}", value=system_reason(error)), place=str(path)
         ) from error
     with file:
         if text and not text.endswith("\n"):

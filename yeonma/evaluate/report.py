@@ -187,7 +187,7 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
                 "rows are over {limit} and have no loss",
                 limit=limit,
             )
-            notes.append(tr("{name}: {left_out}.", name=name, left_out=left_out))
+            notes.append(f"{name}: {left_out}.")
         if shortened := sum(prompt.shortened for prompt in inputs.prompts):
             prompts = counted(shortened, "prompt was", "prompts were")
             notes.append(

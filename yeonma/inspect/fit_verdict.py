@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from yeonma.config.gpus import GPUS
-from yeonma.inspect.forecast import Alternative, Forecast, duration, size
+from yeonma.durations import estimated
+from yeonma.inspect.forecast import Alternative, Forecast, size
 from yeonma.messages import later, tr
 from yeonma.run_folder.progress import status_bytes
 from yeonma.train.memory_budget import free_memory
@@ -80,7 +81,7 @@ def verdict_of(forecast: Forecast, target: TargetDevice, memory_bytes: int | Non
     if forecast.processes > 1:
         where = tr("each of {processes} processes: {where}", processes=forecast.processes, where=where)
     if forecast.time is not None:
-        time = duration(forecast.time.seconds)
+        time = estimated(forecast.time.seconds)
         parts.append(tr("about {time}", time=time) if forecast.time.seconds >= 1 else time)
     if (price := forecast.price) is not None:
         parts.append(

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from yeonma.config.gpus import Gpu
-from yeonma.messages import later, tr
+from yeonma.durations import estimated
+from yeonma.messages import counted, later, tr
 from yeonma.model.targets import Coverage, PartCoverage
+from yeonma.run_folder.units import counted_units
 from yeonma.train.memory_parts import Memory
 
 # The fraction of the rate of a large matrix product that a run reaches: lowest, usual, highest. CPU:
@@ -223,12 +225,7 @@ def forecast_lines(
         ),
         (
             tr("heaviest micro-batch"),
-            tr(
-                "{count} {units}, {tokens:,} tokens",
-                count=forecast.heaviest_units,
-                units=tr(units),
-                tokens=forecast.heaviest_tokens,
-            ),
+            f"{counted_units(forecast.heaviest_units, units)}, {counted(forecast.heaviest_tokens, 'token')}",
         ),
         (
             tr("peak memory"),
@@ -259,9 +256,9 @@ def forecast_lines(
         }[time.measured_by]
         spread = tr(
             "{time} ({least} to {most}), {source}",
-            time=duration(time.seconds),
-            least=duration(time.seconds_low),
-            most=duration(time.seconds_high),
+            time=estimated(time.seconds),
+            least=estimated(time.seconds_low),
+            most=estimated(time.seconds_high),
             source=source,
         )
         lines.append((tr("time"), spread))
@@ -289,13 +286,3 @@ def forecast_lines(
 def size(size_bytes: float) -> str:
     """`13.20 GB` or `312 MB`."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """`42s`, `12m` or `1h40m`."""
-    if seconds < 1:
-        return tr("under 1s")
-    if seconds < 100:
-        return f"{seconds:.0f}s"
-    minutes = round(seconds / 60)
-    return f"{minutes}m" if minutes < 100 else f"{minutes // 60}h{minutes % 60:02d}m"

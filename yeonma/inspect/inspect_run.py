@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from yeonma.inspect.terminal import (
     print_remark,
     print_views,
 )
-from yeonma.language import VARIABLES
+from yeonma.language import speaking
 from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.targets import Coverage
@@ -56,8 +55,6 @@ from yeonma.train.prepare import Prepared, check_adapter, prepare
 from yeonma.train.run_warnings import run_warnings
 from yeonma.train.target_device import TargetDevice, target_device
 
-LANGUAGE_VARIABLE = VARIABLES[0]
-"""Which comes before the others."""
 RATE_SECONDS = 0.25
 """How long the products of the rate are measured that a forecast of time uses."""
 
@@ -104,25 +101,11 @@ def inspect_training(options: InspectSettings, config: RunConfig) -> Inspection:
     config = resolve_auto(config, source, prepared, group, log_line, target=target, processes=processes)
     dataset = prepared.dataset
     selection = select_rows(options.rows, max(one.train.store.counts.rows for one in dataset.sets))
-    with _in_english() if options.json else nullcontext():
+    with speaking("en") if options.json else nullcontext():  # JSON is for programs
         inspection = _inspection(options, config, source, prepared, target, memory_bytes, selection)
         if options.html is not None:
             write_text_atomically(user_path(options.html), inspection.web_page)
     return inspection
-
-
-@contextmanager
-def _in_english() -> Iterator[None]:
-    """JSON is for programs, in any language of help."""
-    before = os.environ.get(LANGUAGE_VARIABLE)
-    os.environ[LANGUAGE_VARIABLE] = "en"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[LANGUAGE_VARIABLE]
-        else:
-            os.environ[LANGUAGE_VARIABLE] = before
 
 
 def _inspection(
@@ -160,16 +143,16 @@ def print_inspection(
     """Print rows, audit and forecast on `console`, by default on standard output; with `options.json`, as JSON."""
     verdict = inspection.verdict
     if options.json:
-        with _in_english():
+        with speaking("en"):
             for view in inspection.views:
                 give(view_json(view))
-        about: dict[str, Any] = {
-            "forecast": inspection.forecast and forecast_dict(inspection.forecast),
-            **({} if verdict is None else {"verdict": asdict(verdict)}),
-            "adapter": inspection.adapter and asdict(inspection.adapter),
-            **({"model_remarks": inspection.remarks} if inspection.remarks else {}),
-        }
-        give(audit_json(inspection.audit, about))
+            about: dict[str, Any] = {
+                "forecast": inspection.forecast and forecast_dict(inspection.forecast),
+                **({} if verdict is None else {"verdict": asdict(verdict)}),
+                "adapter": inspection.adapter and asdict(inspection.adapter),
+                **({"model_remarks": inspection.remarks} if inspection.remarks else {}),
+            }
+            give(audit_json(inspection.audit, about))
         return
     console = console or Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     print_views(console, inspection.views, tokens=options.tokens)

@@ -12,7 +12,7 @@ from rich.text import Text
 from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
 from yeonma.inspect.fit_verdict import VERDICT
 from yeonma.inspect.label_counts import label_lines
-from yeonma.messages import counted, later, tr
+from yeonma.messages import counted, later, tr, translated
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.tokenization.dataset import format_rows
 from yeonma.tokenization.explain import SpanKind, TextSpan, View
@@ -171,7 +171,7 @@ def heading_of(view: View) -> str:
         row = tr("{data_set} row {row}", data_set=view.data_set, row=view.row)
     parts = [row, view.place, *([tr(view.role)] if view.role is not None else [])]
     if view.left_out is not None:
-        parts.append(tr("left out: {left_out}", left_out=view.left_out))
+        parts.append(tr("left out: {left_out}", left_out=translated(view.left_out)))
     else:
         tokens = counted(len(view.token_ids), "token")
         parts.append(tr("{tokens}, {trained:,} trained", tokens=tokens, trained=trained))
@@ -276,7 +276,7 @@ def _source_lines(source: AuditedSource) -> Iterator[str | tuple[str, str]]:
     for fault in source.bad_rows:
         yield tr("  bad rows, {fault}", fault=fault), "red"
     for row in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
-        yield f"  {row.place}: {row.reason}", "red"
+        yield f"  {row.place}: {translated(row.reason)}", "red"
     more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)
     if more:
         rows = [row.row for row in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
@@ -382,7 +382,7 @@ def _leans(bias: Bias, pairs: int) -> bool:
 def _scripts(part: PartAudit) -> str:
     entries = []
     for scripts in part.scripts[:4]:
-        names = " + ".join(scripts.names) or tr("no letters")
+        names = " + ".join(map(tr, scripts.names)) or tr("no letters")
         rows = (
             f" ({format_rows(scripts.rows, scripts.count, most=3)})"
             if scripts.count * 20 <= part.rows

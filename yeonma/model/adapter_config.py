@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.data.strict_json import SPACE, Fault, described, parse
-from yeonma.errors import Problem, UserError, brief
+from yeonma.errors import Problem, UserError, brief, system_reason
 from yeonma.files import user_path
 from yeonma.messages import counted, tr
 
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise Fault(tr("more text after the object"), end)
     except OSError as error:
         raise UserError(
-            tr("cannot be read ({strerror})", strerror=error.strerror), place=str(path)
+            tr("cannot be read ({strerror})", strerror=system_reason(error)), place=str(path)
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from yeonma.errors import Problem, UserError, brief
+from yeonma.errors import Problem, UserError, brief, system_reason
 from yeonma.files import user_path
 from yeonma.messages import tr
 from yeonma.model.adapter_config import (
@@ -64,7 +64,7 @@ def read_header(folder: str | Path) -> dict[str, StoredTensor]:
         raise UserError(what, place=str(path), cure=tr("download it again")) from error
     except OSError as error:
         raise UserError(
-            tr("cannot be read ({value})", value=error.strerror or error), place=str(path)
+            tr("cannot be read ({value})", value=system_reason(error)), place=str(path)
         ) from error
     tensors = {
         name: StoredTensor(one["dtype"], tuple(one["shape"]), 8 + size + one["data_offsets"][0])

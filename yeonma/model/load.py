@@ -154,7 +154,7 @@ def load_config(source: BaseSource) -> Any:
         try:
             path = file_of(source, "config.json")
         except UserError as error:
-            raise _cannot_load(tr("config"), source, error) from error
+            raise _cannot_load("config", source, error) from error
         if path is not None:
             check_numbers(path)
     try:
@@ -166,7 +166,7 @@ def load_config(source: BaseSource) -> Any:
         )
         _forget_run_settings(config)
     except Exception as error:  # values of a wrong type may raise anything in transformers
-        raise _cannot_load(tr("config"), source, error) from error
+        raise _cannot_load("config", source, error) from error
     return config
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from yeonma.errors import UserError
+from yeonma.errors import UserError, system_reason
 from yeonma.files import kind_of, replace_file
 from yeonma.messages import tr
 
@@ -77,7 +77,7 @@ class WeightSums:
                 sums = _sums_of(file, before.st_size, self.stopped)
                 is_same = _state(os.fstat(file.fileno())) == _state(before) == _state(os.stat(path))
         except OSError as error:
-            problem = tr("cannot be read ({value})", value=error.strerror or error)
+            problem = tr("cannot be read ({value})", value=system_reason(error))
             raise UserError(
                 problem, place=str(path), cure=tr("download it again, or check the disk")
             ) from error

@@ -28,7 +28,6 @@ from yeonma.config.settings import (
 from yeonma.data.python_rows import given
 from yeonma.errors import Problem, RunFailed, UserError
 from yeonma.files import user_path
-from yeonma.language import language
 from yeonma.messages import tr
 from yeonma.platforms import check_platform
 from yeonma.python_api.keyword_form import in_keyword_form
@@ -101,7 +100,7 @@ def _call_of(
                     raise Stopped(tr("interrupted"), INTERRUPTED) from None
 
         returns = get_type_hints(function)["return"]
-        call.__doc__ = docstring_of(form, about, language())
+        call.__doc__ = docstring_of(form, about)
         call.__signature__ = signature_of(form, returns)  # type: ignore[attr-defined]
         call.__annotations__ = {"return": returns}
         call.__module__ = "yeonma"

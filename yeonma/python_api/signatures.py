@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from yeonma.cli import Verb
 from yeonma.config.help import setting_entries
 from yeonma.config.parse import Setting, settings_of
-from yeonma.language import Language
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 
-CONFIG = tr("YAML file of settings. Keywords win over it.")
+CONFIG = later("YAML file of settings. Keywords win over it.")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,10 @@ def signature_of(form: CallForm, returns: object) -> inspect.Signature:
     return inspect.Signature([*parameters, config], return_annotation=returns)
 
 
-def docstring_of(form: CallForm, about: str, language: Language) -> str:
+def docstring_of(form: CallForm, about: str) -> str:
     """The call's own text, then each setting with its help text, values and default."""
-    entries = setting_entries(form.verb.groups, form.settings, language)
+    entries = setting_entries(form.verb.groups, form.settings)
     lines = [f"{name}: {text}" for name, text in entries]
-    return "\n".join([about, "", tr("Settings:"), *(f"    {line}" for line in [*lines, f"config: {CONFIG}"])])
+    return "\n".join(
+        [about, "", tr("Settings:"), *(f"    {line}" for line in [*lines, f"config: {tr(CONFIG)}"])]
+    )

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from yeonma.errors import Log, UserError, brief
+from yeonma.errors import Log, UserError, brief, system_reason
 from yeonma.files import (
     check_free,
     delete,
@@ -241,7 +241,7 @@ def read_state(checkpoint: Path) -> RunProgress:
         state = RunProgress.from_json(read_regular(checkpoint / STATE).decode())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            tr("it cannot be read ({error})", error=error), place=str(checkpoint / name)
+            tr("it cannot be read ({error})", error=system_reason(error)), place=str(checkpoint / name)
         ) from error
     if is_checkpoint(checkpoint.name) and state.step != step_of(checkpoint):
         raise UserError(

@@ -10,7 +10,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, system_reason
 from yeonma.files import kind_of
 from yeonma.messages import later, tr
 
@@ -93,7 +93,7 @@ def check_entries(output: Path, *, full: bool = False) -> None:
         return
     except OSError as error:
         raise UserError(
-            tr("cannot be read ({strerror})", strerror=error.strerror),
+            tr("cannot be read ({strerror})", strerror=system_reason(error)),
             place=str(output),
             cure=tr("give another output_dir"),
         ) from error

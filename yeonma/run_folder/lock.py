@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout, lock_descriptor
 
-from yeonma.errors import Log, UserError, brief
+from yeonma.errors import Log, UserError, brief, system_reason
 from yeonma.files import DISK_ERRORS, NO_LOCKS, kind_of, open_regular, read_regular, sync, user_path
 from yeonma.messages import tr
 from yeonma.run_folder.entries import LOCK, SOFT_LOCK, check_entries
@@ -132,9 +132,9 @@ def _acquired(output: Path, log: Log) -> BaseFileLock:
             raise
         if error.errno not in NO_LOCKS:
             cure = tr("remove it, or give another output_dir")
-            what = tr("cannot be locked: {strerror}", strerror=error.strerror)
+            what = tr("cannot be locked: {strerror}", strerror=system_reason(error))
             raise UserError(what, place=str(output / LOCK), cure=cure) from error
-        reason = error.strerror
+        reason = system_reason(error)
     with suppress(OSError):
         os.unlink(output / LOCK)
     soft = SoftFileLock(
@@ -181,7 +181,7 @@ def _locked_error(output: Path) -> UserError:
                 "wait until it ends, or give another output_dir; if that process has ended, delete {file}",
                 file=output / SOFT_LOCK,
             )
-            return UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
+            return UserError(what, place=f"output_dir {output}", cure=cure)
     try:
         with open(output / LOCK, "rb", buffering=0, opener=open_regular) as file:
             file.seek(1)
@@ -194,7 +194,7 @@ def _locked_error(output: Path) -> UserError:
         )
     except (UserError, OSError, ValueError, KeyError, TypeError):  # locked a moment ago, not written yet
         what = tr("another run is writing here (its process is not known yet)")
-    return UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
+    return UserError(what, place=f"output_dir {output}", cure=cure)
 
 
 def _create(folder: Path) -> list[Path]:

@@ -122,7 +122,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
             names = ", ".join(path.name for path in foreign)
             cure = tr("give another folder, or --overwrite true")
             what = tr("it holds files that are not from a run ({names})", names=names)
-            raise UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
+            raise UserError(what, place=f"output_dir {output}", cure=cure)
     else:
         recorded, finished = _read_run(output / RUN)
         remarks.append(_check_same(identity, recorded, str(output)))
@@ -144,7 +144,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
             )
             raise UserError(
                 tr("all of its checkpoints are damaged ({names})", names=names),
-                place=tr("output_dir {output}", output=output),
+                place=f"output_dir {output}",
                 cure=cure,
             )
         if resume == "latest" and (other := _other_checkpoints(output)):
@@ -152,7 +152,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
             cure = tr(
                 "give each its name back, or --resume_from_checkpoint none, which starts over beside them"
             )
-            raise UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
+            raise UserError(what, place=f"output_dir {output}", cure=cure)
         return Start()
     remarks.append(_check_same(identity, newest[1].identity, str(newest[0])))
     _log_first(remarks, log)
@@ -184,7 +184,7 @@ def _check_no_other_model(output: Path, identity: Mapping[str, Any]) -> None:
         )
         raise UserError(
             what,
-            place=tr("output_dir {output}", output=output),
+            place=f"output_dir {output}",
             cure=tr("give another folder, or remove these files"),
         )
 
@@ -202,7 +202,7 @@ def _other_checkpoints(output: Path) -> list[str]:
 
 
 def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
-    place = tr("resume_from_checkpoint {checkpoint}", checkpoint=checkpoint)
+    place = f"resume_from_checkpoint {checkpoint}"
     if overwrite:
         raise UserError(tr("overwrite would delete it"), place=place, cure=tr("give only one of the two"))
     if not checkpoint.is_dir():
@@ -477,4 +477,4 @@ def check_disk_space(
             free=free,
         )
         cure = tr("make room, give another output_dir, or keep fewer checkpoints with --save_total_limit")
-        raise UserError(what, place=tr("output_dir {output}", output=output), cure=cure)
+        raise UserError(what, place=f"output_dir {output}", cure=cure)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yeonma.durations import in_two_units
 from yeonma.messages import tr
 
 RunPhase = Literal["loading", "reference", "training", "validation", "saving", "answers"]
@@ -54,15 +55,3 @@ class PhaseClock:
         if not shown:
             return tr("took {time}", time=total)
         return tr("took {time}: {phases}", time=total, phases=", ".join(shown))
-
-
-def in_two_units(seconds: float) -> str:
-    """A duration in its two largest units: `59s`, `12m03s`, `1h01m`, `1d01h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"

@@ -18,10 +18,11 @@ from rich.progress import Progress as Bar
 from rich.status import Status
 from rich.text import Text
 
+from yeonma.durations import in_two_units
 from yeonma.errors import Log
-from yeonma.messages import tr
+from yeonma.messages import counted, tr
 from yeonma.run_folder.notebook_block import in_notebook, notebook_block
-from yeonma.run_folder.phases import in_two_units
+from yeonma.run_folder.units import counted_units
 from yeonma.shown import MOST_OF_A_LINE, one_line
 
 RECENT_STEPS = 20
@@ -192,14 +193,13 @@ class Progress:
         self.print_line(
             tr(
                 "step {step}/{total_steps}  epoch {epoch:.2f}  validation loss {loss:.4f}{metrics}  "
-                "{examples} {units} in {seconds}",
+                "{examples} in {seconds}",
                 step=record.step,
                 total_steps=self._total_steps,
                 epoch=record.epoch,
                 loss=record.loss,
                 metrics=metrics,
-                examples=record.examples,
-                units=tr(units),
+                examples=counted_units(record.examples, units),
                 seconds=in_two_units(record.seconds),
             )
         )
@@ -277,10 +277,10 @@ class AnswerProgress:
 
     def __call__(self, done: int, total: int) -> None:
         line = tr(
-            "answering the rows of the card with {whose}: {done} of {total} answers",
+            "answering the rows of the card with {whose}: {done} of {answers}",
             whose=self._whose,
             done=done,
-            total=total,
+            answers=counted(total, "answer"),
         )
         if not self._begun:
             self._begun = True

@@ -24,7 +24,7 @@ from typing import Any
 
 from yeonma.errors import Log, UserError
 from yeonma.files import MOST_BYTES, disk_errors_as_user_errors, kind_of, open_regular, sync, write_all
-from yeonma.messages import tr
+from yeonma.messages import counted, tr
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
 METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
@@ -144,8 +144,8 @@ def check_logs(output: Path, sums: Mapping[str, Mapping[str, Any]], step: int, l
                 present.add(values)
         if present.as_record() != recorded:
             what = tr(
-                "its first {lines:,} lines are not those that the run wrote up to step {step}",
-                lines=recorded["lines"],
+                "its first {lines} are not those that the run wrote up to step {step}",
+                lines=counted(recorded["lines"], "line"),
                 step=step,
             )
             cure = tr(

@@ -23,7 +23,7 @@ from ipaddress import IPv4Address, ip_address, ip_network
 from time import monotonic
 from typing import Any, cast
 
-from yeonma.errors import Log
+from yeonma.errors import Log, system_reason
 from yeonma.messages import tr
 from yeonma.serve.openai_api import RequestError
 from yeonma.serve.request_framing import MAX_BODY_BYTES, BadRequest, RequestFraming
@@ -337,7 +337,7 @@ class Connections:
                 return
             except OSError as error:
                 self.count(
-                    tr("no file left to open") if error.errno in OUT_OF_RESOURCES else str(error.strerror)
+                    tr("no file left to open") if error.errno in OUT_OF_RESOURCES else system_reason(error)
                 )
                 self._make_room([it for it in self._open if it.may_make_room])
                 self._loop.remove_reader(self._listener)

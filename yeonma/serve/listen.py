@@ -7,7 +7,7 @@ import ipaddress
 import socket
 from collections.abc import Mapping
 
-from yeonma.errors import UserError
+from yeonma.errors import UserError, system_reason
 from yeonma.messages import tr
 
 KEY = "YEONMA_API_KEY"
@@ -55,7 +55,7 @@ def _listen_error(host: str, port: int, error: OSError) -> UserError:
     if error.errno in (errno.EACCES, errno.EPERM):
         problem = tr("you are not allowed to listen on this port")
         return UserError(problem, place=f"--port {port}", cure=tr("use a port from 1024 on"))
-    reason = error.strerror or str(error)
+    reason = system_reason(error)
     return UserError(
         tr("cannot listen there ({reason})", reason=reason), place=f"--host {host}", cure=tr("use 127.0.0.1")
     )

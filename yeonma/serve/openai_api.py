@@ -22,6 +22,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
 from yeonma.generation.sampling import LogitChanges
+from yeonma.language import speaking
 from yeonma.messages import counted_in_english
 from yeonma.shown import MOST_OF_A_LINE, many_lines, one_line
 
@@ -130,7 +131,8 @@ def _in_range(name: str) -> AfterValidator:
 
 
 def _sampling(name: str) -> Any:
-    return Field(default=None, description=describe(SETTINGS[name]))
+    with speaking("en"):  # for programs
+        return Field(default=None, description=describe(SETTINGS[name]))
 
 
 def _as_list(value: object) -> object:

@@ -28,7 +28,7 @@ from yeonma.data.rows import Row, Rows, of_rows
 from yeonma.data.task import ANSWERS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, system_reason
 from yeonma.files import NO_LOCKS, kind_of, sync
 from yeonma.messages import later, tr, translated
 from yeonma.packages import version_of
@@ -385,7 +385,7 @@ def _write_errors_as_user_errors(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = tr("the token cache cannot be written: {value}", value=error.strerror or error)
+        problem = tr("the token cache cannot be written: {value}", value=system_reason(error))
         raise UserError(
             problem, place=str(cache_dir), cure=tr("choose another folder with --cache_dir")
         ) from error

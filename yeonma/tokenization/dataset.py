@@ -193,7 +193,7 @@ def prepare_dataset(
         def store_of(rows: Rows, template: Template, columns: Columns) -> TokenStore:
             if template.is_text and rules.cutoff_len < 2:
                 what = tr("a piece of one token trains nothing, because it has none before it")
-                raise UserError(what, place=tr("cutoff_len 1"), cure=tr("give at least 2 for whole texts"))
+                raise UserError(what, place="cutoff_len 1", cure=tr("give at least 2 for whole texts"))
             return build_store(
                 rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=skip_bad
             )
@@ -555,7 +555,7 @@ def faults_of(left_out: Sequence[LeftOut]) -> list[DataWarning]:
         rare = sorted(row for _, rows in faults[LISTED_FAULTS:] for row in rows)
         faults = [
             *faults[:LISTED_FAULTS],
-            (later("{faults:,} other faults").format(faults=len(faults) - LISTED_FAULTS), rare),
+            (str(in_english(counted(len(faults) - LISTED_FAULTS, "other fault"))), rare),
         ]
     return [DataWarning("bad_row", len(rows), tuple(rows[:LISTED_ROWS]), fault) for fault, rows in faults]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from yeonma.errors import Problem, UserError, brief
+from yeonma.errors import Problem, UserError, brief, system_reason
 from yeonma.files import user_path
 from yeonma.messages import tr
 
@@ -54,7 +54,7 @@ def _lines(name: str) -> list[str]:
         raise UserError(what, place=f"{PLACE} {name}", cure=tr("save it as UTF-8")) from None
     except OSError as error:
         raise UserError(
-            tr("cannot be read ({strerror})", strerror=error.strerror),
+            tr("cannot be read ({strerror})", strerror=system_reason(error)),
             place=f"{PLACE} {name}",
             cure=tr("give {example}", example=EXAMPLE),
         ) from None

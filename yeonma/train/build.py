@@ -15,7 +15,8 @@ from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import LoraSettings, RunConfig, StepSettings
 from yeonma.errors import Log
-from yeonma.messages import counted, counted_in_english, tr
+from yeonma.language import speaking
+from yeonma.messages import counted, tr
 from yeonma.model import load
 from yeonma.model.language_part import absent_parameters
 from yeonma.model.quantized import multiplies_fp8
@@ -179,6 +180,8 @@ def load_model(
 
 def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, Any]:
     """What yeonma.json says of the adapter: its own shape, the settings that led to it, and what it is on."""
+    with speaking("en"):
+        on = str(reached)
     return {
         "r": config.r,
         "alpha": config.lora_alpha,
@@ -191,15 +194,8 @@ def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, A
         "exclude": lora.exclude_modules,
         "new_tokens": lora.new_tokens,
         "modules_to_save": lora.modules_to_save,
-        "on": _in_english(reached),
+        "on": on,
     }
-
-
-def _in_english(reached: Coverage) -> str:
-    """What an adapter is on, as the name of it that is stored."""
-    text = ", ".join(map(str, reached.parts))
-    text += f"; trained whole: {', '.join(reached.whole)}" if reached.whole else ""
-    return text + (f"; rows of {counted_in_english(reached.tokens, 'token')}" if reached.tokens else "")
 
 
 def _trained_on(dataset: Dataset) -> dict[str, Any]:

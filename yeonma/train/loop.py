@@ -14,7 +14,7 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import Plan
 from yeonma.errors import Log
-from yeonma.messages import tr
+from yeonma.messages import counted, tr
 from yeonma.model.train_mode import train_adapter
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
@@ -121,7 +121,10 @@ def run_steps(
     for units in plan.steps(progress.step):
         if schedule.patience is not None and progress.evaluations_without_gain >= schedule.patience:
             callbacks.log(
-                tr("stopping early: no lower loss in {patience} evaluations", patience=schedule.patience)
+                tr(
+                    "stopping early: no lower loss in {evaluations}",
+                    evaluations=counted(schedule.patience, "evaluation"),
+                )
             )
             break
         started = time.perf_counter()

@@ -35,10 +35,11 @@ from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
-from yeonma.messages import counted, tr
+from yeonma.messages import counted, tr, translated
 from yeonma.model.language_part import left_out
 from yeonma.model.load import eos_tokens
 from yeonma.model.position_limits import model_positions
+from yeonma.model.targets import Coverage, coverage
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
@@ -124,6 +125,7 @@ def write_card(
         settings=_settings_lines(config),
         command=command,
         adapter_step=adapter_step,
+        reached=None if adapter.is_full else coverage(policy.transformers_model),
         remarks=remarks,
         usage=_usage(output, adapter, policy, tokenizer, dataset, samples),
     )
@@ -398,10 +400,11 @@ def card_text(
     settings: Sequence[str],
     command: str,
     adapter_step: int,
+    reached: Coverage | None,
     remarks: Sequence[str] = (),
     usage: Sequence[str] = (),
 ) -> str:
-    """The card. `settings`: lines of YAML. `usage`: how other tools use the folder."""
+    """The card. `settings`: lines of YAML. `reached`: what has the adapter. `usage`: how other tools use the folder."""
     trained_on = adapter.details["trained_on"]
     evaluations = [record for record in metrics if record.get("evaluation")]
     sets = trained_on.get("data_sets", ())
@@ -430,9 +433,9 @@ def card_text(
         *_published(adapter),
         *licence_note(adapter.base.name),
     ]
-    lines += _lora(adapter.details.get("lora"))
+    lines += _lora(adapter.details.get("lora"), reached)
     if faults := trained_on.get("bad_rows"):
-        listed = [f"- {code(fault)}: {count:,}" for fault, count in faults.items()]
+        listed = [f"- {code(translated(fault))}: {count:,}" for fault, count in faults.items()]
         lines += [tr("Bad rows among those left out:"), "", *listed, ""]
     if remarks:
         lines += [*(f"- {markdown(remark)}." for remark in remarks), ""]
@@ -547,9 +550,9 @@ def _published(adapter: AdapterFolder) -> list[str]:
     ]
 
 
-def _lora(lora: Mapping[str, Any] | None) -> list[str]:
+def _lora(lora: Mapping[str, Any] | None, reached: Coverage | None) -> list[str]:
     """The adapter's shape, and what of the model has it."""
-    if lora is None:
+    if lora is None or reached is None:
         return []
     kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if lora[key]]
     shape = ", ".join([tr("Rank {rank}", rank=lora["r"]), f"alpha {lora['alpha']:g}", *kinds])
@@ -558,7 +561,7 @@ def _lora(lora: Mapping[str, Any] | None) -> list[str]:
             "{shape}, dropout {dropout:g}. The adapter is on {on}.",
             shape=shape,
             dropout=lora["dropout"],
-            on=markdown(lora["on"]),
+            on=markdown(str(reached)),
         ),
         "",
     ]

@@ -174,9 +174,7 @@ def _check_not_input(output: Path, base: str, continued: str | None) -> None:
     for what, path in folders:
         folder = None if path is None else user_path(path)
         if folder is not None and folder.is_dir() and output.resolve() == folder.resolve():
-            raise UserError(
-                what, place=tr("output_dir {output}", output=output), cure=tr("give another folder")
-            )
+            raise UserError(what, place=f"output_dir {output}", cure=tr("give another folder"))
 
 
 def _check_output_is_no_data(config: RunConfig) -> None:
@@ -189,7 +187,7 @@ def _check_output_is_no_data(config: RunConfig) -> None:
             what = tr("it is the folder of the data, whose files the run's own would be")
             raise UserError(
                 what,
-                place=tr("output_dir {output}", output=output),
+                place=f"output_dir {output}",
                 cure=tr("give another folder, such as one in it"),
             )
 
@@ -200,13 +198,11 @@ def _check_writable(output: Path, *, full: bool) -> None:
             what = tr("{path} is a link to a folder that is not there", path=path)
             raise UserError(
                 what,
-                place=tr("output_dir {output}", output=output),
+                place=f"output_dir {output}",
                 cure=tr("make that folder, or remove the link"),
             )
     if output.exists() and not output.is_dir():
-        raise UserError(
-            tr("it is a file"), place=tr("output_dir {output}", output=output), cure=tr("give a folder")
-        )
+        raise UserError(tr("it is a file"), place=f"output_dir {output}", cure=tr("give a folder"))
     check_entries(output, full=full)
     existing = (
         output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())

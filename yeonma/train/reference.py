@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from yeonma.adapter.adapter_folder import BaseIdentity
 from yeonma.batch.batch import Batch
 from yeonma.config.settings import Quantization
-from yeonma.errors import Log, UserError
+from yeonma.errors import Log, UserError, system_reason
 from yeonma.files import file_hash, sync
 from yeonma.messages import tr
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
@@ -170,7 +170,9 @@ def write_reference(path: Path, values: np.ndarray) -> None:
         os.replace(partial, path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        what = tr("the reference's log-probabilities cannot be written here: {error}", error=error)
+        what = tr(
+            "the reference's log-probabilities cannot be written here: {error}", error=system_reason(error)
+        )
         raise UserError(
             what, place=str(path.parent), cure=tr("give another folder with --cache_dir")
         ) from error

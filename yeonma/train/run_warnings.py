@@ -13,6 +13,7 @@ from yeonma.batch.plan import Plan
 from yeonma.config.settings import StepSettings
 from yeonma.data.task import ANSWERS
 from yeonma.messages import counted, tr
+from yeonma.run_folder.units import counted_units
 from yeonma.tokenization.dataset import Dataset, DatasetPart
 from yeonma.train.prepare import METRIC_SCHEDULES, make_schedule, warmup_steps
 
@@ -101,10 +102,8 @@ def _sizes(dataset: Dataset, plan: Plan) -> list[str]:
     if count < FEW_UNITS:
         lines.append(
             tr(
-                "there are only {count} {units} to train on: from fewer than {few_units} a model learns "
-                "them by heart",
-                count=count,
-                units=units,
+                "only {units} to train on: from fewer than {few_units} a model learns them by heart",
+                units=counted_units(count, dataset.task.units),
                 few_units=FEW_UNITS,
             )
         )

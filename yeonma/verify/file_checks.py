@@ -17,7 +17,7 @@ from yeonma.adapter.adapter_folder import BASE_CONTENT, TRAINED, is_full
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, system_reason
 from yeonma.files import file_hash, read_file
 from yeonma.messages import counted, later, tr
 from yeonma.model.base_content import changes, content_of
@@ -70,7 +70,9 @@ def read_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(tr("the file is missing"), place=str(path), cure=RESTORE) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(tr("cannot be read ({error})", error=error), place=str(path), cure=RESTORE) from error
+        raise UserError(
+            tr("cannot be read ({error})", error=system_reason(error)), place=str(path), cure=RESTORE
+        ) from error
     if not isinstance(value, dict):
         raise UserError(tr("not a JSON object"), place=str(path), cure=RESTORE)
     return value
@@ -235,7 +237,7 @@ def _changed(path: Path, expected: str, cure: str) -> Problem | None:
                 tr("the file has changed: its SHA-256 is not that of the manifest"), str(path), cure
             )
     except OSError as error:
-        return Problem(tr("cannot be read ({strerror})", strerror=error.strerror), str(path), cure)
+        return Problem(tr("cannot be read ({strerror})", strerror=system_reason(error)), str(path), cure)
     return None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rich.cells import cell_len
 
 import yeonma
 from yeonma.cli import VERBS, Verb, main
@@ -144,6 +145,18 @@ def test_help_of_a_verb_is_one_screen(
     for name, setting in settings_of(VERBS[verb].groups, VERBS[verb].not_required).items():
         if setting.required or name in VERBS[verb].important:
             assert any(name in line or name.upper() in line for line in lines)
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_overview_fits_into_80_columns(
+    language: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YEONMA_LANG", language)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([]) == 0
+    page = capsys.readouterr().out
+    assert max(map(cell_len, page.splitlines())) <= 80
+    assert all(f"\n  {name} " in page for name in VERBS)
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.important])

@@ -26,6 +26,7 @@ from yeonma.config.parse import (
     settings_of,
     to_yaml,
 )
+from yeonma.config.ranges import Range
 from yeonma.config.settings import (
     TRAINING,
     AdapterSettings,
@@ -36,7 +37,6 @@ from yeonma.config.settings import (
     GenerateSettings,
     LoraSettings,
     ModelSettings,
-    Range,
     RunConfig,
     RunSettings,
     StepSettings,

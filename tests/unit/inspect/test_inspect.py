@@ -92,6 +92,22 @@ def test_audit_counts_match_training(base: Path, data: Path, tmp_path: Path) -> 
     assert details["shortened"] == shortened == sum(row["cut_characters"] > 0 for row in rows)
 
 
+def test_json_is_english_in_every_language(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON is for programs."""
+    rows = articles(20)
+    rows[1]["title"], rows[4]["document"] = "", "a\u200b"
+    data = write_jsonl(tmp_path / "dirty.jsonl", rows)
+    settings = {"bad_rows": "skip", "rows": "all", "max_steps": 30, "gpu": "24GB"}
+    english = inspect(base, data, json=True, **settings)
+    assert "zero-width" in english.out
+    monkeypatch.setenv("YEONMA_LANG", "ko")
+    korean = inspect(base, data, json=True, **settings)
+    assert korean.out == english.out
+    assert "작업 공간" in inspect(base, data, **settings).out
+
+
 def test_bad_rows_are_shown_and_counted_as_in_training(base: Path, tmp_path: Path) -> None:
     rows = articles(20)
     rows[1]["title"], rows[4]["document"], rows[12]["title"] = "", " ", ""

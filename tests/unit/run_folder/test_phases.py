@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from yeonma.run_folder.phases import PhaseClock, in_two_units
+from yeonma.run_folder.phases import PhaseClock
 
 
 class Clock:
@@ -34,10 +34,3 @@ def test_phases_sum_to_the_whole_and_moved_seconds_count_once() -> None:
 
 def test_a_call_of_no_time_has_no_parts() -> None:
     assert PhaseClock(Clock()).summary() == "took 0s"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(59.6, "1m00s"), (3599.4, "59m59s"), (3661, "1h01m"), (90_000, "1d01h")]
-)
-def test_durations_have_two_units(seconds: float, text: str) -> None:
-    assert in_two_units(seconds) == text

@@ -198,3 +198,19 @@ def test_dora_and_high_ranks_have_no_vllm_command(place: Path) -> None:
         done = trained(place / name, place / "characters", place / "rows.jsonl", **{**SETTINGS, **settings})
         assert "vllm serve" not in card(done)
         assert printed(done) == first_answer(done)
+
+
+def test_what_is_stored_is_english_and_the_card_is_in_the_language_of_help(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = articles(6)
+    rows[2]["title"] = ""
+    data = write_jsonl(place / "one-empty.jsonl", rows)
+    settings = {**SETTINGS, "max_steps": 1, "card_rows": 0, "bad_rows": "skip"}
+    english = trained(place / "english", place / "characters", data, **settings)
+    monkeypatch.setenv("YEONMA_LANG", "ko")
+    korean = trained(place / "korean", place / "characters", data, **settings)
+    assert (korean.folder / "yeonma.json").read_bytes() == (english.folder / "yeonma.json").read_bytes()
+    card = (korean.folder / "README.md").read_text("utf-8")
+    assert "어텐션 2/2" in card and "attention 2/2" not in card
+    assert '`"title" 필드 값이 비어 있습니다`: 1' in card

@@ -194,7 +194,7 @@ def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path
 def test_console_has_one_line_per_step_and_no_library_output(done: Done, base: Path, data: Path) -> None:
     patterns = [
         re.escape(f"{data}: 17 rows, 17 examples, ") + r"[\d,]+ tokens, \d+ of them trained",
-        "warning: there are only 12 examples to train on: .*",
+        "warning: only 12 examples to train on: .*",
         re.escape(f"{base}: ") + "3,712 parameters trained, 21,728 frozen, torch.float32 on cpu",
         "adapter on attention 2/2, MLP 2/2",
         r"kernels: RMSNorm 5/5, SwiGLU 2/2, rotary 2/2, LoRA (\d+)/\1, .*last layer 1/1, attention cpu_cascade",

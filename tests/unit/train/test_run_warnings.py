@@ -108,9 +108,7 @@ def test_fault_94_fewer_rows_than_a_batch(forty: Dataset) -> None:
 def test_fault_94_fewer_than_twenty_rows(tmp_path: Path) -> None:
     for count in (2, 19, 20):
         dataset = dataset_of(str(write_jsonl(tmp_path / f"{count}.jsonl", articles(count))))
-        expected = (
-            f"there are only {count} examples to train on: from fewer than 20 a model learns them by heart"
-        )
+        expected = f"only {count} examples to train on: from fewer than 20 a model learns them by heart"
         assert warned(dataset, batch_size=2) == ([expected] if count < 20 else [])
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from yeonma.config.settings import TorchCompile
 from yeonma.errors import Log, UserError, first_line
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.model.kernels.elementwise import MIN_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.lora import gated_lora, patch_linear, supports_gated
@@ -42,8 +42,8 @@ WIDTH = 16
 ROWS = 5
 TOLERANCE = 1e-5
 
-KINDS = ("RMSNorm", "SwiGLU", "rotary", "LoRA", "trained rows", "oneDNN", "last layer")
-"""Kinds of modules, in the order of a report."""
+KINDS = ("RMSNorm", "SwiGLU", "rotary", "LoRA", later("trained rows"), "oneDNN", later("last layer"))
+"""Kinds of modules, in the order of a report. Shown by `tr`."""
 
 ForwardFunction = Callable[..., Any]
 
@@ -57,7 +57,7 @@ class KernelCount:
     candidates: int
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.patched}/{self.candidates}"
+        return f"{tr(self.kind)} {self.patched}/{self.candidates}"
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,11 @@ class KernelReport:
         parts = [str(count) for count in self.counts]
         layers = Counter(self.attention)
         if len(layers) == 1:
-            parts.append(f"attention {self.attention[0]}")
+            parts.append(f"{tr('attention')} {self.attention[0]}")
         elif layers:
-            parts += [f"attention {name} {count}/{len(self.attention)}" for name, count in layers.items()]
+            parts += [
+                f"{tr('attention')} {name} {count}/{len(self.attention)}" for name, count in layers.items()
+            ]
         return ", ".join([*parts, tr("compiled by PyTorch")] if self.is_compiled else parts)
 
 

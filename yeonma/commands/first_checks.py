@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def check_chat(config: ChatConfig) -> None:
 
 
 def check_serve(settings: ServeSettings) -> None:
-    """Raises UserError for a folder that is no adapter or has no template, and for a device that is not there."""
+    """Raises UserError for a folder that is no adapter or has no template, for a device that is not there, and for vLLM
+    if it is not installed."""
 
     def check(folder: str) -> None:
         found = find_adapter(
@@ -106,11 +108,23 @@ def check_serve(settings: ServeSettings) -> None:
         if problems := given_twice(settings.adapter_dirs):
             raise UserError(problems)
 
+    def check_engine() -> None:
+        if settings.engine == "vllm" and find_spec("vllm") is None:
+            raise vllm_refusal(tr("it is not installed"))
+
     folders = dict.fromkeys(settings.adapter_dirs)
     gather(
+        check_engine,
         partial(check_device, settings.device),
         check_repeated,
         *(partial(check, folder) for folder in folders),
+    )
+
+
+def vllm_refusal(reason: str) -> UserError:
+    """The error of `--engine vllm` where vLLM cannot serve."""
+    return UserError(
+        tr("vLLM cannot serve this: {reason}", reason=reason), place="--engine vllm", cure=tr("leave it out")
     )
 
 

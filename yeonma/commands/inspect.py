@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from yeonma.config.data_sets import data_sets
 from yeonma.config.settings import InspectConfig
 from yeonma.files import output_file
-from yeonma.inspect.row_views import row_ranges
+from yeonma.inspect.row_views import check_rows_there, row_ranges
 from yeonma.train.preflight import preflight
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def inspect(config: InspectConfig) -> Inspection:
     if options.objective == "sft":
         training = replace(training, preference=None)
     preflight(training)
+    check_rows_there(options.rows, training.data)
     with _rare_garbage_collection():
         from yeonma.inspect.inspect_run import inspect_training
 

@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from yeonma.commands.first_checks import check_serve
+from yeonma.commands.first_checks import check_serve, vllm_refusal
 from yeonma.config.settings import ServeSettings
 from yeonma.errors import UserError
 from yeonma.messages import tr
@@ -72,11 +72,7 @@ def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
         else tr("it is not installed, or there is no GPU and it is no build for the CPU")
     )
     if reason and settings.engine == "vllm":
-        raise UserError(
-            tr("vLLM cannot serve this: {reason}", reason=reason),
-            place="--engine vllm",
-            cure=tr("leave it out"),
-        )
+        raise vllm_refusal(reason)
     if reason:
         log_line(tr("not using vLLM: {reason}", reason=reason))
     return not reason

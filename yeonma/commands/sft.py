@@ -55,9 +55,10 @@ def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
                 settings = Path(folder) / "settings.yaml"
                 settings.write_text(to_yaml(config), encoding="utf-8")
                 return _start_processes(run_settings.nproc, ["-m", "yeonma", verb, "--config", str(settings)])
+        from yeonma.inspect.start_verdict import log_verdict
         from yeonma.train.run import run_training
 
-        run_training(config, stop)
+        run_training(config, stop, log_verdict)
     return 0
 
 

@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from datetime import date
-from functools import reduce
+from functools import cache, reduce
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma.config.foreign_names import foreign_name_cure
 from yeonma.config.gpus import UnknownGpu
@@ -32,6 +32,9 @@ from yeonma.config.settings import (
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean, system_reason
 from yeonma.messages import tr
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
 NONE_WORDS = ("None", "null")
@@ -282,7 +285,7 @@ def _parse(
 
     syntax: how the source writes a setting, `--{} ...` or `{}=...`.
     """
-    parse_value = _value_parser(settings)
+    parse_value = _value_parser([settings[name] for name in raw_values])
     values: dict[str, Any] = {}
     for name, raw in raw_values.items():
         try:
@@ -320,13 +323,17 @@ def _parse(
     return ParsedConfig(config, tuple(_warnings(values)))
 
 
-def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object], object]:
+def _value_parser(settings: Sequence[Setting]) -> Callable[[Setting, object], object]:
     """A function that converts a raw value to its setting's type, or raises InvalidValue."""
-    from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    for setting in settings.values():
-        parser.add_argument(f"--{setting.name}", type=setting.hint)
+    @cache
+    def parser() -> ArgumentParser:  # most values are text, and need none
+        from jsonargparse import ArgumentParser
+
+        made = ArgumentParser(exit_on_error=False, default_env=False)
+        for setting in settings:
+            made.add_argument(f"--{setting.name}", type=setting.hint)
+        return made
 
     def parse_value(setting: Setting, value: object) -> object:
         if setting.optional and (value is None or value in NONE_WORDS):
@@ -357,8 +364,10 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
             raise InvalidValue(tr("has more than {max_items:,} items", max_items=MAX_ITEMS))
         if value is None:  # jsonargparse accepts None for every type
             raise InvalidValue(tr("is not valid"))
+        from jsonargparse import ArgumentError
+
         try:
-            parsed: object = parser.parse_object({setting.name: value}, defaults=False)[setting.name]
+            parsed: object = parser().parse_object({setting.name: value}, defaults=False)[setting.name]
         except (ArgumentError, ValueError, OverflowError, RecursionError):  # the last two: huge values
             raise InvalidValue(tr("is not valid")) from None
         _check_utf8(parsed)

@@ -64,6 +64,11 @@ def outcome_of(peak_bytes: int, memory_bytes: int | None, device_type: str) -> F
     return "may not fit" if peak_bytes <= memory_bytes else "does not fit"
 
 
+def fits_or_unknown(outcome: FitOutcome) -> bool:
+    """Whether there is nothing to warn of."""
+    return outcome in ("fits", "unknown")
+
+
 def savings(forecast: Forecast) -> tuple[Alternative, ...]:
     """The settings that, changed alone, save memory."""
     return tuple(one for one in forecast.alternatives if _saves(one, forecast))
@@ -74,7 +79,7 @@ def verdict_of(forecast: Forecast, target: TargetDevice, memory_bytes: int | Non
     kind, peak = target.device.type, forecast.memory.peak
     outcome = outcome_of(peak, memory_bytes, kind)
     candidates = [one for one in (*forecast.alternatives, *forecast.combinations) if _saves(one, forecast)]
-    cures = () if outcome in ("fits", "unknown") else _cures(candidates, memory_bytes, kind)
+    cures = () if fits_or_unknown(outcome) else _cures(candidates, memory_bytes, kind)
     is_named = target.gpu is None or bool(target.gpu.source)
     where = _needs(size(peak), None if memory_bytes is None else size(memory_bytes), target.name, is_named)
     parts = [where if outcome == "unknown" else f"{where}: {tr(WORDS_OF_OUTCOMES[outcome])}"]
@@ -113,7 +118,7 @@ def verdict_lines(verdict: Verdict, forecast: Forecast) -> list[tuple[str, str]]
     lines += [
         (tr("  fits with"), f"{one.options}: {size(one.peak_bytes)} ({one.note})") for one in verdict.cures
     ]
-    if verdict.outcome in ("fits", "unknown") or verdict.cures:
+    if fits_or_unknown(verdict.outcome) or verdict.cures:
         return lines
     smallest = min((*forecast.alternatives, *forecast.combinations), key=_peak, default=None)
     if smallest is not None and _saves(smallest, forecast):

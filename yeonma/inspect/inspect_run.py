@@ -28,7 +28,7 @@ from yeonma.inspect.forecast import (
 )
 from yeonma.inspect.forecast_cache import forecast_key, read_forecast, write_forecast
 from yeonma.inspect.inspect_page import page
-from yeonma.inspect.probe import measure_rate
+from yeonma.inspect.probe import device_rate
 from yeonma.inspect.row_views import RowSelection, audit_json, select_rows, view_json, views_of
 from yeonma.inspect.terminal import (
     VERDICT_STYLES,
@@ -55,8 +55,6 @@ from yeonma.train.prepare import Prepared, check_adapter, prepare
 from yeonma.train.run_warnings import run_warnings
 from yeonma.train.target_device import TargetDevice, target_device
 
-RATE_SECONDS = 0.25
-"""How long the products of the rate are measured that a forecast of time uses."""
 
 
 @dataclass(frozen=True)
@@ -228,5 +226,5 @@ def _forecast(
         return timed_by_probe(forecast, probe.tokens_per_second, options.price), forecast.adapter
     if target.gpu is not None:
         return timed_by_data_sheet(forecast, target.gpu, options.price), forecast.adapter
-    rate = measure_rate(target.device, target.dtype(config.model), RATE_SECONDS)
+    rate = device_rate(folder, target.device, target.dtype(config.model))
     return timed_by_rate(forecast, rate.flops_per_second, options.price), forecast.adapter

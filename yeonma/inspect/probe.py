@@ -1,10 +1,15 @@
-"""The device's rate of matrix products, and a few real training steps, timed."""
+"""The device's rate of matrix products, kept on disk for a day, and a few real training steps, timed."""
 
 from __future__ import annotations
 
+import json
+import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,11 +20,16 @@ from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.kernels.linear import product
+from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.progress import peak_memory_bytes
 from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import micro_batching
 from yeonma.train.prepare import Prepared
 
+RATE_SECONDS = 0.25
+"""How long the products of a kept rate are measured."""
+FRESH_SECONDS = 86_400
+"""The age beyond which `device_rate` measures anew."""
 SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns. On a CPU larger products are no faster, and three of them take most of a second."""
 
@@ -44,6 +54,51 @@ def measure_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return Rate(2 * size**3 / min(times[1:]))
+
+
+def device_rate(folder: Path, device: torch.device, dtype: torch.dtype) -> Rate:
+    """The rate that was measured here within the last day, else a new measurement, which the cache folder keeps."""
+    path = _rate_file(folder, device, dtype)
+    kept = _kept_rate(path)
+    if kept is not None and 0 <= time.time() - kept[1] < FRESH_SECONDS:
+        return kept[0]
+    rate = measure_rate(device, dtype, RATE_SECONDS)
+    content = {"flops_per_second": rate.flops_per_second, "measured": time.time()}
+    with suppress(OSError):  # a folder that cannot be written
+        write_text_atomically(path, json.dumps(content))
+    return rate
+
+
+def known_rate(folder: Path, device: torch.device, dtype: torch.dtype) -> Rate | None:
+    """The rate that was last measured here, however long ago; None if there is none. Measures nothing."""
+    kept = _kept_rate(_rate_file(folder, device, dtype))
+    return None if kept is None else kept[0]
+
+
+def _kept_rate(path: Path) -> tuple[Rate, float] | None:
+    """With the time of its measurement, in seconds since the epoch."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rate, measured = float(values["flops_per_second"]), float(values["measured"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (Rate(rate), measured) if 0 < rate < float("inf") else None
+
+
+def _rate_file(folder: Path, device: torch.device, dtype: torch.dtype) -> Path:
+    """Rates differ by device, threads, number format and version of PyTorch; machines may share the folder."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    content = [device.type, name, torch.get_num_threads(), str(dtype), torch.__version__]
+    return folder / f"{sha256(json.dumps(content).encode()).hexdigest()}.rate"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    model = next((line for line in lines if line.startswith("model name")), platform.processor())
+    return f"{platform.machine()} {model}"
 
 
 STEPS = 3

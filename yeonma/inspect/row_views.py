@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from yeonma.data.rows import Row, Rows
-from yeonma.errors import UserError
+from yeonma.config.data_sets import data_sets
+from yeonma.config.settings import DataSettings
+from yeonma.data.rows import Row, Rows, glance
+from yeonma.errors import Problem, UserError
 from yeonma.messages import tr
 from yeonma.shown import json_text
 from yeonma.tokenization.dataset import Dataset, PreparedSet
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 FIRST_ROWS = 3
 VIEW_CHUNK_ROWS = 64
+MOST_COUNTED = 100_000
+"""Rows that are counted before torch is imported, which takes about a second."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,44 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
     numbers: set[int] = set()
     for first, last in row_ranges(rows):
         if not 1 <= first <= last <= count:
-            missing = last if first <= last else f"{first}-{last}"
-            raise UserError(
-                tr("there is no row {missing}", missing=missing),
-                place="--rows",
-                cure=tr("the data has rows 1 to {count}", count=count),
-            )
+            raise UserError([_no_row(first, last, count)])
         numbers.update(range(first, last + 1))
     return RowSelection(frozenset(numbers))
+
+
+def check_rows_there(rows: str | None, data: DataSettings) -> None:
+    """Raises UserError for numbers of `--rows` that local files do not have, before torch is imported. Counts no
+    further than to the highest number, and not at all if that is high or the data is not a local file."""
+    ranges = row_ranges(rows)
+    highest = max((max(one) for one in ranges), default=0)
+    if not 0 < highest <= MOST_COUNTED:
+        return
+    counts = []
+    for one in data_sets(data):
+        found = glance(
+            one.path,
+            split=one.split,
+            encoding=one.encoding,
+            delimiter=one.delimiter,
+            max_rows=one.limit,
+            skip_bad=data.bad_rows == "skip",
+        )
+        if found is None:
+            return
+        try:
+            counts.append(sum(1 for _ in islice(found, highest)))
+        except UserError:  # which the run tells with all others
+            return
+    count = max(counts)
+    for first, last in ranges:
+        if not 1 <= first <= last <= count:
+            raise UserError([_no_row(first, last, count)])
+
+
+def _no_row(first: int, last: int, count: int) -> Problem:
+    missing = last if first <= last else f"{first}-{last}"
+    cure = tr("the data has rows 1 to {count}", count=count)
+    return Problem(tr("there is no row {missing}", missing=missing), "--rows", cure)
 
 
 def row_ranges(rows: str | None) -> list[tuple[int, int]]:

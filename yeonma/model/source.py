@@ -79,6 +79,20 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
     return BaseSource(str(folder), revision, trust_remote_code)
 
 
+def files_here(base_model: str, revision: str | None = None) -> Path | None:
+    """The folder of a base's files on this machine, without asking the hub: a local folder, what was downloaded from
+    the hub, or the copy of the demo's model. None if there is none."""
+    folder = user_path(base_model)
+    if folder.is_dir():
+        return folder
+    if is_downloaded(base_model, "model", revision):
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(base_model, "config.json", revision=revision)
+        return Path(config).parent if isinstance(config, str) else None
+    return copy_of_demo_model(base_model, revision)
+
+
 def _base_of_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
     place = folder / "adapter_config.json"
     config = _read_object(place)

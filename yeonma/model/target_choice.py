@@ -9,6 +9,7 @@ from typing import Any
 from yeonma.config.layer_ranges import as_ranges, layer_ranges, layers_in, layers_lacking
 from yeonma.errors import UserError
 from yeonma.messages import tr
+from yeonma.model.layer_names import LAYERS, listed, missing_layers
 from yeonma.model.targets import (
     AUDIO,
     HEAD,
@@ -35,11 +36,7 @@ class TargetChoice:
 
     @property
     def names(self) -> list[str]:
-        return _listed(self.lora_target_modules)
-
-
-def _listed(names: Sequence[str] | str | None) -> list[str]:
-    return [] if names is None else [names] if isinstance(names, str) else list(names)
+        return listed(self.lora_target_modules)
 
 
 def chosen_layers(model: Any, choice: TargetChoice) -> list[TargetLayer]:
@@ -50,7 +47,7 @@ def chosen_layers(model: Any, choice: TargetChoice) -> list[TargetLayer]:
     reached = resolve(model, choice.names, experts=choice.lora_experts)
     if choice.lora_layers is not None:
         reached = _within(reached, model, choice.lora_layers)
-    excluded = _listed(choice.exclude_modules)
+    excluded = listed(choice.exclude_modules)
     if excluded:
         without = excluded_layers(model, excluded)
         left = [layer for layer in reached if layer not in without]
@@ -72,16 +69,10 @@ def _within(
     reached: Sequence[TargetLayer], model: Any, numbers: Sequence[int] | int | str
 ) -> list[TargetLayer]:
     """Those in the layers with these numbers, and those of the head and of towers, which have names of their own."""
-    place, ranges = "lora_layers", layer_ranges(str(numbers))
+    place, ranges = LAYERS, layer_ranges(str(numbers))
     there = sorted({number for one in target_layers(model) if (number := layer_number(one)) is not None})
     if lacking := layers_lacking(ranges, there):
-        cure = (
-            tr("it has the layers {there}", there=as_ranges(there))
-            if there
-            else tr("it has no numbered layers")
-        )
-        what = tr("the model has no layers {lacking}", lacking=", ".join(lacking))
-        raise UserError(what, place=place, cure=cure)
+        raise UserError([missing_layers(lacking, there)])
     wanted = layers_in(ranges, there)
     left = [layer for layer in reached if layer.part in OUTSIDE or layer_number(layer) in wanted]
     if not left:

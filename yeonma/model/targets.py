@@ -24,11 +24,11 @@ from transformers.pytorch_utils import Conv1D
 from yeonma.errors import Problem, UserError, did_you_mean, either
 from yeonma.messages import counted, later, tr
 from yeonma.model.language_part import left_out, left_out_paths
+from yeonma.model.layer_names import ALL_LINEAR as ALL_LINEAR
+from yeonma.model.layer_names import EXCLUDED, TARGETS, unknown_layer
 from yeonma.model.token_rows import trained_rows
 
-ALL_LINEAR = "all-linear"
-PLACE = "lora_target_modules"
-EXCLUDED = "exclude_modules"
+PLACE = TARGETS
 ATTENTION, MLP, DENSE_MLP = later("attention"), later("MLP"), later("dense MLP")
 RECURRENT, OTHER = later("recurrent layers"), later("other layers")
 SHARED, ROUTED, ROUTER = later("shared experts"), later("routed experts"), later("router")
@@ -421,21 +421,20 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = P
     leaves = sorted({layer.leaf for layer in own}.union(*fused.values()))
     places = {"name": name, "leaves": ", ".join(leaves)}
     if not fused:
-        what = tr('no layer of the model is called "{name}"; it has {leaves}', **places)
-    else:
-        listed = [
-            leaf
-            if files in ((), (leaf,))
-            else tr("{leaf} ({files} in its files)", leaf=leaf, files=tr(" and ").join(files))
-            for leaf, files in fused.items()
-        ]
-        what = tr(
-            'no layer of the model is called "{name}"; it has {leaves}; its routed experts are {experts}',
-            experts=tr(" and ").join(listed),
-            **places,
-        )
-        if name in _BOTH and "gate_up_proj" in fused:
-            return Problem(what, place, tr("use gate_up_proj, or all-linear"))
+        return unknown_layer(name, leaves, place)
+    listed = [
+        leaf
+        if files in ((), (leaf,))
+        else tr("{leaf} ({files} in its files)", leaf=leaf, files=tr(" and ").join(files))
+        for leaf, files in fused.items()
+    ]
+    what = tr(
+        'no layer of the model is called "{name}"; it has {leaves}; its routed experts are {experts}',
+        experts=tr(" and ").join(listed),
+        **places,
+    )
+    if name in _BOTH and "gate_up_proj" in fused:
+        return Problem(what, place, tr("use gate_up_proj, or all-linear"))
     return Problem(what, place, did_you_mean(name, leaves) or tr("or use all-linear"))
 
 

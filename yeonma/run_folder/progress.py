@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -92,6 +92,8 @@ ABOUT_LINES = 100
 """Printed steps of a run with `logging_steps` auto, about."""
 LONGEST_SILENCE = 300.0
 """Seconds after which `logging_steps` auto prints a step anyway."""
+ANSWER_SILENCE = 30.0
+"""Seconds after which the next answer of the card is printed where there is no live line."""
 
 
 def printed_every(logging_steps: int | Literal["auto"], total_steps: int) -> int:
@@ -106,12 +108,41 @@ def printed_every(logging_steps: int | Literal["auto"], total_steps: int) -> int
     raise AssertionError
 
 
+FORWARD_SHARE = 1 / 3
+"""The part of a step's time that its forward pass takes."""
+
+
+@dataclass(frozen=True)
+class CardWork:
+    """What answering the rows of the card takes."""
+
+    prompt_tokens: int
+    """Of all prompts, once for each model that answers them."""
+    decoded_tokens: int
+    """Of the longest answers: decoding one token of all rows is one step."""
+    tokens_per_step: int
+    """The tokens whose forward pass takes as long as such a step."""
+    least_seconds: float
+    """That such a step takes."""
+
+    def seconds(self, forward_seconds_per_token: float) -> float:
+        """About how long it takes."""
+        step = max(self.tokens_per_step * forward_seconds_per_token, self.least_seconds)
+        return self.prompt_tokens * forward_seconds_per_token + self.decoded_tokens * step
+
+
 @dataclass(frozen=True)
 class StepsBetween:
-    """The steps between evaluations and saves, which count for the time left. None: there are none."""
+    """What counts for the time left besides the steps."""
 
     evaluations: int | None = None
+    """Steps between evaluations; None: there are none."""
     saves: int | None = None
+    """Steps between saves; None: there are none."""
+    evaluation_tokens: int = 0
+    """Tokens of an evaluation, from which its time follows until one was measured."""
+    card: CardWork | None = None
+    """What comes after the last step."""
 
 
 NOTHING_BETWEEN = StepsBetween()
@@ -125,8 +156,8 @@ class Progress:
     same text:
     `step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  12m03s left`.
     Loss and learning rate are those of the step. tokens/s and time left are estimated from the last 20 steps, and the
-    time left also from the last evaluation and the last save. What a line has no room for is left out, the peak of
-    memory first.
+    time left also from the last evaluation and the last save; it counts the answers of the card. What a line has no
+    room for is left out, the peak of memory first.
 
     `keep` gets the printed lines, and on a terminal or in a notebook those that would be printed elsewhere.
     """
@@ -233,8 +264,18 @@ class Progress:
                 break
         return line
 
+    def card_seconds(self) -> float:
+        """About how long the answers of the card will take."""
+        return self._between.card.seconds(self._forward_seconds) if self._between.card is not None else 0.0
+
+    @property
+    def _forward_seconds(self) -> float:
+        """Of a token, by the last steps."""
+        tokens = sum(step.tokens for step in self._recent)
+        return FORWARD_SHARE * sum(step.seconds for step in self._recent) / tokens if tokens else 0.0
+
     def _seconds_left(self, step: int) -> float:
-        """Of steps, evaluations and saves after this step."""
+        """Of steps, evaluations and saves after this step, and of the answers of the card."""
 
         def count(between: int | None) -> int:
             """How often something happens that is due after so many steps and after the last one."""
@@ -246,8 +287,10 @@ class Progress:
         steps = (
             sum(record.seconds for record in self._recent) / len(self._recent) * (self._total_steps - step)
         )
-        evaluations = self._evaluation_seconds * count(self._between.evaluations)
-        return steps + evaluations + self._save_seconds * count(self._between.saves)
+        evaluation = self._evaluation_seconds or self._between.evaluation_tokens * self._forward_seconds
+        evaluations = evaluation * count(self._between.evaluations)
+        saves = self._save_seconds * count(self._between.saves)
+        return steps + evaluations + saves + self.card_seconds()
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -263,35 +306,58 @@ class Progress:
 
 class AnswerProgress:
     """Displays that the rows of the model card are being answered. On a terminal, one line counts the answers;
-    elsewhere, a line says that it begins. A context manager; call it with the number of answers so far, and of all.
+    elsewhere, a line says that it begins, and others follow while it takes long. A context manager; call it with the
+    number of answers so far, and of all.
 
-    `whose`: who answers, such as `base and adapter`.
+    `whose`: who answers, such as `base and adapter`. `seconds`: about how long it takes; 0 if that is not known.
     """
 
-    def __init__(self, whose: str, console: Console, keep: Log = lambda line: None) -> None:
+    def __init__(
+        self,
+        whose: str,
+        console: Console,
+        keep: Log = lambda line: None,
+        *,
+        seconds: float = 0.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._whose = whose
         self._console = console
         self._keep = keep
+        self._now = now
+        self._ends = now() + seconds
+        self._printed_at: float | None = None
         self._status: Status | None = None
-        self._begun = False
 
     def __call__(self, done: int, total: int) -> None:
-        line = tr(
-            "answering the rows of the card with {whose}: {done} of {answers}",
-            whose=self._whose,
-            done=done,
-            answers=counted(total, "answer"),
-        )
-        if not self._begun:
-            self._begun = True
-            self._keep(line)
-            if self._console.is_terminal and self._console.is_interactive:
-                self._status = self._console.status(Text(line))
-                self._status.start()
-            else:
-                log_of(self._console)(line)
+        line = self._line(done, total)
+        if self._printed_at is None and self._console.is_terminal and self._console.is_interactive:
+            self._status = self._console.status(Text(line))
+            self._status.start()
         elif self._status is not None:
             self._status.update(Text(line))
+        if self._printed_at is None or self._now() - self._printed_at > ANSWER_SILENCE:
+            self._printed_at = self._now()
+            self._keep(line)
+            if self._status is None:
+                log_of(self._console)(line)
+
+    def _line(self, done: int, total: int) -> str:
+        left = self._ends - self._now()
+        if left < 1 or done == total:
+            return tr(
+                "answering the card's rows with {whose}: {done} of {total}",
+                whose=self._whose,
+                done=done,
+                total=total,
+            )
+        return tr(
+            "answering the card's rows with {whose}: {done} of {total}, {time} left",
+            whose=self._whose,
+            done=done,
+            total=total,
+            time=in_two_units(left),
+        )
 
     def __enter__(self) -> AnswerProgress:
         return self

@@ -24,9 +24,10 @@ from yeonma.errors import Problem, UserError, gather
 from yeonma.files import user_path
 from yeonma.messages import tr
 from yeonma.model.device_check import check_device
+from yeonma.model.layer_names import check_layer_names
 from yeonma.model.published import check_settings, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
-from yeonma.model.source import BaseSource, find_base
+from yeonma.model.source import BaseSource, files_here, find_base
 from yeonma.run_folder.entries import check_entries
 from yeonma.run_folder.trackers import check_trackers
 from yeonma.tokenization.new_tokens import read_new_tokens
@@ -57,6 +58,7 @@ def preflight(config: RunConfig) -> None:
         partial(_check_lora_of, config),
         partial(read_new_tokens, config.lora.new_tokens),
         partial(check_full, config, _adapter_folder(model)),
+        partial(_check_layers_of, config),
     )
 
 
@@ -65,6 +67,15 @@ def _check_lora_of(config: RunConfig) -> None:
         return
     if (continued := _adapter_folder(config.model)) is not None:
         check_lora(config, adapter_lora(continued))
+
+
+def _check_layers_of(config: RunConfig) -> None:
+    model, lora = config.model, config.lora
+    if model.train == "full" or _adapter_folder(model) is not None:
+        return
+    folder = files_here(model.base_model, model.model_revision)
+    if folder is not None:
+        check_layer_names(folder, lora.lora_target_modules, lora.exclude_modules, lora.lora_layers)
 
 
 def with_adapters_lora(config: RunConfig) -> RunConfig:

@@ -66,6 +66,7 @@ from yeonma.train.build import (
     reference_extras,
     units_to_reference,
 )
+from yeonma.train.card_time import card_work
 from yeonma.train.distributed import Processes, check_same_content, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.label_accuracy import label_trials
@@ -93,10 +94,10 @@ def run_with_callbacks(
     keep: Log,
     between: StepsBetween,
     rows_by_set: Callable[[Sequence[int]], dict[str, list[int]]] | None = None,
-) -> RunProgress:
+) -> tuple[RunProgress, float]:
     """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers. `clock` counts
     evaluations and saves, and `keep` gets what is printed. `rows_by_set`: what trained_rows.jsonl has of a step's rows,
-    in a mixture of data sets."""
+    in a mixture of data sets. Returns about how many seconds the answers of the card will take, too."""
     run = config.run
     lines = {name: recorded["lines"] for name, recorded in start.logs.items()}
     with (
@@ -130,16 +131,34 @@ def run_with_callbacks(
             progress.saved(seconds)
             clock.move("saving", seconds)
 
-        return steps(RunCallbacks(step, evaluation, before_save, saved, progress.print_line))
+        done = steps(RunCallbacks(step, evaluation, before_save, saved, progress.print_line))
+        return done, progress.card_seconds()
 
 
 SAVE_SECONDS_PER_WEIGHT = 12 / 50e6
 """An estimate for the time limit until the first save: a weight and its two averages at 50 MB/s."""
 
 
-def run_training(config: RunConfig, stop: Stop) -> Path:
+@dataclass(frozen=True)
+class RunStart:
+    """What is known of a run before its weights are loaded."""
+
+    config: RunConfig
+    """With numbers in place of `auto`."""
+    source: load.BaseSource
+    prepared: Prepared
+    processes: int
+    steps_done: int
+    """By earlier calls that this one continues."""
+    log: Log
+
+
+def run_training(
+    config: RunConfig, stop: Stop, before_loading: Callable[[RunStart], None] = lambda start: None
+) -> Path:
     """Preference training if the config has PreferenceSettings, else supervised fine-tuning. Returns the output folder.
 
+    `before_loading` is called in the first process before weights are loaded.
     Raises UserError for mistakes of the user, and Stopped if `stop` ended the run before it was finished.
     """
     model_settings, run = config.model, config.run
@@ -198,6 +217,9 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         by_tokens = config.step.micro_batch_tokens == "auto"
         earlier_tokens = _tokens_of(start.progress, group) if by_tokens else None
         resolved = resolve_auto(config, source, prepared, group, log, earlier_tokens=earlier_tokens)
+        if group.first:
+            steps_done = start.progress.step if start.progress is not None else 0
+            before_loading(RunStart(resolved, source, prepared, group.count, steps_done, log))
         loaded = load_model(resolved, source, device, prepared, log, group)
         if by_tokens and not loaded.policy.support.forest:
             resolved = one_sequence_at_a_time(resolved)
@@ -270,10 +292,10 @@ class _Reporting:
         """A Log."""
         self.printed.also(log_of(self.console))(line)
 
-    def answers(self, whose: str) -> AnswerProgress:
-        """The display of the held-out answers, whose time it counts."""
+    def answers(self, whose: str, seconds: float = 0.0) -> AnswerProgress:
+        """The display of the held-out answers, whose time it counts. `seconds`: as expected; 0 if that is not known."""
         self.clock.enter("answers")
-        return AnswerProgress(whose, self.console, self.printed.keep)
+        return AnswerProgress(whose, self.console, self.printed.keep, seconds=seconds)
 
 
 def _train(
@@ -360,11 +382,24 @@ def _train(
     )
     stop = state.stop
     stop.record_seconds(save=trained * SAVE_SECONDS_PER_WEIGHT)
-    between = StepsBetween(schedule.eval_steps if validation else None, schedule.save_steps)
+    work = card_work(
+        dataset,
+        prepared.config,
+        evaluation.card_rows,
+        state.model.device.type,
+        base_is_left=base_answers is None,
+    )
+    between = StepsBetween(
+        schedule.eval_steps if validation else None,
+        schedule.save_steps,
+        sum(int(part.store.unit_lengths[part.units].sum()) for part in dataset.validation.values()),
+        work,
+    )
+    card_seconds = 0.0
     clock.enter("training")
     with stop.between_steps():
         if group.first:
-            progress = run_with_callbacks(
+            progress, card_seconds = run_with_callbacks(
                 config,
                 steps,
                 reporting.console,
@@ -421,7 +456,7 @@ def _train(
     repeat_command = _repeat_command(config, state.objective.name)
     noun = tr(saved.result.noun)
     whose = tr("base and {noun}", noun=noun) if base_answers is None else tr("the {noun}", noun=noun)
-    with reporting.answers(whose) as on_answer:
+    with reporting.answers(whose, card_seconds) as on_answer:
         write_card(
             output,
             policy,

@@ -63,6 +63,8 @@ def answers(folder: Path, commands: list[list[str]]) -> list[str]:
 def test_messages_come_before_torch_is_imported(folder: Path) -> None:
     no_folder = "no such folder; give the output folder of"
     no_hub = "no such folder, and the hub cannot be reached"
+    sft = ("sft", "--base_model", "base", "--data_path", "rows.jsonl", "--output_dir", "o")
+    inspect = ("inspect", "--base_model", "base", "--data_path", "rows.jsonl")
     compared = ("compare", "--models", "base", "titles", "--data_path", "rows.jsonl")
     expected = {
         ("generate", "nosuch", "--row", ROW): no_folder,
@@ -111,6 +113,17 @@ def test_messages_come_before_torch_is_imported(folder: Path) -> None:
         ("merge", "titles", "--output_dir", "base"): "it exists already",
         ("export", "nosuch", "--output_dir", "m"): no_folder,
         ("sft", "--base_model", "no/model", "--data_path", "rows.jsonl", "--output_dir", "o"): no_hub,
+        (
+            *sft,
+            "--lora_target_modules",
+            "[q_porj]",
+        ): 'no layer of the model is called "q_porj"; it has down_proj, ',
+        (*sft, "--exclude_modules", "mlp.q_proj"): 'no layer of the model is called "mlp.q_proj"',
+        (*sft, "--lora_layers", "1-4"): "lora_layers: the model has no layers 1-4; it has the layers 0-1",
+        (*inspect, "--lora_target_modules", "[nosuch]"): 'no layer of the model is called "nosuch"',
+        (*inspect, "--rows", "3,9"): "--rows: there is no row 9; the data has rows 1 to 8",
+        (*inspect, "--max_rows", "5", "--rows", "4-6"): "--rows: there is no row 6; the data has rows 1 to 5",
+        ("serve", "titles", "--engine", "vllm", "--port", "0"): "vLLM cannot serve this: it is not installed",
         ("inspect", "--base_model", "no/model", "--data_path", "rows.jsonl"): no_hub,
         (
             "inspect",

@@ -21,6 +21,7 @@ from yeonma.batch.plan import MicroBatchBounds
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import TRAINING, Quantization, RunConfig
 from yeonma.errors import UserError
+from yeonma.inspect import probe as probing
 from yeonma.inspect.estimate import estimate
 from yeonma.inspect.forecast import (
     Forecast,
@@ -30,7 +31,7 @@ from yeonma.inspect.forecast import (
     timed_by_probe,
     timed_by_rate,
 )
-from yeonma.inspect.probe import measure_rate, probe_run
+from yeonma.inspect.probe import Rate, device_rate, known_rate, measure_rate, probe_run
 from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.kernels.last_layer import trim_last_layer
@@ -401,3 +402,27 @@ def test_7b_model_in_nf4_is_forecast_under_9_gb_without_its_weights() -> None:
     assert 3.5e9 < model.weight_bytes < 4.0e9
     traced = trace(model, make_forest(2048), has_gradients=True)
     assert model.weight_bytes + 4 * model.trained_bytes + traced.peak < 9e9
+
+
+def test_a_rate_is_kept_for_a_day_and_measured_anew_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def measure(*_: object) -> Rate:
+        measured.append(len(measured) + 1.0)
+        return Rate(measured[-1])
+
+    monkeypatch.setattr(probing, "measure_rate", measure)
+    cpu, later = torch.device("cpu"), probing.time.time() + 90_000
+    assert known_rate(tmp_path, cpu, torch.float32) is None
+    assert [device_rate(tmp_path, cpu, torch.float32).flops_per_second for _ in range(2)] == [1.0, 1.0]
+    assert known_rate(tmp_path, cpu, torch.bfloat16) is None
+    assert device_rate(tmp_path, cpu, torch.bfloat16).flops_per_second == 2.0
+    monkeypatch.setattr(probing.time, "time", lambda: later)
+    assert known_rate(tmp_path, cpu, torch.float32) == Rate(1.0)
+    assert device_rate(tmp_path, cpu, torch.float32) == Rate(3.0) == known_rate(tmp_path, cpu, torch.float32)
+    for path in tmp_path.glob("*.rate"):
+        path.write_text("{}")
+    assert known_rate(tmp_path, cpu, torch.float32) is None
+    assert device_rate(tmp_path / "nowhere", cpu, torch.float32) == Rate(4.0)

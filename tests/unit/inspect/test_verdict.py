@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from yeonma.inspect.fit_verdict import (
 )
 from yeonma.inspect.forecast import DATA_SHEET_PARTS, Alternative, Forecast, timed_by_data_sheet
 from yeonma.model import load
+from yeonma.train.memory_parts import Memory
 from yeonma.train.prepare import Prepared, prepare
 from yeonma.train.target_device import TargetDevice, target_device
 
@@ -154,6 +156,60 @@ def test_what_the_verdict_names_makes_the_run_fit(base: Path, data: Path, settin
     assert len(peaks) >= 2
     plenty = verdict_of(forecast, target, 10**12)
     assert (plenty.outcome, plenty.cures) == ("fits", ())
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch_size": 2}, {"micro_batch_size": 1}])
+def test_the_forecast_of_a_shorter_cutoff_is_that_of_the_run_with_it(
+    base: Path, data: Path, settings: dict[str, Any]
+) -> None:
+    """The cures with `cutoff_len` are forecast from the longest row's last tokens; the run shortens the rows."""
+    settings = {**settings, "cutoff_len": 2048}
+    target = target_device("auto", "24GB")
+    forecast = forecast_of_run(base, data, target, **settings)
+    shorter = [one for one in forecast.combinations if "cutoff_len" in one.changed]
+    lengths = {setting for one in shorter for setting in one.name.split(", ") if "cutoff_len" in setting}
+    assert len(shorter) >= 1 and lengths
+    for cure in shorter:
+        assert applied(base, data, target, cure, **settings) == pytest.approx(cure.peak_bytes, rel=0.02), (
+            cure.name
+        )
+        assert cure.peak_bytes < forecast.memory.peak and not cure.same_result
+        assert re.search(r"shortens \d+ of 24 rows", cure.note)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_offered_cures_only_save_and_fit(seed: int) -> None:
+    draw, target = Random(seed), target_device("auto", "24GB")
+    forecast = replace(untraced(), memory=replace(untraced().memory, weights=draw.randint(10**8, 10**11)))
+    peak = forecast.memory.peak
+    names = [f"setting{number} {draw.randint(1, 9)}" for number in range(5)]
+
+    def alternative(count: int) -> Alternative:
+        name = ", ".join(draw.sample(names, count))
+        return Alternative(name, int(peak * draw.uniform(0.1, 1.2)), "", draw.random() < 0.5)
+
+    forecast = replace(
+        forecast,
+        alternatives=tuple(alternative(1) for _ in range(draw.randint(0, 6))),
+        combinations=tuple(alternative(draw.randint(2, 4)) for _ in range(draw.randint(0, 6))),
+    )
+    memory = int(peak * draw.uniform(0.2, 1.3))
+    verdict = verdict_of(forecast, target, memory)
+    fitting = [
+        one
+        for one in (*forecast.alternatives, *forecast.combinations)
+        if one.peak_bytes <= min((1 - SAVED) * peak, USABLE["cuda"] * memory)
+    ]
+    assert all(cure in fitting for cure in verdict.cures)
+    assert bool(verdict.cures) == (bool(fitting) and verdict.outcome != "fits")
+    assert all(one.peak_bytes <= (1 - SAVED) * peak for one in savings(forecast))
+
+
+def untraced() -> Forecast:
+    """A forecast whose numbers mean nothing."""
+    memory = Memory(0, 10**9, 0, 0, 0, 0, 0, 0, 0, 0)
+    numbers = (1, 1, 1, 1.0, 1, 1, 1, 1.0, 1.0, 1.0, 1, 1)
+    return Forecast("cuda", "bfloat16", *numbers, memory, (), (), None, None, None)
 
 
 def test_settings_that_save_nothing_are_not_named(base: Path, data: Path) -> None:

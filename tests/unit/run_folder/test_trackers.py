@@ -24,8 +24,10 @@ from yeonma.errors import UserError
 from yeonma.packages import install
 from yeonma.run_folder import loss_plot
 from yeonma.run_folder import trackers as tracking
+from yeonma.run_folder.phases import in_two_units
 from yeonma.run_folder.progress import (
     AnswerProgress,
+    CardWork,
     EvaluationRecord,
     Progress,
     StepRecord,
@@ -233,11 +235,46 @@ def test_answers_are_counted_on_a_terminal_and_announced_elsewhere() -> None:
         with AnswerProgress("base and adapter", console, kept.append) as progress:
             for done in range(3):
                 progress(done, 2)
-        first = "answering the rows of the card with base and adapter: 0 of 2 answers"
+        first = "answering the card's rows with base and adapter: 0 of 2"
         assert kept == [first]
         shown[terminal] = out.getvalue()
     assert shown[False] == f"{first}\n"
-    assert "2 of 2 answers" in shown[True] and shown[True].endswith("\x1b[2K")  # and the line is gone
+    assert "2 of 2" in shown[True] and shown[True].endswith("\x1b[2K")  # and the line is gone
+
+
+def test_time_left_has_the_first_evaluation_and_the_answers_of_the_card() -> None:
+    """A step of 30 tokens takes 9 seconds: a token takes a third of a tenth of that forward."""
+    record = replace(STEP, seconds=9.0, tokens=30)
+    card = CardWork(prompt_tokens=100, decoded_tokens=20, tokens_per_step=5, least_seconds=0.0)
+    between = StepsBetween(evaluations=10, evaluation_tokens=50, card=card)
+    expected = card.seconds(0.1)
+    assert expected == pytest.approx(100 * 0.1 + 20 * 5 * 0.1)
+    slow = replace(card, least_seconds=3.0)
+    assert slow.seconds(0.1) == pytest.approx(100 * 0.1 + 20 * 3.0)
+
+    def show(progress: Progress) -> None:
+        assert progress.card_seconds() == 0
+        progress.step(replace(record, step=9))
+        progress.step(replace(record, step=10))
+        progress.evaluation(replace(EVALUATION, step=10, seconds=7.0))
+        assert progress.card_seconds() == pytest.approx(expected)
+
+    left = re.findall(r" (\S+) left", printed(show, total_steps=10, between=between))
+    assert left == [in_two_units(9 + 5 + expected), in_two_units(5 + expected)]
+
+
+def test_answers_that_take_long_are_told_with_the_time_left() -> None:
+    clock, out, kept = [0.0], StringIO(), list[str]()
+    console = Console(file=out, width=80)
+    with AnswerProgress(
+        "base and adapter", console, kept.append, seconds=100.0, now=lambda: clock[0]
+    ) as progress:
+        for done, seconds in enumerate((0.0, 10.0, 40.0, 50.0, 120.0)):
+            clock[0] = seconds
+            progress(done, 10)
+    about = "answering the card's rows with base and adapter: "
+    assert kept == [f"{about}0 of 10, 1m40s left", f"{about}2 of 10, 1m00s left", f"{about}4 of 10"]
+    assert out.getvalue().splitlines() == kept and max(map(len, kept)) <= 78
 
 
 def screen(text: str) -> list[str]:

@@ -478,7 +478,7 @@ def test_folders_that_cannot_be_served_together_are_refused(folders: Folders, tm
     assert "500 exceeds max_new_tokens_limit 100" in message
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         message = startup_error(folders.one, "--engine", "vllm", "--port", "0")
-        assert "vLLM cannot serve this: it is not installed, or there is no GPU" in message
+        assert "vLLM cannot serve this: it is not installed" in message
 
 
 def test_tokens_have_their_log_probabilities_of_training(folders: Folders, client: OpenAI) -> None:

@@ -195,6 +195,7 @@ def test_console_has_one_line_per_step_and_no_library_output(done: Done, base: P
     patterns = [
         re.escape(f"{data}: 17 rows, 17 examples, ") + r"[\d,]+ tokens, \d+ of them trained",
         "warning: only 12 examples to train on: .*",
+        r"forecast: needs [\d.]+ [MG]B of [\d.]+ [MG]B on cpu: fits(; .*)?",
         re.escape(f"{base}: ") + "3,712 parameters trained, 21,728 frozen, torch.float32 on cpu",
         "adapter on attention 2/2, MLP 2/2",
         r"kernels: RMSNorm 5/5, SwiGLU 2/2, rotary 2/2, LoRA (\d+)/\1, .*last layer 1/1, attention cpu_cascade",
@@ -203,7 +204,7 @@ def test_console_has_one_line_per_step_and_no_library_output(done: Done, base: P
         *(["step 3/6 .* validation loss .*"]),
         *([r"step \d/6  epoch .*  loss .*  lr .* tokens/s .* left .*"] * 3),
         *(["step 6/6 .* validation loss .*"]),
-        "answering the rows of the card with base and adapter: 0 of 4 answers",
+        "answering the card's rows with base and adapter: 0 of 4",
         r"took \d+s(: .*)?",
         re.escape(f"Adapter saved to {done.folder}"),
     ]

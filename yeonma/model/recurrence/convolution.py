@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.activations import ACT2FN
 
 from yeonma.model.recurrence.pieces import add_rows_
 
@@ -94,6 +93,8 @@ def causal_convolution(
     if bias is not None:
         output = output + bias
     if activation is not None:
+        from transformers.activations import ACT2FN  # imports PyTorch's compiler
+
         output = ACT2FN[activation](output)
     return output.to(x.dtype).t().unsqueeze(0)
 

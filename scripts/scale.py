@@ -84,6 +84,7 @@ def traced() -> dict[str, Any]:
             "lora": drawn.trained_bytes,
             "gathered": drawn.gathered_bytes,
             "nf4": nf4.weight_bytes,
+            "nf4_gathered": nf4.gathered_bytes,
             "nf4_checkpointed": passed.activations + passed.logits + passed.workspace,
         }
         found[name] = each
@@ -124,9 +125,10 @@ def imbalances(data: Path, tokenizer: str) -> dict[str, Any]:
 def bytes_of(model: Mapping[str, int], way: str, gpus: int) -> float:
     """On each GPU, with gradient checkpointing. LoRA weights, their gradients and AdamW's averages are four times as
     much as the LoRA weights."""
-    held = {"plain": model["weights"], "nf4": model["nf4"], "sharded": model["weights"] / gpus}[way]
-    gathered = min(model["gathered"], model["weights"] - held) if way == "sharded" else 0
-    kept = model["nf4_checkpointed" if way == "nf4" else "checkpointed"]
+    whole = model["nf4" if "nf4" in way else "weights"]
+    held = whole / gpus
+    gathered = min(model["nf4_gathered" if "nf4" in way else "gathered"], whole - held)
+    kept = model["nf4_checkpointed" if "nf4" in way else "checkpointed"]
     return float(held + gathered + 4 * model["lora"] + kept)
 
 
@@ -176,6 +178,7 @@ def tables(kept: Kept) -> dict[str, str]:
     fits = []
     for name, each in models.items():
         ways = [("plain", 1, "any"), ("nf4", 1, "any")]
+        ways += [("nf4, sharded", count, str(count)) for count in COUNTS[1:4]]
         ways += [("sharded", count, str(count)) for count in COUNTS[1:]]
         for way, count, told in ways:
             size = bytes_of(each, way, count)

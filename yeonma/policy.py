@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -60,7 +61,15 @@ from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprob
 from yeonma.model.memory_trace import Blueprint
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.published import published_in
-from yeonma.model.quantized import pack_on_meta, packed_layers, quantise_on_meta, quantised_layers
+from yeonma.model.quantized import (
+    hold_in_parameters,
+    pack_on_meta,
+    pack_taken,
+    packed_layers,
+    quantise_on_meta,
+    quantised_layers,
+    take_weights_to_pack,
+)
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.model.train_mode import train_adapter
@@ -313,6 +322,7 @@ def build_policy(
         dropout=dropout,
         checkpointing=checkpointing,
         shard_on=device if shard else None,
+        quantise=quantization if shard else "none",
     )
 
 
@@ -362,8 +372,14 @@ def _assemble(
     dropout: float | None = None,
     checkpointing: Checkpointing = False,
     shard_on: torch.device | None = None,
+    quantise: Quantization = "none",
 ) -> Policy:
+    """`shard_on`: the device on which a base that lies on the CPU is sharded. `quantise`: what its layers are held in
+    from then on."""
     identity = base_identity(base, source)
+    taken: dict[torch.nn.Module, torch.Tensor] = {}
+    if quantise != "none":
+        taken = take_weights_to_pack(base, quantise, source.name)
     model = base
     if isinstance(adapters, load.LoraShape):
         model = load.add_lora(base, adapters, seed)
@@ -379,13 +395,31 @@ def _assemble(
         if not trainable:
             model.eval()
     if shard_on is not None:
-        shard_weights(base, shard_on)
+        shard_weights(
+            base, shard_on, partial(_quantise_part, base, source.name, taken, quantise, shard_on, base.dtype)
+        )
         load.check_finite(base, source.name)
     support = _check_support(base)  # after the adapter, which may change the head
     if checkpointing:
         load.checkpoint_activations(base, checkpointing)
     report = patch_kernels(base, kernels, support=support, trim_last=trainable)
     return Policy(model, source, identity, support, report)
+
+
+def _quantise_part(
+    base: Any,
+    name: str,
+    taken: dict[torch.nn.Module, torch.Tensor],
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype,
+    part: torch.nn.Module,
+) -> None:
+    """Quantises the layers of a part whose weights were taken, checks their gradients, and lets FSDP2 find the bits."""
+    if any(layer in taken for layer in part.modules()):
+        pack_taken(part, taken, quantization, device, dtype)
+        check_input_gradients(base, name, part)
+    hold_in_parameters(part)
 
 
 def _check_support(base: Any) -> ForestSupport:

@@ -33,7 +33,7 @@ from yeonma.train.target_device import TargetDevice, target_device
 
 SHORTEST_CUTOFF = 128
 """No shorter `cutoff_len` is proposed."""
-NOT_SHARDED = ("quantization", "optimizer")
+NOT_SHARDED = ("optimizer",)
 """Settings whose changes do not go with sharded weights."""
 MORE_PROCESSES = (2, 4, 8)
 """Numbers of processes that are proposed for sharded weights."""
@@ -117,7 +117,8 @@ def combinations(
     whole = [change for change in best.values() if change.setting != "shard"]
     chains = [whole]
     if "shard" in best:
-        chains.insert(0, [change for change in best.values() if change.setting not in NOT_SHARDED])
+        left_out = (*NOT_SHARDED, "quantization") if _uses_dora(trial.setup) else NOT_SHARDED
+        chains.insert(0, [change for change in best.values() if change.setting not in left_out])
     together = [changes for chain in chains for changes in accumulate([change] for change in chain)]
     harmless = [change for change in whole if change.same_result]
     sharded = _sharded(trial)
@@ -271,8 +272,9 @@ def _changes(trial: _Trial) -> list[_Change]:
         slow = tr("lower precision, slow on most CPUs") if is_cpu else tr("lower precision")
         add("dtype", "bfloat16", slow, dtype=torch.bfloat16)
     is_packed = setup.published is not None and setup.published.stays_packed
-    if setup.lora is not None and setup.quantization == "none" and not setup.sharded and not is_packed:
-        if setup.has_fp8 and not (isinstance(setup.lora, load.LoraShape) and setup.lora.use_dora):
+    is_shared_dora = setup.sharded and _uses_dora(setup)
+    if setup.lora is not None and setup.quantization == "none" and not is_shared_dora and not is_packed:
+        if setup.has_fp8 and not _uses_dora(setup):
             add("quantization", "fp8", tr("changes the result"), quantization="fp8")
         add("quantization", "int8", tr("changes the result, needs bitsandbytes"), quantization="int8")
         add("quantization", "nf4", tr("changes the result, needs bitsandbytes"), quantization="nf4")
@@ -305,7 +307,12 @@ def _may_shard(setup: MemorySetup) -> bool:
     """Whether the run could be sharded and is not."""
     is_packed = setup.published is not None and setup.published.stays_packed
     is_refused = setup.lora is None and (setup.measures_reference or setup.optimizer != "adamw")
-    return not (setup.sharded or is_packed or is_refused or setup.quantization != "none")
+    is_refused |= _uses_dora(setup) and (is_packed or setup.quantization != "none")
+    return not (setup.sharded or is_refused)
+
+
+def _uses_dora(setup: MemorySetup) -> bool:
+    return isinstance(setup.lora, load.LoraShape) and setup.lora.use_dora
 
 
 def _sharded(trial: _Trial) -> list[_Change]:

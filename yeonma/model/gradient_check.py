@@ -11,7 +11,7 @@ again a little further along the gradient, which must raise it as much as the gr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -34,13 +34,14 @@ EXPERTS_TOLERANCE = 0.3
 WRONG = tr("gives a gradient that is not that of its product")
 
 
-def check_input_gradients(model: nn.Module, name: str) -> None:
-    """Sends a few random rows forward and backward through one frozen layer of each kind and shape.
+def check_input_gradients(model: nn.Module, name: str, part: nn.Module | None = None) -> None:
+    """Sends a few random rows forward and backward through one frozen layer of each kind and shape, of the model or of
+    a part of it.
 
     Raises UserError, naming the layer, if the gradient of its input is missing or is not that of its output.
     """
     draw = torch.Generator().manual_seed(0)
-    for path, layer in _one_of_each_kind(model):
+    for path, layer in _one_of_each_kind(model, set(model.modules() if part is None else part.modules())):
         problem = _problem_of_experts(layer, draw) if _is_experts(layer) else _problem(layer, draw)
         if problem:
             weight = packed_weight(layer)
@@ -56,10 +57,10 @@ def check_input_gradients(model: nn.Module, name: str) -> None:
             raise UserError(what, place=name, cure=tr("give the unquantised model, and --quantization nf4"))
 
 
-def _one_of_each_kind(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _one_of_each_kind(model: nn.Module, within: Set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     seen = set()
     for path, layer in model.named_modules():
-        weight = next(iter(layer.parameters(recurse=False)), None)
+        weight = next(iter(layer.parameters(recurse=False)), None) if layer in within else None
         if weight is None or not (_is_linear(layer) or _is_experts(layer)):
             continue
         kind = (type(layer), type(packed_weight(layer)), weight.dtype, tuple(weight.shape))

@@ -287,9 +287,9 @@ def load_base(
 
     Of a checkpoint that also reads images or sound, the language model alone is loaded, unless `whole`.
     Weights that bitsandbytes packed stay packed, unless `whole`; those of other kinds are dequantised as they are read.
-    Without a `device` the model stays on the CPU as transformers loads it, unchecked for NaN: for sharding, which does
-    not support quantised weights. Raises UserError for weights that are truncated, unreachable, missing, of another
-    shape or not finite, for weights to quantise that are packed already, and if a package is not installed.
+    Without a `device` the model stays on the CPU as transformers loads it, unchecked for NaN and not yet quantised: for
+    sharding, which quantises part by part. Raises UserError for weights that are truncated, unreachable, missing, of
+    another shape or not finite, for weights to quantise that are packed already, and if a package is not installed.
     """
     check_installed(quantization)
     hide_loading_noise()
@@ -298,7 +298,7 @@ def load_base(
     packed = published is not None and published.stays_packed and not whole
     check_not_packed(published if packed else None, quantization, source.name)
     _check_size(model_config, source)
-    bnb_config = bitsandbytes_config(quantization, dtype)
+    bnb_config = None if device is None else bitsandbytes_config(quantization, dtype)
     options: dict[str, Any] = {
         "trust_remote_code": source.trust_remote_code,
         "dtype": dtype,
@@ -306,7 +306,7 @@ def load_base(
         "output_loading_info": True,
     }
     if packed or bnb_config is not None:  # bitsandbytes quantises on the device, weight by weight
-        options["device_map"] = {"": device}
+        options["device_map"] = {"": device or torch.device("cpu")}
     if bnb_config is not None:
         options["quantization_config"] = bnb_config
     try:
@@ -344,8 +344,8 @@ def load_base(
         remove_quantization(model.config)  # the model's config should not say how its weights are stored
         pack_bitsandbytes_layers(model, dtype)
         _cast_whole_weights(model, dtype)
-    elif quantization == "fp8":
-        to_fp8(model, device or torch.device("cpu"), source.name)
+    elif quantization == "fp8" and device is not None:
+        to_fp8(model, device, source.name)
     if device is not None:
         model = model if packed or bnb_config is not None else model.to(device)
         check_finite(model, source.name)

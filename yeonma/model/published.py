@@ -162,20 +162,6 @@ def check_not_packed(published: Published | None, quantization: Quantization, pl
         raise UserError(problem, place=f"quantization {quantization}", cure=cure)
 
 
-def check_settings(
-    published: Published | None, quantization: Quantization, place: str, *, shard: bool
-) -> None:
-    """As `check_not_packed`, and raises UserError for packed weights to shard."""
-    check_not_packed(published, quantization, place)
-    if published is not None and published.stays_packed and shard:
-        problem = tr(
-            "quantised weights cannot be sharded in this version, and those of {place} are {published}",
-            place=place,
-            published=published,
-        )
-        raise UserError(problem, place="shard", cure=tr("leave it out, or give the unquantised model"))
-
-
 def check_package(published: Published, place: str) -> None:
     """Raises UserError if the package that reads the weights is not installed."""
     package = published.method

@@ -40,11 +40,17 @@ def _check_bitsandbytes(place: str) -> None:
 def check_quantization(quantization: Quantization, *, shard: bool, use_dora: bool) -> None:
     """Raises UserError for settings that exclude each other, and if a package is missing."""
     check_installed(quantization)
-    if quantization != "none" and shard:
-        problem = tr("quantised weights cannot be sharded in this version")
-        raise UserError(
-            problem, place=f"quantization {quantization}", cure=tr("leave out shard or quantization")
-        )
+    if quantization in BY_BITSANDBYTES:
+        check_sharded_dora(f"quantization {quantization}", shard=shard, use_dora=use_dora)
     if quantization == "fp8" and use_dora:
         problem = tr("DoRA needs the unquantised weights, which fp8 does not keep")
         raise UserError(problem, place="quantization fp8", cure=tr("use int8 or nf4, or leave out use_dora"))
+
+
+def check_sharded_dora(place: str, *, shard: bool, use_dora: bool) -> None:
+    """Raises UserError for DoRA on packed weights, in settings or in the base that is the place, that are sharded."""
+    if shard and use_dora:
+        problem = tr(
+            "DoRA needs the unquantised weights, and a process of a sharded run has a part of the packed ones"
+        )
+        raise UserError(problem, place=place, cure=tr("leave out use_dora, shard or the quantisation"))

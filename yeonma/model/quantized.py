@@ -14,7 +14,8 @@
   own rounding, and not faster than dense layers.
 
 The layers keep their classes, which PEFT and transformers know. They get a `packed` weight and a `forward` that uses
-it.
+it. If the weights are to be sharded, bits and scales become parameters of the layer (`hold_in_parameters`), which are
+read at every product: FSDP2 has gathered them by then.
 
 Shapes: N tokens, K inputs, M outputs.
 """
@@ -23,7 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -39,23 +41,49 @@ from yeonma.model.published import Published
 
 NF4_BLOCK, NF4_BLOCKS = 64, 256  # numbers per scale; scales per scale of scales
 NF4_TABLES = 4 * (16 + 256 + 1)  # bytes of a layer's two code books and a mean
+SCALES = "packed_scales"  # the parameter of a layer that holds its scales, see `hold_in_parameters`
 
 
 class PackedWeight(Weight, Protocol):
     """A weight (M, K) in fewer bits."""
 
     @property
+    def bits(self) -> torch.Tensor: ...
+
+    @property
+    def scales(self) -> torch.Tensor: ...
+
+    @property
     def scale(self) -> torch.Tensor:
         """Not finite if the original weight is not."""
+        ...
+
+    def with_tensors(self, bits: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+        """The same kind of weight with other bits and scales."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class DequantisedWeight:
-    """A weight that is dequantised for every product. `dequantise(dtype)` returns (M, K)."""
+    """A weight that is dequantised for every product."""
 
-    dequantise: Callable[[torch.dtype], torch.Tensor]
-    scale: torch.Tensor
+    bits: torch.Tensor
+    scales: torch.Tensor
+    unpack: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+    """Bits, scales and a number format -> (M, K)."""
+    mean: torch.Tensor | None = None
+    """Of scales that are quantised themselves."""
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.scales if self.mean is None else self.mean
+
+    def with_tensors(self, bits: torch.Tensor, scales: torch.Tensor) -> DequantisedWeight:
+        return replace(self, bits=bits, scales=scales)
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight (M, K)."""
+        return self.unpack(self.bits, self.scales, dtype)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return product(x, self.dequantise(x.dtype), bias)
@@ -65,9 +93,12 @@ class DequantisedWeight:
 
 
 def packed_weight(layer: nn.Module) -> PackedWeight | None:
-    """The packed weight of a layer; None if it is not quantised."""
+    """The packed weight of a layer, as it is now; None if it is not quantised."""
     packed: PackedWeight | None = getattr(layer, "packed", None)
-    return packed
+    scales: torch.Tensor | None = getattr(layer, SCALES, None)
+    if packed is None or scales is None:
+        return packed
+    return packed.with_tensors(layer.weight, scales)  # type: ignore[arg-type]
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
@@ -89,7 +120,30 @@ def pack(layer: Any, weight: PackedWeight) -> None:
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return frozen_linear(x, layer.packed, layer.bias)
+    weight = packed_weight(layer)
+    assert weight is not None
+    return frozen_linear(x, weight, layer.bias)
+
+
+def hold_in_parameters(model: nn.Module) -> None:
+    """Make bits and scales of all packed weights parameters of their layers, so that FSDP2 shards them.
+
+    Of scales that are quantised themselves, what is left (a number per 16,384 weights) stays in every process. PEFT can
+    no longer dequantise such a layer, which DoRA needs.
+    """
+    for layer in model.modules():
+        weight: PackedWeight | None = getattr(layer, "packed", None)
+        if weight is None or hasattr(layer, SCALES):
+            continue
+        bits, scales = weight.bits, weight.scales
+        if bits.is_floating_point():  # bits, whatever their type says
+            bits = bits.view(torch.uint8)
+        layer._buffers.pop("scale", None)  # that of fp8
+        if hasattr(layer, "quant_state"):
+            layer.quant_state = None  # type: ignore[assignment]
+        layer.weight = nn.Parameter(bits, requires_grad=False)
+        layer.register_parameter(SCALES, nn.Parameter(scales, requires_grad=False))
+        layer.packed = weight.with_tensors(bits.new_empty(0), scales.new_empty(0))  # type: ignore[assignment]
 
 
 def quantised_layers(model: Any, quantization: Quantization) -> list[Any]:
@@ -127,23 +181,107 @@ def pack_bitsandbytes_layers(model: nn.Module, dtype: torch.dtype) -> None:
 
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear8bitLt):
-            bits, scale = layer.weight.data, layer.weight.SCB / 127
-            pack(layer, DequantisedWeight(partial(_dequantise_int8, bits, scale), scale))
+            pack(layer, _int8_weight(layer.weight))
         elif isinstance(layer, bnb.nn.Linear4bit):
-            state = layer.weight.quant_state
-            state.dtype = dtype  # files have that of their weights before quantisation
-            dequantise = partial(_dequantise_4bit, bnb.functional.dequantize_4bit, layer.weight.data, state)
-            pack(layer, DequantisedWeight(dequantise, state.offset if state.nested else state.absmax))
+            pack(layer, _4_bit_weight(layer.weight, dtype))
 
 
-def _dequantise_int8(bits: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return bits.to(dtype).mul_(scale.unsqueeze(1))  # in place: no float32 copy
+def _int8_weight(weight: Any) -> DequantisedWeight:
+    """`weight`: bitsandbytes' Int8Params."""
+    return DequantisedWeight(weight.data, weight.SCB / 127, _dequantise_int8)
+
+
+def _4_bit_weight(weight: Any, dtype: torch.dtype) -> DequantisedWeight:
+    """`weight`: bitsandbytes' Params4bit."""
+    import bitsandbytes as bnb
+
+    weight.quant_state.dtype = dtype  # files have that of their weights before quantisation
+    tables = copy(weight.quant_state)
+    scales, tables.absmax = tables.absmax, None
+    dequantise = partial(_dequantise_4bit, bnb.functional.dequantize_4bit, tables)
+    return DequantisedWeight(weight.data, scales, dequantise, tables.offset if tables.nested else None)
+
+
+def _dequantise_int8(bits: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return bits.to(dtype).mul_(scales.unsqueeze(1))  # in place: no float32 copy
 
 
 def _dequantise_4bit(
-    dequantise_4bit: Callable[..., torch.Tensor], bits: torch.Tensor, state: Any, dtype: torch.dtype
+    dequantise_4bit: Callable[..., torch.Tensor],
+    tables: Any,
+    bits: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
+    """`tables`: all of bitsandbytes' QuantState but the scales."""
+    state = copy(tables)
+    state.absmax = scales
+    if state.code.device != bits.device:  # of a model that was read on the CPU to be sharded
+        tables.absmax = scales
+        tables.to(bits.device)
+        state, tables.absmax = copy(tables), None
     return dequantise_4bit(bits, state).to(dtype)
+
+
+def take_weights_to_pack(model: Any, quantization: Quantization, name: str) -> dict[nn.Module, torch.Tensor]:
+    """Take the weights (M, K) of the layers to quantise out of a model on the CPU, for `pack_taken`.
+
+    The layers are left as quantised ones, with bytes for weights but as yet without any. Raises UserError as
+    `check_layers`.
+    """
+    check_layers(model, quantization, name)
+    names = {module: path for path, module in model.named_modules()}
+    taken: dict[nn.Module, torch.Tensor] = {}
+    for layer in quantised_layers(model, quantization):
+        weight = layer.weight.data
+        if isinstance(layer, Conv1D):  # which transformers replaces, too
+            weight = weight.t()
+            layer = _replace_by_linear(model, names[layer], *weight.shape)
+        layer.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        if quantization == "nf4":  # PEFT rounds a new adapter to it, as for bitsandbytes' own layers
+            layer.compute_dtype = model.dtype
+        taken[layer] = weight
+    return taken
+
+
+def pack_taken(
+    part: nn.Module,
+    taken: dict[nn.Module, torch.Tensor],
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Quantise the layers within `part` on `device`, where they stay, and forget their whole weights. The result is
+    that of quantising a model while it is loaded."""
+    for layer in part.modules():
+        if layer in taken:
+            _pack_one(layer, taken.pop(layer), quantization, device, dtype)
+
+
+def _pack_one(
+    layer: Any, weight: torch.Tensor, quantization: Quantization, device: torch.device, dtype: torch.dtype
+) -> None:
+    if quantization == "fp8":
+        _pack_fp8(layer, weight.to(device), multiplies_fp8(device))
+        return
+    import bitsandbytes as bnb
+
+    if quantization == "int8":
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(device)
+        pack(layer, _int8_weight(layer.weight))
+    else:
+        packed = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True).to(device)
+        layer.weight = packed
+        pack(layer, _4_bit_weight(packed, dtype))
+
+
+def _replace_by_linear(model: nn.Module, path: str, rows: int, columns: int) -> nn.Linear:
+    """Put a dense layer without a weight in the place of another, whose bias it keeps."""
+    dense = nn.Linear(columns, rows, bias=False, device="meta")
+    dense.bias = model.get_submodule(path).bias  # type: ignore[assignment]
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, dense)
+    return dense
 
 
 def check_layers(model: Any, quantization: Quantization, name: str) -> None:
@@ -208,14 +346,14 @@ def _pack_on_meta(model: Any, layers: Sequence[Any], bytes_of: Callable[[int, in
     for layer in layers:
         rows, columns = layer.weight.shape[:: -1 if isinstance(layer, Conv1D) else 1]
         bits = torch.empty(bytes_of(rows, columns), dtype=torch.uint8, device="meta")
-        dense = nn.Linear(columns, rows, bias=False, device="meta")
-        dense.bias, dense.weight = layer.bias, nn.Parameter(bits, requires_grad=False)
-        parent, _, name = names[layer].rpartition(".")
-        setattr(model.get_submodule(parent), name, dense)
-        pack(dense, DequantisedWeight(partial(_empty_on_meta, rows, columns), bits))
+        dense = _replace_by_linear(model, names[layer], rows, columns)
+        dense.weight = nn.Parameter(bits, requires_grad=False)
+        pack(dense, DequantisedWeight(bits, bits, partial(_empty_on_meta, rows, columns)))
 
 
-def _empty_on_meta(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def _empty_on_meta(
+    rows: int, columns: int, bits: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     return torch.empty(rows, columns, dtype=dtype, device="meta")
 
 
@@ -265,22 +403,35 @@ class Fp8Weight:
     """A weight W (M, K) in fp8."""
 
     rows: ScaledRows
+    """Its bits may be stored as bytes."""
     by_device: bool
     """Whether the device computes the products in fp8."""
+
+    @property
+    def bits(self) -> torch.Tensor:
+        return self.rows.bits.view(torch.uint8)
+
+    @property
+    def scales(self) -> torch.Tensor:
+        return self.rows.scale
 
     @property
     def scale(self) -> torch.Tensor:
         return self.rows.scale
 
+    def with_tensors(self, bits: torch.Tensor, scales: torch.Tensor) -> Fp8Weight:
+        return replace(self, rows=ScaledRows(bits, scales))
+
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        result = rows_product(quantise_rows(x), self.rows, x.dtype, by_device=self.by_device)
+        weight = ScaledRows(self.bits.view(torch.float8_e4m3fn), self.scales)
+        result = rows_product(quantise_rows(x), weight, x.dtype, by_device=self.by_device)
         return result if bias is None else result.add_(bias)
 
     def input_gradient(self, upstream: torch.Tensor) -> torch.Tensor:
         # the device needs W column by column; computed for every product, since a second copy would take memory
-        columns = self.rows.bits.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
+        columns = self.bits.t().contiguous().view(torch.float8_e4m3fn)
         ones = torch.ones(len(columns), 1, dtype=torch.float32, device=columns.device)
-        rows = quantise_rows(upstream * self.scale.t())
+        rows = quantise_rows(upstream * self.scales.t())
         return rows_product(rows, ScaledRows(columns, ones), upstream.dtype, by_device=self.by_device)
 
 

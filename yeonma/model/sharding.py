@@ -32,13 +32,16 @@ M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 RUN_AS_FORWARD = "yeonma_run_as_forward"  # a method of sharded models, see `run_as_forward`
 
 
-def shard_weights(model: nn.Module, device: torch.device) -> None:
+def shard_weights(
+    model: nn.Module, device: torch.device, prepare: Callable[[nn.Module], None] = lambda part: None
+) -> None:
     """Shard the frozen weights of `model`, or all if all are trained, over all processes, and copy the others to
     `device`.
 
     `model` has its adapter and is on the CPU. A process never has more than its shards and one layer on `device`. Until
     then, weights that transformers has mapped from their file are pages of that file, which all processes of the
-    machine share. Raises UserError if all weights are trained and some cannot be sharded for that.
+    machine share. `prepare` is called with each part before its weights are sharded, and with the model last. Raises
+    UserError if all weights are trained and some cannot be sharded for that.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -55,6 +58,7 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
     }
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for part in (*parts_of(model), model):
+        prepare(part)
         # if the model's own group stayed gathered, a process that writes a state dict would differ from the others
         sharded: Any = fully_shard(
             part, mesh=mesh, ignored_params=replicated, reshard_after_forward=True, mp_policy=policy

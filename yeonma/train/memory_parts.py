@@ -175,6 +175,8 @@ def memory_of(
         weights, adapter = weights + own - copies, 0
         copies += weights if setup.measures_reference else 0
     numbers = model_blueprint.frozen if setup.lora is not None else model_blueprint.trained
+    stored = getattr(setup.config, "dtype", None) or setup.dtype
+    published = setup.published
     on_cpu = setup.device.type == "cpu"
     loading = process + weights
     gradients, optimizer = traced.gradients, optimizer_bytes(setup.optimizer, _trained_sizes(model_blueprint))
@@ -185,14 +187,15 @@ def memory_of(
         if setup.lora is None:  # gradients of what is gathered are whole, too, until they are summed
             copies, optimizer = (ceil(size / setup.processes) for size in (copies, optimizer))
             gradients = min(gradients, ceil(gradients / setup.processes) + gathered)
+        if setup.quantization != "none":  # part by part, when the whole model has been read
+            is_converted = published is not None or stored != setup.dtype
+            loading = process + (numbers * setup.dtype.itemsize if is_converted else 0)
         # on the CPU also the pages of the file, until all shards are copied from them
         loading = loading + weights if on_cpu else weights + gathered
-    stored = getattr(setup.config, "dtype", None) or setup.dtype
     # pages of the file and converted weights at the same time
-    published = setup.published
     if on_cpu and published is not None:
         # transformers does not quantise to fp8 while it reads
-        if setup.quantization == "fp8" and published.method != "mxfp4":
+        if setup.quantization == "fp8" and published.method != "mxfp4" and not setup.sharded:
             loading = process + max(weights, numbers * setup.dtype.itemsize)
         loading += numbers * published.bits // 8
     elif on_cpu and (stored != setup.dtype or setup.quantization != "none"):

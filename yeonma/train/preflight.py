@@ -25,7 +25,7 @@ from yeonma.files import user_path
 from yeonma.messages import tr
 from yeonma.model.device_check import check_device
 from yeonma.model.layer_names import check_layer_names
-from yeonma.model.published import check_settings, published_in_folder
+from yeonma.model.published import check_not_packed, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, files_here, find_base
 from yeonma.run_folder.entries import check_entries
@@ -107,7 +107,7 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
     def find_model() -> None:
         source = find_base(model.base_model, model.model_revision, model.trust_remote_code)
         published = published_in_folder(Path(source.name))
-        check_settings(published, model.quantization, source.name, shard=model.shard)
+        check_not_packed(published, model.quantization, source.name)
         results.append((source, continued_adapter(model, source)))
 
     full = model.train == "full"

@@ -35,7 +35,8 @@ from yeonma.model.adapter_weights import added_rows, check_fits
 from yeonma.model.base_content import BaseContent
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
-from yeonma.model.published import check_settings, published_in
+from yeonma.model.published import check_not_packed, published_in
+from yeonma.model.quantization import check_sharded_dora
 from yeonma.model.quantized import check_layers, quantised_layers
 from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
@@ -110,7 +111,9 @@ def prepare(
     model_config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     published = load.published_weights(model_config, source)
     check_full_base(model, model_config, published)
-    check_settings(published, model.quantization, source.name, shard=model.shard)
+    check_not_packed(published, model.quantization, source.name)
+    if model.quantization != "none" or (published is not None and published.stays_packed):
+        check_sharded_dora(source.name, shard=model.shard, use_dora=config.lora.use_dora)
     load.check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, source.name)
     new_token_ids = add_new_tokens(tokenizer, config.lora.new_tokens or ())
     trained = None

@@ -187,7 +187,7 @@ def test_a_missing_package_is_named_with_the_tested_version(
             {"quantization": "nf4"},
             "is quantised already: bitsandbytes int8 (8 bits); leave it out: the weights",
         ),
-        ({"shard": True}, "quantised weights cannot be sharded in this version"),
+        ({"shard": True, "use_dora": True}, "DoRA needs the unquantised weights"),
     ],
 )
 def test_settings_that_packed_weights_exclude_are_refused(

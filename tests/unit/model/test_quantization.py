@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.pairs import pairs, tuned
-from tests.quantised import KINDS, NF4
+from tests.quantised import INT8, KINDS, NF4
 from tests.runs import Done, arguments, articles, command, model_folder, sft, trained, write_jsonl
 from yeonma.adapter.prompt_builder import open_prompt_builder
 from yeonma.config.settings import CompareSettings, ServeSettings
@@ -255,10 +255,12 @@ def test_missing_bitsandbytes_is_reported_with_the_install_command(
     assert "no built-in template" in error  # all problems together, before torch is imported
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sharding_quantised_weights_is_refused(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
-    error = refused(tmp_path, base, data, quantization=kind, shard=True)
-    assert f"quantization {kind}: quantised weights cannot be sharded in this version" in error
+@pytest.mark.parametrize("kind", [INT8, NF4])
+def test_dora_is_refused_on_sharded_quantised_weights(
+    tmp_path: Path, base: Path, data: Path, kind: str
+) -> None:
+    error = refused(tmp_path, base, data, quantization=kind, shard=True, use_dora=True)
+    assert f"quantization {kind}: DoRA needs the unquantised weights" in error
 
 
 def test_dora_is_refused_on_fp8(tmp_path: Path, base: Path, data: Path) -> None:

@@ -154,7 +154,7 @@ RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Further families with recurrent layers on a forest; `qwen3_next` and `lfm2` are among FOREST_FAMILIES."""
 if "kwargs" not in signature(Lfm2ShortConv.forward).parameters:
-    # transformers 5.17 hands no forest on to these convolutions, and Yeonma goes one sequence at a time
+    # transformers before 5.22 hands no forest on to these convolutions, and Yeonma goes one sequence at a time
     OTHER_FAMILIES["lfm2"] = FOREST_FAMILIES.pop("lfm2")
     del RECURRENT_FAMILIES["lfm2_moe"]
 ALL_RECURRENT = [*RECURRENT_FAMILIES, *(name for name in ("qwen3_next", "lfm2") if name in FOREST_FAMILIES)]

@@ -123,9 +123,9 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
 
 
 def choose_plain_attention(model: Any) -> str:
-    """The attention of transformers that the model has, changed before if that leaves something out: transformers 5.17
-    chooses SDPA for models that cap their scores, such as Gemma 2, and its SDPA ignores the cap. Later versions choose
-    `eager` themselves."""
+    """The attention of transformers that the model has, changed before if that leaves something out: transformers
+    before 5.21 chooses SDPA for models that cap their scores, such as Gemma 2, and its SDPA ignores the cap. Later
+    versions choose `eager` themselves."""
     has_cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if has_cap and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")

@@ -196,9 +196,10 @@ def test_step_metrics_have_token_counts_and_epochs(micro_batch_1_run: Done) -> N
 
 
 @pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}])
-def test_rslora_and_dora_train(tmp_path: Path, base: Path, data: Path, kind: dict[str, object]) -> None:
-    done = trained(tmp_path / "out", base, data, **STEPS, **kind)
-    plain = trained(tmp_path / "plain", base, data, **STEPS)
+def test_rslora_and_dora_train(
+    tmp_path: Path, base: Path, data: Path, micro_batch_1_run: Done, kind: dict[str, object]
+) -> None:
+    done, plain = trained(tmp_path / "out", base, data, **STEPS, **kind), micro_batch_1_run
     assert done.losses[0] == pytest.approx(plain.losses[0], abs=1e-5)  # a new adapter has no effect
     assert done.losses[-1] < done.losses[0]
     assert done.losses[1:] != pytest.approx(plain.losses[1:], abs=1e-5)

@@ -106,6 +106,8 @@ def mamba_inputs(tokens: int) -> list[torch.Tensor]:
 
 
 def _delta(q: Any, k: Any, v: Any, g: Any, beta: Any) -> torch.Tensor:
+    # in older versions of transformers the layer repeats the heads of the keys, now the rule does
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
     return torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
 
 

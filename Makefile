@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup demo demo-dpo test test-slow test-all same fuzz faults lint bench docs llama vllm
+.PHONY: setup demo demo-dpo test test-slow test-all test-oldest same fuzz faults lint bench docs llama vllm
 
 setup: .venv/.installed
 
@@ -44,6 +44,19 @@ test-slow: setup
 
 test-all: setup
 	$(PYTEST) tests
+
+# The quick tests with the oldest version that pyproject.toml allows of every package, in an environment of its own and
+# from the checkout as it is: nothing of Yeonma is installed there.
+test-oldest: .venv-oldest/.installed
+	PYTHONPATH="$(CURDIR)" .venv-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow" tests
+
+.venv-oldest/.installed: .venv/.installed scripts/oldest_versions.py
+	$(PYTHON) -m venv .venv-oldest
+	$(BIN)/python scripts/oldest_versions.py > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") \
+		"$$(head -n 1 .venv-oldest/requirements.txt)"
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -r .venv-oldest/requirements.txt
+	@touch $@
 
 # Compares the working tree's results with those of another commit or folder, byte by byte.
 same: setup

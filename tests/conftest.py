@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 # Before torch and huggingface_hub are imported: they read these once. The workers of xdist share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["YEONMA_LANG"] = "en"
+# The runs of one test process have many small shapes in common, and compiling a routine for one takes longer than its
+# products do. A run by itself keeps fewer (`yeonma.model.kernels.linear`), which changes no result.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "1024")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 

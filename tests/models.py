@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+from transformers.pytorch_utils import Conv1D
 
+from yeonma.model.forest_support import choose_plain_attention
 from yeonma.model.recurrence.replace import let_recurrences_take_forests
 from yeonma.tokenization.example import Example
 
@@ -149,6 +153,11 @@ RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
 }
 """Further families with recurrent layers on a forest; `qwen3_next` and `lfm2` are among FOREST_FAMILIES."""
+if "kwargs" not in signature(Lfm2ShortConv.forward).parameters:
+    # transformers before 5.22 hands no forest on to these convolutions, and Yeonma goes one sequence at a time
+    OTHER_FAMILIES["lfm2"] = FOREST_FAMILIES.pop("lfm2")
+    del RECURRENT_FAMILIES["lfm2_moe"]
+ALL_RECURRENT = [*RECURRENT_FAMILIES, *(name for name in ("qwen3_next", "lfm2") if name in FOREST_FAMILIES)]
 
 BORDER = 24
 _LONGROPE = {
@@ -241,7 +250,8 @@ def _built(family: str, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # some parameters start from random numbers, and keep them below
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    let_recurrences_take_forests(model)  # as the check at loading does
+    choose_plain_attention(model)  # both as the check at loading does
+    let_recurrences_take_forests(model)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -257,8 +267,9 @@ def with_lora(model: Any, **config: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    options = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
-    return get_peft_model(model, LoraConfig(**options))
+    options = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    options["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
+    return get_peft_model(model, LoraConfig(**{**options, **config}))
 
 
 def plain_logprobs(model: torch.nn.Module, example: Example) -> Tensor:

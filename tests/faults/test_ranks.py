@@ -83,7 +83,7 @@ def uninterrupted(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "signal_sent", "says"),
-    [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "has been silent for 4 seconds")],
+    [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "has been silent for 10 seconds")],
     ids=["second killed", "first killed", "second stopped"],
 )
 def test_lost_process_is_named_and_ends_the_run_and_a_rerun_is_identical(
@@ -96,7 +96,7 @@ def test_lost_process_is_named_and_ends_the_run_and_a_rerun_is_identical(
     says: str,
 ) -> None:
     arguments = [*commands["sft"], *LONG, "--nproc", "2"]
-    run = start(["-m", "yeonma", *arguments], tmp_path, YEONMA_SILENCE_SECONDS="4")
+    run = start(["-m", "yeonma", *arguments], tmp_path, YEONMA_SILENCE_SECONDS="10")
     lines = lines_until(run, "step 7/")
     os.kill(process_of(rank, run), signal_sent)
     sent_at = monotonic()

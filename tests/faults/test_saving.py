@@ -392,7 +392,9 @@ class Command:
             assert hidden_in(self.output) == set(), call
 
 
-@pytest.fixture(scope="module", params=[1, 2, None])
+@pytest.fixture(
+    scope="module", params=[1, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (2, None))]
+)
 def command(
     saver: Workshop, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Command:

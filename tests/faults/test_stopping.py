@@ -71,12 +71,16 @@ EXIT_STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 NAMES = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C", "SIGHUP": "SIGHUP"}
 
 
-@pytest.mark.parametrize("verb", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", EXIT_STATUS)
+PHASES = LOADING, REFERENCE, FIRST_EVALUATION, STEPPING, EVALUATING, SAVING, INSTALLING
+STOPS = [(phase, name, verb) for phase in PHASES for name in EXIT_STATUS for verb in COMMANDS]
+QUICK = [stop for stop in STOPS if stop[2] == "sft" and (stop[0] == STEPPING or stop[1] == "SIGTERM")]
+"""Every phase, and every signal."""
+
+
 @pytest.mark.parametrize(
-    "phase",
-    [LOADING, REFERENCE, FIRST_EVALUATION, STEPPING, EVALUATING, SAVING, INSTALLING],
-    ids=lambda p: p[0][17:],
+    ("phase", "name", "verb"),
+    [pytest.param(*stop, marks=[] if stop in QUICK else pytest.mark.slow) for stop in STOPS],
+    ids=[f"{phase[0][17:]}{phase[1]}-{name}-{verb}" for phase, name, verb in STOPS],
 )
 def test_rerun_after_a_signal_ends_with_the_files_of_an_uninterrupted_run(
     zygotes: Zygote,
@@ -171,7 +175,7 @@ def test_closed_terminal_leaves_a_checkpoint_and_the_run_continues_to_the_same_r
         text = b""
         while not re.search(rb"step [1-9]", text):  # the display may pass over some steps
             text += screen.read(4096)
-    assert run.wait(timeout=60) == 129
+    assert run.wait(timeout=600) == 129
     assert sorted((folder / "out").glob("checkpoint-*"))
     assert zygotes.run(commands["sft"], folder) == 0
     assert "continuing after step" in (folder / "log.txt").read_text()

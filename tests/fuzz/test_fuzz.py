@@ -102,7 +102,7 @@ def test_hanging_case_is_stopped_and_saved(tmp_path: Path) -> None:
         while True:
             with suppress(Exception):
                 monotonic()
-    assert monotonic() - started < 10
+    assert monotonic() - started < 60
     assert (tmp_path / "last-case.txt").read_text() == "case 7\n"
 
 

@@ -22,7 +22,7 @@ RESULTS: dict[str, Any] = json.loads((ROOT / "docs" / "models.json").read_text(e
 ]
 
 
-@pytest.mark.parametrize(("number", "model_type"), enumerate(FAMILIES))
+@pytest.mark.parametrize(("number", "model_type"), list(enumerate(FAMILIES)))
 def test_model_type_does_what_the_table_says(tmp_path: Path, number: int, model_type: str) -> None:
     result = try_family(model_type, tmp_path / "trial", everything=number % 4 == 0).as_dict()
     tried = {name: value for name, value in result.items() if name in RESULTS[model_type] and value}

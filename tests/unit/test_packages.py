@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from yeonma.packages import TESTED, install
 
@@ -143,3 +145,19 @@ def extras_of_pyproject() -> set[str]:
 def pins_of_requirements() -> dict[str, str]:
     text = (ROOT / "requirements.txt").read_text("utf-8")
     return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([0-9.]+)", text, re.M))
+
+
+def test_the_oldest_versions_are_lower_bounds_of_all_packages_that_the_tests_use() -> None:
+    command = [sys.executable, "scripts/oldest_versions.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    oldest = [Requirement(line) for line in done.stdout.splitlines()]
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    tested = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert oldest[0].name == "torch"
+    assert {pin.name for pin in oldest} == {pin.name for pin in tested}
+    newest = {pin.name: numbers(str(pin.specifier)) for pin in reversed(tested)}
+    for pin in oldest:
+        version = numbers(str(pin.specifier))
+        assert version <= newest[pin.name], pin
+        bounds, _ = ranges().get(pin.name.lower(), (f">={str(pin.specifier)[2:]}", True))
+        assert is_within(str(pin.specifier)[2:], bounds) and str(pin.specifier)[2:] in bounds, pin

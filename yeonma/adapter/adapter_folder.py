@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from yeonma import __version__
 from yeonma.adapter.samples import SAMPLES, Samples
 from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
@@ -221,7 +222,7 @@ def describe(
     """The contents of yeonma.json. `published`: how the base's own files are quantised. `lora`: the adapter's shape and
     what it is on, as `shape_of` has it. `full`: whether all weights were trained. `content`: that of the base."""
     is_local = Path(base.name).is_dir()
-    packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
+    packages = ("torch", "transformers", "peft", "tokenizers")
     return {
         "format": FORMAT,
         "base": asdict(base),
@@ -239,7 +240,7 @@ def describe(
         **({"lora": dict(lora)} if lora is not None else {}),
         **({TRAINED: "full"} if full else {}),
         "trained_on": dict(trained_on),
-        "versions": {package: version(package) for package in packages},
+        "versions": {"yeonma": __version__, **{package: version(package) for package in packages}},
     }
 
 

@@ -8,6 +8,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
+from yeonma import __version__
 from yeonma.config.settings import RunConfig
 from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_of
 from yeonma.language import language
@@ -26,7 +27,7 @@ def forecast_key(config: RunConfig, prepared: Prepared, target: TargetDevice, pr
     content = [
         FORMAT,
         language(),  # that of the notes
-        [version(package) for package in ("torch", "transformers", "peft", "yeonma")],
+        [*(version(package) for package in ("torch", "transformers", "peft")), __version__],
         prepared.config.to_json_string(),
         sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,
         [

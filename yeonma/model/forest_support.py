@@ -56,7 +56,7 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
     more. In half precision, and if activations are rounded to 8 bits, the mean difference may be up to a tenth of
     the mean effect of context, because rounding may route single tokens to other experts.
     """
-    plain = model.config._attn_implementation or "eager"
+    plain = choose_plain_attention(model)
     let_recurrences_take_forests(model)
     why_not = split_by_length(model)
     if why_not:
@@ -120,6 +120,16 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
             return ForestSupport(True, head, plain, "", capability, tuple(backends.values()))
     model.set_attn_implementation(plain)
     return ForestSupport(False, None, plain, why_not)
+
+
+def choose_plain_attention(model: Any) -> str:
+    """The attention of transformers that the model has, changed before if that leaves something out: transformers
+    before 5.21 chooses SDPA for models that cap their scores, such as Gemma 2, and its SDPA ignores the cap. Later
+    versions choose `eager` themselves."""
+    has_cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if has_cap and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model.config._attn_implementation or "eager"
 
 
 def _forest_of(model: Any, sequences: list[np.ndarray], units: list[int] | None = None) -> Forest:

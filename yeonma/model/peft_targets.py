@@ -16,6 +16,7 @@ from copy import deepcopy
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from yeonma.errors import UserError, brief
 from yeonma.messages import tr
@@ -44,6 +45,9 @@ def target_fields(
         "target_parameters": _shortest(parameters, [path for path, _ in model.named_parameters()]) or None,
         "rank_pattern": {key: r * count for key, count in ranks.items()},
         "alpha_pattern": {key: alpha * count for key, count in ranks.items()},
+        # PEFT sets it for such layers by itself, with a warning for each
+        "fan_in_fan_out": bool(modules)
+        and all(isinstance(model.get_submodule(path), Conv1D) for path in modules),
     }
 
 

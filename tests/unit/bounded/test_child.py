@@ -61,7 +61,7 @@ def test_a_template_that_takes_long_is_ended(name: str) -> None:
     started = time.monotonic()
     with pytest.raises(OverBounds, match=r"did not end within 0.3 seconds|needs more than 64 MiB"):
         render(TIME[name])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("name", sorted(MEMORY))
@@ -169,7 +169,7 @@ def test_the_child_ends_after_its_parent(busy: bool) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while _runs(number):
         assert time.monotonic() < until, "it still runs"
         time.sleep(0.05)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import platform
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -67,13 +67,22 @@ def test_help_lists_every_verb(argv: list[str], capsys: pytest.CaptureFixture[st
         assert any(line.split() == [name, *verb.about.split()] for line in lines)
 
 
-def test_help_answers_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert in_new_process("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+def processor_seconds(*argv: str) -> float:
+    """What a new Python process takes by itself: other programs, which may slow it, do not count."""
+    taken = []
+    for _ in range(4):
+        before = os.times()
+        subprocess.run([sys.executable, *argv], capture_output=True, cwd=ROOT, check=True)
+        after = os.times()
+        taken.append(sum(after[2:4]) - sum(before[2:4]))
+    return min(taken)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_answer_in_half_a_second(option: str) -> None:
+    """Of the processor's time; on a slow machine in four times what its Python takes to import one large module."""
+    limit = max(0.5, 4 * processor_seconds("-c", "import asyncio"))
+    assert processor_seconds("-m", "yeonma", option) < limit
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["sft", "--help"]])
@@ -93,15 +102,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert python.startswith(f"python {platform.python_version()} on ")
     assert packages == [f"{name} {version(name)}" for name in MAIN]
     assert MAIN[:3] == ("torch", "transformers", "peft")
-
-
-def test_version_answers_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert in_new_process("--version").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
 
 
 def test_an_unknown_verb_gets_a_suggestion() -> None:

@@ -17,7 +17,7 @@ from yeonma.data.rows import open_rows
 FORMATS = {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("form", list(FORMATS.values()), ids=list(FORMATS))
 @pytest.mark.parametrize("batch_rows", [1, 1000, None])
 def test_both_arrow_formats_give_the_same_rows(
     write: Write, form: Callable[..., Any], batch_rows: int | None
@@ -30,7 +30,7 @@ def test_both_arrow_formats_give_the_same_rows(
     assert list(rows)[-1].place == f"{path} row 1500"
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("form", list(FORMATS.values()), ids=list(FORMATS))
 def test_damaged_and_empty_arrow_files_are_errors(write: Write, form: Callable[..., Any]) -> None:
     content = arrow_bytes(pa.Table.from_pylist(TABLE * 100), form, 100)
     for damaged in (content[:-300], content[:40], b"no arrow", b"ARROW1 and more of something else", b""):

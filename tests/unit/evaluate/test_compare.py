@@ -191,6 +191,7 @@ def test_ctrl_c_keeps_answers_and_the_same_command_continues(
     assert "3 of 5 rows were answered before" in done.err
 
 
+@pytest.mark.slow
 def test_sigint_ends_the_process_with_130(folders: Folders, tmp_path: Path) -> None:
     rows = [{"document": f"{number} " + "word " * 30, "title": "t"} for number in range(400)]
     data, output = write_jsonl(tmp_path / "many.jsonl", rows), tmp_path / "report"

@@ -65,7 +65,7 @@ def push(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=6000,
     )
 
 
@@ -154,7 +154,7 @@ def test_push_in_a_terminal_asks_for_confirmation(
             output += os.read(controller, 4096).decode()
         assert fake_hub.requests == []
         os.write(controller, reply.encode())
-        assert process.wait(timeout=60) == status
+        assert process.wait(timeout=600) == status
     os.close(controller)
     assert (f"{OWNER}/titles" in fake_hub.repositories) == sent
 
@@ -409,7 +409,7 @@ def test_a_call_in_python_sends_the_same_and_returns_the_address(fake_hub: Hub, 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=6000,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("10 files uploaded and verified: http")

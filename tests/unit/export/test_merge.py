@@ -182,7 +182,7 @@ def test_merge_script_accepts_a_checkpoint(run: Path, tmp_path: Path) -> None:
         str(run.parent / "base"),
     ]
     arguments += [f"--peft_model_path={run / 'checkpoint-1'}", "--output-dir", str(tmp_path / "M")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     merged, expected = (
         tensors_of(tmp_path / "M"),

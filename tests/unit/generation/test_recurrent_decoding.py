@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import RECURRENT_FAMILIES, VOCABULARY, tiny_model
+from tests.models import ALL_RECURRENT, VOCABULARY, tiny_model
 from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
 
-FAMILIES = [*RECURRENT_FAMILIES, "qwen3_next", "lfm2"]
 QUICK = ["qwen3_5_text", "bamba", "lfm2"]
-SOME = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+SOME = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ALL_RECURRENT]
 
 
 def prompts() -> dict[str, list[list[int]]]:

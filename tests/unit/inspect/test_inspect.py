@@ -463,7 +463,7 @@ LONG = [
         ),
         "title": f"제목 {number} " + "harbour " * (number % 5 + 1),
     }
-    for number in range(50)
+    for number in range(12)
 ]
 
 
@@ -492,7 +492,7 @@ def test_long_articles_keep_template_text_and_answer_whole(
     cutoff_len = 200
     settings = {"template": template.text, "cutoff_len": cutoff_len, "shrink_side": side}
     *rows, last = json_lines(inspect(folder, data, json=True, rows="all", **settings))
-    assert len(rows) == 50
+    assert len(rows) == len(LONG)
     template_texts = [
         piece.text for turn in template.variants[0].turns for piece in turn.parts if hasattr(piece, "text")
     ]
@@ -514,4 +514,4 @@ def test_long_articles_keep_template_text_and_answer_whole(
             len(row["token_ids"]) - prompt_length,
         )
         assert np.array_equal(prompt, row["token_ids"][:prompt_length])
-    assert last["audit"]["train"]["shortened"] == 50
+    assert last["audit"]["train"]["shortened"] == len(LONG)

@@ -129,7 +129,7 @@ def test_a_forest_has_the_logprobs_and_lora_gradients_of_its_sequences(family: s
 def test_gradient_checkpointing_and_the_short_lora_forward_change_nothing(family: str) -> None:
     model = with_lora(tiny_model(family))
     model.set_attn_implementation(FOREST)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model)
     model.train()
     if family != "gpt2":  # its layers are not nn.Linear
         assert patch_linear(model)["LoRA"] > 0

@@ -41,7 +41,7 @@ def test_expression_that_does_not_end_is_an_error_in_bounded_time(
     started = monotonic()
     with pytest.raises(UserError, match=r"here: .*; name the layers instead"):
         names_of(["q_proj", pattern], NAMES, "here")
-    assert monotonic() - started < 10
+    assert monotonic() - started < 60
 
 
 @pytest.mark.parametrize("pattern", ["(((", "*", "a{99999999999}", "x" * (MAX_LENGTH + 1)])

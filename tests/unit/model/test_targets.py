@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -217,6 +218,14 @@ def test_layer_with_a_forward_of_its_own_is_adapted_in_its_weight_where_peft_can
     in_all_linear = {layer.path for layer in resolve(model, [ALL], experts=True)}
     assert (layer.path in in_all_linear) == (expected == "linear")
     assert layer in resolve(model, ["q_proj"], experts=True)
+
+
+@pytest.mark.parametrize(("family", "transposed"), [("llama", False), ("gpt2", True)])
+def test_peft_is_told_of_layers_that_hold_their_weights_transposed(family: str, transposed: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = add_lora(model_of(family), LoraShape(4, 8, 0.0, [ALL]), seed=0)
+    assert model.peft_config["default"].fan_in_fan_out is transposed
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,8 @@ def test_fp8_and_mxfp4_equal_what_transformers_dequantises(tmp_path: Path) -> No
         for (name, weight), (_, other) in zip(
             loaded(folder, "none").named_parameters(), theirs.named_parameters(), strict=True
         ):
-            torch.testing.assert_close(weight, other, rtol=0, atol=0, msg=name)
+            # transformers 5.17 leaves the experts of mxfp4 in bfloat16
+            torch.testing.assert_close(weight, other.to(weight.dtype), rtol=0, atol=0, msg=name)
 
 
 def changed(folder: Path, name: str, tensor: torch.Tensor | None) -> None:

@@ -26,7 +26,7 @@ from yeonma.serve.connections import Connection, ConnectionLimits, Connections, 
 from yeonma.serve.request_framing import BadRequest, RequestFraming
 from yeonma.serve.server import make_server
 
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 60
 SHORT = ConnectionLimits(
     connections=12, head=0.4, body=0.4, keep_alive=0.4, unread=0.4, linger=0.4, report=0, longest_body=2
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import VOCABULARY, tiny_model
+from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model
 from tests.runs import characters
 from yeonma.adapter.prompt_builder import Prompt
 from yeonma.config.settings import AnswerSettings
@@ -104,7 +104,7 @@ def test_answers_equal_generate_whatever_else_is_in_the_batch(family: str, share
         for index, (ids, job_settings) in enumerate(zip(all_ids, settings, strict=True))
     ]
     served_model = as_served(model)
-    assert served_model.by_forest == (family != "bloom")
+    assert served_model.by_forest == (family in FOREST_FAMILIES)
     with running_worker({"a": served_model}, [job for job, _ in pairs]):
         for index, (_, events) in enumerate(pairs):
             assert events.reply().text == answers[index]

@@ -295,8 +295,8 @@ def files_of(store: TokenStore) -> list[Path]:
 
 
 def test_store_with_any_damaged_file_is_rebuilt(tmp_path: Path, encoded_row_counts: list[int]) -> None:
-    rows = data(20)
-    stored = [build(tmp_path, rows)[index] for index in range(20)]
+    rows = data(3)
+    stored = [build(tmp_path, rows)[index] for index in range(3)]
     expected = [
         replace(example, token_ids=example.token_ids.copy(), trained=example.trained.copy())
         for example in stored
@@ -315,7 +315,7 @@ def test_store_with_any_damaged_file_is_rebuilt(tmp_path: Path, encoded_row_coun
             assert open_store(path.parent, path.parent.name) is None
             encoded_row_counts.clear()
             assert same_examples(build(tmp_path, rows), expected)
-            assert encoded_row_counts == [20]
+            assert encoded_row_counts == [3]
 
 
 def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:

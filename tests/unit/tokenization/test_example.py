@@ -27,7 +27,7 @@ TOKENIZERS: dict[str, Make] = {
     "sentencepiece-always": lambda: sentencepiece_bpe("always"),
     "unigram": unigram,
 }
-each_tokenizer = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+each_tokenizer = pytest.mark.parametrize("make", list(TOKENIZERS.values()), ids=list(TOKENIZERS))
 
 PLAIN = load_template("title")
 STRADDLING = Template.parse("Write a title.\n\n{document}\n\nTitle: {title}")

@@ -156,7 +156,11 @@ def test_every_loss_learns_the_same_for_any_micro_batch_size_and_packing(
     packed = tuned(tmp_path / "packed", base, data, **settings, micro_batch_size=5, micro_batch_tokens=150)
     assert_same(alone, packed)
     assert alone.losses[-1] != alone.losses[0]
-    first, before = alone.steps[0], alone.looks[0]
+    first, before, after = alone.steps[0], alone.looks[0], alone.looks[-1]
+    if "reward_margin" in before:
+        assert after["reward_margin"] > before["reward_margin"]
+    assert ("reference: " in alone.out) == compares(settings)
+    assert ("every comparison a tie" in (alone.folder / "README.md").read_text("utf-8")) == compares(settings)
     if compares(settings):
         for line in (first, before, packed.steps[0], packed.looks[0]):
             rewards = [line[name] for name in line if name.startswith("reward_")]
@@ -243,6 +247,7 @@ def test_kto_measures_a_continued_adapter_against_its_start(tmp_path: Path, base
     assert ratio != pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_every_pair_loss_increases_the_reward_margin(
     tmp_path: Path, base: Path, data: Path, loss: str

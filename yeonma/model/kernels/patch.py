@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -195,6 +196,8 @@ def _faster_norm(module: Any, kernels: Kernels) -> ForwardFunction | None:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.requires_grad:
         return None
     if not isinstance(epsilon, float) or len(module._parameters) != 1 or module._modules:
+        return None
+    if "gate" in signature(type(module).forward).parameters:  # without one it is as an ordinary norm
         return None
     random = torch.Generator().manual_seed(0)
     gain = torch.randn(len(weight), generator=random)

@@ -166,7 +166,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=list(OPTIONS))
 def test_values_and_gradients_match_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
     forest = example_forest()
     results = []

@@ -142,7 +142,7 @@ def test_blocks_between_independent_rows_are_skipped() -> None:
 
 
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=list(OPTIONS))
 def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
     forest, results = example_forest(), []
     for ours in (True, False):
@@ -336,7 +336,7 @@ def wide_states(key_heads: int, device: Any, dtype: Any) -> list[torch.Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=list(OPTIONS))
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_flex_kernel_matches_segment_by_segment_attention(
     options: dict, key_heads: int, dtype: Any, checkpointing: bool

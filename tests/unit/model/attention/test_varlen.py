@@ -28,6 +28,7 @@ from yeonma.model.attention.dispatch import (
 )
 from yeonma.model.attention.varlen import VarlenLayout, varlen_attention, varlen_forest_attention
 from yeonma.model.forest_support import check_forest_support
+from yeonma.model.load import checkpoint_activations
 from yeonma.model.logprobs import ForestSupport, trained_logprobs
 
 H100 = (9, 0)
@@ -95,7 +96,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=list(OPTIONS))
 def test_values_and_gradients_match_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
     forest, results = example_forest(), []
     assert varlen_layout(forest).max_keys == 37
@@ -220,7 +221,7 @@ def test_model_logprobs_and_lora_gradients_match_separate_sequences(family: str,
     model = with_lora(tiny_model(family))
     model.set_attn_implementation(VARLEN_ON_CPU)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
         model.train()
     BACKENDS_USED.clear()
     # only the layout is that of a GPU; `forest_attention` itself would compute float32 as on the CPU
@@ -283,7 +284,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=list(OPTIONS))
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_gpu_kernel_matches_its_documented_semantics(options: dict, key_heads: int, dtype: Any) -> None:
     forest, results = example_forest(), []

@@ -28,7 +28,7 @@ from yeonma.model.kernels.elementwise import (
 )
 from yeonma.model.kernels.lora import patch_linear
 from yeonma.model.kernels.patch import patch_elementwise, pick_kernels
-from yeonma.model.load import LoraShape, add_lora
+from yeonma.model.load import LoraShape, add_lora, checkpoint_activations
 from yeonma.model.logprobs import ForestSupport, example_logprobs
 
 PATCHED_COUNTS = {  # norms, MLPs and attentions of a model with two layers
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_gives_identical_gradients() -> None:
     model, support = adapted("qwen3")
     patch_elementwise(model)
     _, expected = logprobs_and_gradients(model, support)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model.get_base_model())
     model.train()
     _, result = logprobs_and_gradients(model, support)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))

@@ -13,6 +13,7 @@ from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.patch import patch_kernels
+from yeonma.model.load import checkpoint_activations
 from yeonma.model.logprobs import READ_POSITIONS, ForestSupport, trained_logprobs
 
 # the decoders of gpt2 and lfm2 have other names for their parts
@@ -83,7 +84,7 @@ def test_trimmed_layer_gives_identical_results_with_gradient_checkpointing() -> 
     model, support = adapted("llama")
     trim_last_layer(model.get_base_model())
     expected_logprobs, expected_gradients = logprobs_and_gradients(model, support)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model.get_base_model())
     model.train()
     logprobs, gradients = logprobs_and_gradients(model, support)
     assert torch.equal(logprobs, expected_logprobs)

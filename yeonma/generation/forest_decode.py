@@ -21,19 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS
 from yeonma.generation.logit_rules import LogitRules, TokenMask
 from yeonma.generation.recurrent_states import RecurrentStates
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.generation.token_scores import ScoreLog
-from yeonma.model.attention.dispatch import no_mask
 from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention
 from yeonma.model.kernels.linear import decoding_products
 from yeonma.model.position_limits import LengthBorders, length_borders
 from yeonma.model.rotary_lengths import position_ids
+from yeonma.model.transfer import to_device
 
 DECODING = "yeonma_decoding"
 MAX_PROMPT_TOKENS = 2048  # of new prompts in one step; a single longer prompt is not split
@@ -194,7 +193,7 @@ def _visible(cache: ForestCache, rows: int, window: int | None) -> torch.Tensor:
         position = torch.arange(cache.shared + cache.slots, device=own_B.device) - cache.shared
         visible = position <= own_B
         if any(cache.own_prefix[:rows]):
-            own_prefix_B = torch.tensor(cache.own_prefix[:rows], device=own_B.device)[:, None]
+            own_prefix_B = to_device(cache.own_prefix[:rows], own_B.device)[:, None]
             visible &= ~own_prefix_B | (position >= 0)
         if window is not None:
             visible &= position > own_B - window
@@ -395,14 +394,14 @@ def _step(
         own.append(before - shared)
     cache.lengths, cache.continuing, cache.masks = tuple(lengths), continuing, {}
     cache.own_prefix = tuple(row.own_prefix for row in live)
-    cache.own_B = torch.tensor(own[:continuing], dtype=torch.long, device=model.device)
+    cache.own_B = to_device(own[:continuing], model.device, torch.long)
     cache.slots = max(before + new for before, new in zip(own, lengths, strict=True))
     cache.recurrence.begin_step(lengths, continuing, cache.own_prefix[continuing:computed])
     logits_BV = _forward(model, cache, tokens, positions, ends, rotary_lengths if borders else None)
     if not twins:
         return logits_BV
     row_of = {row.index: row_index for row_index, row in enumerate(live)}
-    source = torch.tensor([row_of[first_of[row.start]] for row in twins], device=logits_BV.device)
+    source = to_device([row_of[first_of[row.start]] for row in twins], logits_BV.device)
     cache.copy_rows(source, computed)
     return torch.cat([logits_BV, logits_BV[source]])
 
@@ -417,12 +416,12 @@ def _forward(
 ) -> torch.Tensor:
     device = model.device
     output = model(
-        input_ids=torch.tensor([tokens], device=device),
+        input_ids=to_device([tokens], device),
         position_ids=position_ids(
             positions, None if rotary_lengths is None else np.asarray(rotary_lengths), device
         ),
         use_cache=False,
-        logits_to_keep=torch.tensor(ends, device=device),
+        logits_to_keep=to_device(ends, device),
         forest_cache=cache,
     )
     logits: torch.Tensor = output.logits[0]
@@ -449,7 +448,7 @@ def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_LiveRow]) -> torch.Ten
         return _next_tokens_of_group(logits_BV, live)
     ids_B = torch.empty(len(live), dtype=torch.long, device=logits_BV.device)
     for row_indices in groups.values():
-        index = torch.tensor(row_indices, device=logits_BV.device)
+        index = to_device(row_indices, logits_BV.device)
         ids_B[index] = _next_tokens_of_group(logits_BV[index], [live[row_index] for row_index in row_indices])
     return ids_B
 
@@ -459,7 +458,7 @@ def _next_tokens_of_group(logits_BV: torch.Tensor, rows: Sequence[_LiveRow]) -> 
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=1)
     uniform = [float(row.uniform[len(row.generated)]) for row in rows]
-    uniform_B = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
+    uniform_B = to_device(uniform, logits_BV.device, torch.float64)
     return sample(
         logits_BV, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k, sampling.changes.min_p
     )
@@ -479,4 +478,3 @@ def _remove(cache: ForestCache, live: list[_LiveRow], row_index: int) -> None:
 
 
 AttentionInterface.register(DECODING, decoding_attention)
-AttentionMaskInterface.register(DECODING, no_mask)

@@ -5,7 +5,7 @@ Shapes: T tokens, N trained tokens, U distinct (source, target) pairs, H hidden,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from yeonma.model.kernels.linear import float32_product, product
 from yeonma.model.position_limits import length_borders, model_positions
 from yeonma.model.rotary_lengths import position_ids
 from yeonma.model.sharding import gathered, is_sharded, own_class, run_as_forward
+from yeonma.model.transfer import to_device
 
 HEAD_CHUNK_BYTES = 32 * 2**20
 """Bytes of float32 logits in memory at a time, on the CPU."""
@@ -80,13 +81,49 @@ def plain_head(model: Any) -> Head | None:
     return Head(layer.weight, layer.bias, factor / divisor, cap, chunk)
 
 
+@dataclass(frozen=True, eq=False)
+class ForestInputs:
+    """What a forward pass over a forest reads besides the weights, on the model's device."""
+
+    forest: Forest
+    keywords: Mapping[str, Any]
+    """Of the model's forward."""
+    source_U: torch.Tensor
+    target_U: torch.Tensor
+    pair_N: torch.Tensor
+
+
+def batch_inputs(
+    model: Any, support: ForestSupport, batch: Batch, *, share_prefix: bool = True
+) -> ForestInputs | None:
+    """What `batch_logprobs` prepares before the forward pass; None without forest support."""
+    if not support.forest:
+        return None
+    forest = lay_out(
+        batch.token_ids,
+        batch.trained,
+        share_prefix=share_prefix,
+        units=batch.units_E,
+        input_keys=batch.input_keys,
+        rotary_lengths=rotary_lengths(model, batch.token_ids),
+    )
+    return _forest_inputs(forest, layout(forest, model.device, support.capability), model.device)
+
+
 def batch_logprobs(
-    model: Any, support: ForestSupport, batch: Batch, *, share_prefix: bool = True, squares: bool = False
+    model: Any,
+    support: ForestSupport,
+    batch: Batch,
+    *,
+    share_prefix: bool = True,
+    squares: bool = False,
+    inputs: ForestInputs | None = None,
 ) -> torch.Tensor:
     """logprob_N of a batch's trained tokens, example by example, in float32 and with its gradient.
 
-    With `squares`, shape (2, N): below it, without gradient, the log of the sum of the squares of all tokens'
-    probabilities at the same place. Raises UserError for an example that exceeds the model's positions.
+    `inputs`: those of `batch_inputs`, if they are there already. With `squares`, shape (2, N): below it, without
+    gradient, the log of the sum of the squares of all tokens' probabilities at the same place. Raises UserError for an
+    example that exceeds the model's positions.
     """
     positions, longest = model_positions(model.config), int(batch.lengths_E.max())
     if positions is not None and longest > positions:
@@ -98,6 +135,8 @@ def batch_logprobs(
         raise UserError(
             what, place="cutoff_len", cure=tr("shorten it to {positions} tokens", positions=positions)
         )
+    if inputs is not None:
+        return trained_logprobs(model, inputs.forest, support.head, inputs=inputs, squares=squares)
     return example_logprobs(
         model,
         support,
@@ -135,9 +174,8 @@ def example_logprobs(
         return trained_logprobs(model, forest, support.head, support.capability, squares=squares)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
-        on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)
-        on_device_mask = torch.from_numpy(mask.copy()).to(model.device)
-        sequences.append(sequence_logprobs(model, on_device, on_device_mask, squares=squares))
+        on_device = to_device(ids.astype(np.int64), model.device)
+        sequences.append(sequence_logprobs(model, on_device, torch.from_numpy(mask.copy()), squares=squares))
     return torch.cat(sequences, dim=-1)
 
 
@@ -173,21 +211,21 @@ def example_scores(
         trained = [np.arange(len(ids)) > 0 for ids in token_ids]
         forest = lay_out(token_ids, trained, rotary_lengths=rotary_lengths(model, token_ids))
         device = model.device
-        source_U = torch.from_numpy(forest.source_U).to(device)
-        target_U = torch.from_numpy(forest.target_U).to(device)
+        source_U = to_device(forest.source_U, device)
+        target_U = to_device(forest.target_U, device)
         batch = _model_inputs(forest, layout(forest, device, support.capability), device)
         if support.head is None or is_sharded(model):
             scores = TokenScores.of(model(**batch, logits_to_keep=source_U).logits[0], target_U, top)
         else:
             hidden = model.get_decoder()(**batch).last_hidden_state[0].index_select(0, source_U)
             scores = _head_scores(hidden, target_U, support.head, top)
-        per_pair = scores.at(torch.from_numpy(forest.pair_N).to(device))
+        per_pair = scores.at(to_device(forest.pair_N, device))
     ends = np.cumsum([int(mask.sum()) for mask in trained]).tolist()
     return [per_pair.at(slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _sequence_scores(model: Any, token_ids: np.ndarray, top: int) -> TokenScores:
-    ids = torch.from_numpy(token_ids.astype(np.int64)).to(model.device)
+    ids = to_device(token_ids.astype(np.int64), model.device)
     mask = torch.ones_like(ids).unsqueeze(0)
     logits = model(input_ids=ids.unsqueeze(0), attention_mask=mask, use_cache=False).logits[0]
     return TokenScores.of(logits[:-1], ids[1:], top)
@@ -231,7 +269,7 @@ def _head_logits(
 def _model_inputs(forest: Forest, attention_layout: ForestLayout, device: torch.device) -> dict[str, Any]:
     """The keyword arguments of the model's forward pass over a forest."""
     return {
-        "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
+        "input_ids": to_device(forest.token_ids_T, device).unsqueeze(0),
         "position_ids": position_ids(forest.position_T, forest.rotary_length_T, device),
         "forest": attention_layout,
         "use_cache": False,
@@ -244,6 +282,21 @@ def rotary_lengths(model: Any, token_ids: Sequence[Sequence[int] | np.ndarray]) 
     return [borders.rotary_length(len(ids)) for ids in token_ids] if borders else None
 
 
+def _forest_inputs(forest: Forest, attention_layout: ForestLayout, device: torch.device) -> ForestInputs:
+    read = np.unique(forest.source_U)
+    is_all = len(read) == len(forest.token_ids_T)
+    return ForestInputs(
+        forest=forest,
+        keywords={
+            **_model_inputs(forest, attention_layout, device),
+            READ_POSITIONS: None if is_all else to_device(read, device),
+        },
+        source_U=to_device(forest.source_U, device),
+        target_U=to_device(forest.target_U, device),
+        pair_N=to_device(forest.pair_N, device),
+    )
+
+
 def trained_logprobs(
     model: Any,
     forest: Forest,
@@ -251,6 +304,7 @@ def trained_logprobs(
     capability: Capability | None = None,
     attention_layout: ForestLayout | None = None,
     *,
+    inputs: ForestInputs | None = None,
     squares: bool = False,
     **keywords: Any,
 ) -> torch.Tensor:
@@ -258,25 +312,20 @@ def trained_logprobs(
     in `batch_logprobs`.
 
     With a `head`, only a chunk of logits is in memory at a time. Without it, the model's own head runs at the source
-    positions (`logits_to_keep`) and returns U x V logits. `attention_layout` replaces the one for the model's device.
-    `keywords` go to the model's forward.
+    positions (`logits_to_keep`) and returns U x V logits. `attention_layout` replaces the one for the model's device,
+    and `inputs`, if given, is used for both. `keywords` go to the model's forward.
     """
     device = model.device
-    attention_layout = attention_layout or layout(forest, device, capability)
-    batch = {**_model_inputs(forest, attention_layout, device), **keywords}
-    source_U = torch.from_numpy(forest.source_U).to(device)
-    read = np.unique(forest.source_U)
-    batch.setdefault(
-        READ_POSITIONS, torch.from_numpy(read).to(device) if len(read) < len(forest.token_ids_T) else None
-    )
-    target_U = torch.from_numpy(forest.target_U).to(device)
+    if inputs is None:
+        inputs = _forest_inputs(forest, attention_layout or layout(forest, device, capability), device)
+    batch, source_U, target_U = {**inputs.keywords, **keywords}, inputs.source_U, inputs.target_U
     if head is None:
         logits = model(**batch, logits_to_keep=source_U).logits[0]
         logprob_U = _gather_logprobs(logits, target_U, squares=squares)
     else:
         by_head = partial(_logprobs_by_head, model, batch, source_U, target_U, head, squares=squares)
         logprob_U = run_as_forward(model, by_head)
-    return logprob_U[..., torch.from_numpy(forest.pair_N).to(device)]
+    return logprob_U[..., inputs.pair_N]
 
 
 def _logprobs_by_head(
@@ -302,10 +351,12 @@ def sequence_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities for one sequence, by the model's own causal forward, for models without forest support.
 
-    token_ids (T,), trained (T,) bool -> log-probabilities of the trained tokens, in order; `squares` as in
-    `batch_logprobs`.
+    token_ids (T,), trained (T,) bool, preferably on the CPU -> log-probabilities of the trained tokens, in order;
+    `squares` as in `batch_logprobs`.
     """
     predicted = torch.nonzero(trained[1:]).squeeze(1) + 1
+    if predicted.device != token_ids.device:
+        predicted = to_device(predicted.numpy(), token_ids.device)
     mask = torch.ones_like(token_ids).unsqueeze(0)
     logits = model(
         input_ids=token_ids.unsqueeze(0), attention_mask=mask, use_cache=False, logits_to_keep=predicted - 1

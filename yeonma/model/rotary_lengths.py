@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from yeonma.messages import tr
 from yeonma.model.position_limits import length_borders
+from yeonma.model.transfer import to_device
 
 TRIAL_BORDER = 24
 """The border in a trial: sequences of a few more tokens are on the other side."""
@@ -47,10 +48,10 @@ def position_ids(
 
     `rotary_length_T`: for every token, a length with the frequencies of its sequence; None if they do not depend on it.
     """
-    ids = torch.as_tensor(np.asarray(positions, dtype=np.int64), device=device).unsqueeze(0)
+    ids = to_device(np.asarray(positions, dtype=np.int64), device).unsqueeze(0)
     if rotary_length_T is not None:
         _parts_of[ids] = [
-            _Part(int(length), torch.from_numpy(np.flatnonzero(rotary_length_T == length)).to(device))
+            _Part(int(length), to_device(np.flatnonzero(rotary_length_T == length), device))
             for length in np.unique(rotary_length_T)
         ]
     return ids

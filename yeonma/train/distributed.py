@@ -22,6 +22,7 @@ import torch.distributed as dist
 from yeonma.errors import UserError
 from yeonma.messages import tr
 from yeonma.model.sharding import is_shard
+from yeonma.model.transfer import to_device
 from yeonma.train.heartbeat import watch_processes
 
 if TYPE_CHECKING:  # some builds of PyTorch have no torch.distributed
@@ -143,13 +144,16 @@ def sum_gradients(
 
 
 def _sum_bucket(trained: Sequence[torch.nn.Parameter], extra: torch.Tensor) -> torch.Tensor:
-    has_grad = extra.new_tensor([parameter.grad is not None for parameter in trained])
+    here = [parameter.grad is not None for parameter in trained]
+    has_grad = to_device(here, extra.device, extra.dtype)
     grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trained]
     flat = torch.cat([*(grad.float().reshape(-1) for grad in grads), has_grad, extra])
     dist.all_reduce(flat)
     *sums, has_grad, extra = flat.split([*(grad.numel() for grad in grads), len(has_grad), len(extra)])
-    for parameter, grad, total, holders in zip(trained, grads, sums, has_grad.tolist(), strict=True):
-        parameter.grad = grad.copy_(total.view_as(grad)) if holders else None
+    # without a read, which waits for the GPU, where the answer is known
+    held = here if all(here) else [bool(holders) for holders in has_grad.tolist()]
+    for parameter, grad, total, is_held in zip(trained, grads, sums, held, strict=True):
+        parameter.grad = grad.copy_(total.view_as(grad)) if is_held else None
     return extra
 
 

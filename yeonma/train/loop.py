@@ -22,7 +22,14 @@ from yeonma.run_folder.run_log import LogSums
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.losses import untrained
 from yeonma.train.optimizers import optimizer_tensors
-from yeonma.train.step import TrainState, evaluate, micro_batch_limits, train_step
+from yeonma.train.step import (
+    NextStep,
+    TrainState,
+    evaluate,
+    micro_batch_limits,
+    prepare_step,
+    train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,15 @@ def run_steps(
             save(progress)
         if stop.is_due():
             return progress
-    for units in plan.steps(progress.step):
+    prepared: NextStep | None = None
+
+    def prepare(units: np.ndarray | None) -> None:
+        nonlocal prepared
+        prepared = None if units is None else prepare_step(state, batch_of(units))
+
+    ahead = iter(plan.steps(progress.step))
+    prepare(next(ahead, None))
+    while (now := prepared) is not None:
         if schedule.patience is not None and progress.evaluations_without_gain >= schedule.patience:
             callbacks.log(
                 tr(
@@ -128,8 +143,13 @@ def run_steps(
             )
             break
         started = time.perf_counter()
-        batch = batch_of(units)
-        result = train_step(state, untrained(batch) if progress.step == 0 and state.starts_exactly else batch)
+        batch = now.batch
+        result = train_step(
+            state,
+            untrained(batch) if progress.step == 0 and state.starts_exactly else batch,
+            now,
+            lambda: prepare(next(ahead, None)),  # while a GPU computes
+        )
         seconds = time.perf_counter() - started
         stop.record_seconds(step=seconds)
         progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())

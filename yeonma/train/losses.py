@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from yeonma.batch.batch import TOKEN_WEIGHT, Batch, Extras
+from yeonma.model.transfer import to_device
 
 Sums = tuple[Tensor, Tensor]
 """The loss, a scalar, and M metrics, each summed."""
@@ -92,7 +93,7 @@ def dft_loss(logprob_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
 def _token_sums(loss: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Tensor, Batch], Sums]:
     def sums(logprob_N: Tensor, batch: Batch) -> Sums:
         weights = batch.token_extras.get(TOKEN_WEIGHT)
-        weight_N = None if weights is None else torch.as_tensor(weights).to(logprob_N)
+        weight_N = None if weights is None else like(logprob_N, weights)
         return loss(logprob_N, weight_N), logprob_N.new_zeros(0)
 
     return sums
@@ -110,7 +111,8 @@ def answer_logprobs(logprob_N: Tensor, counts: Sequence[int] | np.ndarray) -> Te
 
     Each sum adds only the example's own tokens, in order, so that other examples do not change its bits.
     """
-    return torch.stack([part.double().sum() for part in logprob_N.split([int(count) for count in counts])])
+    parts = logprob_N.double().split([int(count) for count in counts])
+    return torch.stack([part.sum() for part in parts])
 
 
 def reference_logprobs_of(logprob_E: Tensor, batch: Batch) -> Tensor:
@@ -129,9 +131,9 @@ def untrained(batch: Batch) -> Batch:
 
 def at(values_E: Tensor, examples: np.ndarray) -> Tensor:
     """The values of some examples."""
-    return values_E[torch.from_numpy(examples).to(values_E.device)]
+    return values_E[to_device(examples, values_E.device)]
 
 
 def like(values_E: Tensor, numbers: np.ndarray) -> Tensor:
     """The numbers as a tensor of the same device and dtype."""
-    return torch.from_numpy(np.asarray(numbers, dtype=np.float64)).to(values_E)
+    return to_device(np.asarray(numbers, dtype=np.float64), values_E.device, values_E.dtype)

@@ -107,8 +107,8 @@ def restore_optimizer(
             state.get(entry), torch.Tensor
         ):  # bitsandbytes has allocated it, perhaps in paged memory
             state[entry].copy_(value)
-        elif entry == "step":  # AdamW keeps its step counter on the CPU, bitsandbytes as a plain number
-            state[entry] = value if value.is_floating_point() else int(value)
+        elif entry == "step":  # AdamW keeps a tensor beside the parameter, bitsandbytes a plain number
+            state[entry] = value.to(parameter.device) if value.is_floating_point() else int(value)
         else:
             state[entry] = like(value, parameter)
 

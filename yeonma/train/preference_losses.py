@@ -18,6 +18,7 @@ from yeonma.config.loss_sum import weighted_losses
 from yeonma.data.task import LABELLED, PAIRS, Task
 from yeonma.errors import UserError
 from yeonma.messages import tr
+from yeonma.model.transfer import to_device
 from yeonma.tokenization.example import AnswerRole
 from yeonma.train.label_losses import (
     BCO_START,
@@ -280,7 +281,7 @@ def _label_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Object
             logprob_R=logprob_R,
             reference_R=reference_logprobs_of(logprob_R, batch),
             tokens_R=like(logprob_R, batch.trained_counts_E),
-            desirable_R=torch.from_numpy(batch.roles_E == AnswerRole.DESIRABLE).to(logprob_R.device),
+            desirable_R=to_device(batch.roles_E == AnswerRole.DESIRABLE, logprob_R.device),
             step={name: like(logprob_R, batch.example_extras[name][:1]).squeeze(0) for name in names},
         )
         metrics = label_metric_sums(answers, loss.point(answers, options), options)

@@ -118,11 +118,14 @@ def reference_logprobs(
 
             def compute_share(batch: Batch = batch) -> np.ndarray:
                 computed = np.zeros(len(store))
+                sums: list[tuple[np.ndarray, torch.Tensor]] = []
                 for micro_pass in micro_batch_passes(batch, limit.bounds, ranks, support.forest):
                     logprob_N = pass_logprobs(model, support, micro_pass, limit.bounds.share_prefix)
                     if len(micro_pass.batch):
-                        sums = answer_logprobs(logprob_N.double(), micro_pass.batch.trained_counts_E)
-                        computed[micro_pass.batch.index_E] = sums.cpu().numpy()
+                        sum_E = answer_logprobs(logprob_N.double(), micro_pass.batch.trained_counts_E)
+                        sums.append((micro_pass.batch.index_E, sum_E))
+                for index_E, sum_E in sums:  # at the end, because every read waits for the GPU
+                    computed[index_E] = sum_E.cpu().numpy()
                 return computed
 
             computed = _summed(limit.fit(compute_share, batch), group, model.device)

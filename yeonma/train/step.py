@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,15 @@ from yeonma.data.classification import as_confusion
 from yeonma.errors import UserError
 from yeonma.messages import tr
 from yeonma.model.forest_support import in_eval_mode
-from yeonma.model.logprobs import ForestSupport, batch_logprobs, example_logprobs
+from yeonma.model.logprobs import (
+    ForestInputs,
+    ForestSupport,
+    batch_inputs,
+    batch_logprobs,
+    example_logprobs,
+)
 from yeonma.model.sharding import is_shard
+from yeonma.model.transfer import to_device
 from yeonma.run_folder.progress import EvaluationRecord
 from yeonma.tokenization.dataset import numbered_rows
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
@@ -101,8 +108,16 @@ class StepResult:
     metrics: dict[str, float]
 
 
-def train_step(state: TrainState, batch: Batch) -> StepResult:
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    prepared: NextStep | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> StepResult:
     """One update. Every rank gets the whole batch and trains on its share.
+
+    The host waits for the device once, when all is queued; just before it calls `meanwhile`. `prepared`: the result of
+    `prepare_step` for a batch with the same examples.
 
     Raises UserError, before the update, if the loss or the gradient is not finite.
     """
@@ -113,7 +128,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     def add_gradients() -> torch.Tensor:
         totals = torch.zeros(1 + len(objective.metrics), device=state.model.device)
         idle = [weight for weight in state.parameters.values() if not is_shard(weight)]
-        for micro_pass in _passes(state, batch):
+        for micro_pass in _passes(state, batch, prepared):
             loss_sum, metric_sums = _sums(state, objective.sums, micro_pass)
             with _no_gradient_from_idle(micro_pass, idle):
                 (loss_sum / count).backward()
@@ -122,12 +137,17 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         return totals
 
     totals = state.limit.fit(add_gradients, batch, undo=partial(clear_gradients, state))
-    totals = torch.cat([totals, totals.new_tensor(state.stop.requests())])
+    totals = torch.cat([totals, to_device(state.stop.requests(), totals.device, totals.dtype)])
     totals = sum_gradients(state.group, state.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.max_grad_norm or math.inf)
     if is_shard(grad_norm):
         grad_norm = grad_norm.full_tensor()  # type: ignore[attr-defined]
-    _check_finite(totals[0], grad_norm, batch, state.name_rows)
+    meanwhile()
+    # in one transfer, because every read waits for the GPU
+    numbers: list[float] = torch.cat([totals, grad_norm.detach().reshape(1).to(totals)]).tolist()
+    *sums, norm = numbers
+    loss, *means = sums[: -len(REASONS)]
+    _check_finite(loss, norm, batch, state.name_rows)
     learning_rate = state.optimizer.param_groups[0]["lr"]
     state.optimizer.step()
     round_weights(state.parameters, state.rounded)
@@ -135,15 +155,13 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         state.scheduler.step()
     clear_gradients(state)
 
-    sums: list[float] = totals.tolist()  # in one transfer: every read waits for the GPU
-    loss, *means = sums[: -len(REASONS)]
     state.stop.agree(sums[-len(REASONS) :])
     means_by_name = dict(zip(objective.metrics, means, strict=True))
     if objective.carry is not None:
         state.carried.update(objective.carry(_carried(state), means_by_name, batch.unit_count))
     return StepResult(
         loss=loss,
-        grad_norm=float(grad_norm),
+        grad_norm=norm,
         learning_rate=learning_rate,
         units=batch.unit_count,
         tokens=int(batch.unit_lengths_U.sum()),
@@ -218,18 +236,25 @@ def _sums_of_set(
     def add_losses(batch: Batch, trial: LabelTrial | None) -> tuple[torch.Tensor, bool]:
         """The sums, followed by logprob_E."""
         totals = torch.zeros(size + (0 if trial is None else len(batch)), dtype=torch.float64)
+        # read at the end, because every read waits for the GPU
+        parts: list[torch.Tensor] = []
+        labels: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def sums_and_labels(logprob_N: torch.Tensor, micro_batch: Batch) -> Sums:
             if trial is not None:
-                logprob_E = trial.label_logprobs(logprob_N, micro_batch).cpu()
-                totals[size + torch.from_numpy(micro_batch.index_E)] = logprob_E
+                logprob_E = trial.label_logprobs(logprob_N, micro_batch)
+                labels.append((torch.from_numpy(micro_batch.index_E), logprob_E))
             return sums_of(logprob_N, micro_batch)
 
         for micro_pass in _passes(state, batch):
             if abandon():
                 return totals, True
             loss_sum, metric_sums = _sums(state, sums_and_labels, micro_pass)
-            totals[:size] += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
+            parts.append(torch.cat([loss_sum.reshape(1), metric_sums]))
+        for part in parts:
+            totals[:size] += part.cpu()
+        for index_E, logprob_E in labels:
+            totals[size + index_E] = logprob_E.cpu()
         return totals, False
 
     with torch.no_grad(), in_eval_mode(state.model):
@@ -296,7 +321,7 @@ def _measured_logprobs(state: TrainState, answers: Batch, abandon: Callable[[], 
                 break
             logprob_N = _logprobs(state, micro_pass)
             if len(micro_pass.batch):
-                examples = torch.from_numpy(micro_pass.batch.index_E).to(logprob_E.device)
+                examples = to_device(micro_pass.batch.index_E, logprob_E.device)
                 logprob_E[examples] = answer_logprobs(logprob_N, micro_pass.batch.trained_counts_E)
         return logprob_E
 
@@ -325,6 +350,8 @@ class MicroBatchPass:
     batch: Batch
     idle_passes: int
     idle_token_ids: np.ndarray
+    inputs: ForestInputs | None = None
+    """Of the batch, if they are prepared already."""
 
 
 @dataclass(frozen=True)
@@ -389,7 +416,10 @@ def pass_logprobs(
     micro-batch, an empty tensor that is connected to the idle passes' graph."""
     batch, parts = micro_pass.batch, []
     if len(batch):
-        parts.append(batch_logprobs(model, support, batch, share_prefix=share_prefix, squares=squares))
+        inputs = micro_pass.inputs
+        parts.append(
+            batch_logprobs(model, support, batch, share_prefix=share_prefix, squares=squares, inputs=inputs)
+        )
     token_ids = micro_pass.idle_token_ids
     for _ in range(micro_pass.idle_passes):
         idle = example_logprobs(
@@ -404,9 +434,32 @@ def pass_logprobs(
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
-def _passes(state: TrainState, batch: Batch) -> Iterator[MicroBatchPass]:
+@dataclass(frozen=True)
+class NextStep:
+    """A step's batch, and what its first micro-batch needs on the device, prepared before the step begins."""
+
+    batch: Batch
+    bounds: MicroBatchBounds
+    inputs: ForestInputs | None
+    """Of a micro-batch within these bounds; None if this rank has none."""
+
+
+def prepare_step(state: TrainState, batch: Batch) -> NextStep:
+    """All that a step can compute before the one before it has ended, without waiting for the device."""
+    bounds, inputs = state.limit.bounds, None
+    first = next(_passes(state, batch), None)
+    if first is not None and len(first.batch):
+        with suppress(torch.OutOfMemoryError):  # the step itself will halve its micro-batches
+            inputs = batch_inputs(state.model, state.support, first.batch, share_prefix=bounds.share_prefix)
+    return NextStep(batch, bounds, inputs)
+
+
+def _passes(state: TrainState, batch: Batch, prepared: NextStep | None = None) -> Iterator[MicroBatchPass]:
     ranks = RankInfo(state.group.rank, state.group.count, state.sharded)
-    return micro_batch_passes(batch, state.limit.bounds, ranks, state.support.forest)
+    passes = micro_batch_passes(batch, state.limit.bounds, ranks, state.support.forest)
+    if prepared is not None and prepared.bounds == state.limit.bounds:
+        yield from (replace(first, inputs=prepared.inputs) for first in islice(passes, 1))
+    yield from passes
 
 
 def _logprobs(state: TrainState, micro_pass: MicroBatchPass, *, squares: bool = False) -> torch.Tensor:
@@ -442,15 +495,15 @@ def _no_gradient_from_idle(
 
 
 def _check_finite(
-    loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch, name_rows: Callable[[Sequence[int]], str]
+    loss: float, grad_norm: float, batch: Batch, name_rows: Callable[[Sequence[int]], str]
 ) -> None:
-    if bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad_norm)):
+    if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     raise UserError(
         tr(
             "the loss is {loss} and the gradient norm {grad_norm}; the weights are as before this step",
-            loss=float(loss),
-            grad_norm=float(grad_norm),
+            loss=loss,
+            grad_norm=grad_norm,
         ),
         place=name_rows(sorted(set(batch.rows_E.tolist()))),
         cure=tr("check these rows, lower learning_rate, or use --dtype float32"),

@@ -128,10 +128,10 @@ def test_resume_restores_the_reduced_micro_batch_size(
             if interrupted_at is not None:
                 step = loop.train_step
 
-                def interrupted_step(state: Any, batch: Any) -> Any:
+                def interrupted_step(state: Any, *others: Any) -> Any:
                     if state.scheduler.last_epoch == interrupted_at:
                         raise KeyboardInterrupt
-                    return step(state, batch)
+                    return step(state, *others)
 
                 patch.setattr(loop, "train_step", interrupted_step)
             done = sft(output, base, data, **DROPOUT)

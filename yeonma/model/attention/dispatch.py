@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import Forest
 from yeonma.model.attention.backend import (
@@ -149,10 +148,6 @@ def reference_mask(forest: Forest) -> torch.Tensor:
     return visible
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """The mask function of `FOREST`: no mask, because the layout tells what a token sees."""
-    return None
-
-
+# There is no mask function of this name: transformers then makes no mask, and looks for none in the position ids, for
+# which it would wait until the GPU has computed them.
 AttentionInterface.register(FOREST, forest_attention)
-AttentionMaskInterface.register(FOREST, no_mask)

@@ -31,6 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from yeonma.model.attention.backend import HALF, MIN_CAPABILITY, Backend, ForestShape, LayerCall
 from yeonma.model.kernels.elementwise import kernel_settings
+from yeonma.model.transfer import to_device
 
 BLOCK = 128
 MIN_BLOCKS = 2
@@ -182,7 +183,7 @@ def mask_of(
     ]
 
     def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+        return to_device(np.ascontiguousarray(array, dtype=np.int32), device)
 
     return MaskTensors(
         on_device(enter[segment_P]),

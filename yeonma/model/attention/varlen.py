@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -24,6 +24,7 @@ from yeonma.model.attention.backend import (
     ForestShape,
     LayerCall,
 )
+from yeonma.model.transfer import to_device
 
 MAX_HEAD_WIDTH = 256
 WIDE_HEAD = 192
@@ -100,9 +101,7 @@ def varlen_layout(
     keys = np.asarray([sum(lengths[i] for i in path) for path in paths], dtype=np.int64)
     ends = np.concatenate([[0], np.cumsum(keys)])
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
+    on_device = partial(to_device, device=device)
     copies = None
     if ends[-1] > starts[-1]:
         token_K = np.concatenate([np.arange(starts[i], starts[i + 1]) for path in paths for i in path])

@@ -20,6 +20,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from yeonma.model.sharding import own_class
+from yeonma.model.transfer import to_device
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -63,9 +64,7 @@ def _embedding(layer: Any, peft_forward: Forward, token_ids: torch.Tensor) -> to
     tokens, rows_RH = _rows(layer)
     embedded = layer.base_layer(token_ids)
     row_of_V = torch.full((layer.base_layer.num_embeddings,), -1, device=token_ids.device)
-    row_of_V[torch.tensor(tokens, device=token_ids.device)] = torch.arange(
-        len(tokens), device=token_ids.device
-    )
+    row_of_V[to_device(tokens, token_ids.device)] = torch.arange(len(tokens), device=token_ids.device)
     row = row_of_V[token_ids]
     own = F.embedding(row.clamp(min=0), rows_RH)
     if (scale := layer._get_embed_scale()) is not None:
@@ -78,4 +77,4 @@ def _head(layer: Any, peft_forward: Forward, hidden: torch.Tensor) -> torch.Tens
         return peft_forward(hidden)
     tokens, rows_RH = _rows(layer)
     logits = layer.base_layer(hidden)
-    return logits.index_copy(-1, torch.tensor(tokens, device=hidden.device), F.linear(hidden, rows_RH))
+    return logits.index_copy(-1, to_device(tokens, hidden.device), F.linear(hidden, rows_RH))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from yeonma.model.recurrence.pieces import add_rows_
+from yeonma.model.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +64,7 @@ def lay_out_taps(
         start += length
     inputs = np.concatenate(input_FK)
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
+    on_device = partial(to_device, device=device)
     return Taps(
         on_device(np.concatenate(first_F)),
         on_device(np.maximum(inputs, 0)),

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from yeonma.model.transfer import to_device
+
 MAX_PIECE = 96
 """Tokens of a piece. A rule computes a matrix of this width and height for each head and piece."""
 _PIECES = range(16, MAX_PIECE + 1, 16)
@@ -146,7 +148,7 @@ def _piece_length(lengths: Sequence[int], parents: Sequence[int | None]) -> int:
 
 
 def _index(numbers: Any, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(numbers, dtype=np.int64)).to(device)
+    return to_device(np.asarray(numbers, dtype=np.int64), device)
 
 
 def to_pieces(x_TH: torch.Tensor, pieces: Pieces) -> torch.Tensor:

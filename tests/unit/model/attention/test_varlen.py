@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from tests.models import FOREST_FAMILIES, tiny_model, with_lora
 from tests.unit.model.attention.test_attention import CPU, HEADS, WIDTH, chosen, dense, example_forest, states
@@ -23,7 +22,6 @@ from yeonma.model.attention.dispatch import (
     choose,
     forest_attention,
     layout,
-    no_mask,
     reference_mask,
 )
 from yeonma.model.attention.varlen import VarlenLayout, varlen_attention, varlen_forest_attention
@@ -212,7 +210,6 @@ def varlen_if_supported(*args: Any, **keywords: Any) -> tuple[torch.Tensor, None
 
 BACKENDS_USED: list[str] = []
 AttentionInterface.register(VARLEN_ON_CPU, varlen_if_supported)
-AttentionMaskInterface.register(VARLEN_ON_CPU, no_mask)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

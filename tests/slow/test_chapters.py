@@ -81,7 +81,9 @@ def blocks_of(page: str) -> Iterator[Block]:
 def without_counts(text: str) -> str:
     text = re.sub(r"[\d,]+ tokens, [\d,]+ (of them )?trained.*", "N tokens, N trained", text)
     text = re.sub(r"토큰 [\d,]+개, (그중 )?학습하는 토큰 [\d,]+개.*", "N tokens, N trained", text)
-    text = re.sub(r"^(step|스텝) .*  (validation loss|검증 손실) .*", "an evaluation", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^(step|스텝) .*  (validation loss|검증 손실) .*", "an evaluation", text, flags=re.MULTILINE
+    )
     return re.sub(r"(validation loss|검증 손실) \d+\.\d+", r"\1 N", text)
 
 

@@ -56,7 +56,6 @@ from yeonma.train.run_warnings import run_warnings
 from yeonma.train.target_device import TargetDevice, target_device
 
 
-
 @dataclass(frozen=True)
 class Inspection:
     """What is shown of a run. `views` may be read only once."""

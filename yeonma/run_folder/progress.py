@@ -20,7 +20,7 @@ from rich.text import Text
 
 from yeonma.durations import in_two_units
 from yeonma.errors import Log
-from yeonma.messages import counted, tr
+from yeonma.messages import tr
 from yeonma.run_folder.notebook_block import in_notebook, notebook_block
 from yeonma.run_folder.units import counted_units
 from yeonma.shown import MOST_OF_A_LINE, one_line

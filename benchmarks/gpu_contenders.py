@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ OURS = "yeonma"
 SFT: dict[str, Contender] = {
     OURS: Contender(YEONMA, None, checkpointing=None),
     "yeonma-4": Contender(YEONMA, 4),
+    "yeonma-2": Contender(YEONMA, 2),
+    "yeonma-1-checkpointing": Contender(YEONMA, 1, checkpointing=True),
     "transformers-4": Contender(TRANSFORMERS, 4, checkpointing=True),
     "transformers-1": Contender(TRANSFORMERS, 1),
     "trl-4": Contender(TRL, 4, checkpointing=True),
@@ -78,11 +81,18 @@ def installed(package: str, python: str | None) -> bool:
     return subprocess.run([python, "-c", script, package], check=False).returncode == 0
 
 
-def versions_of(python: str, packages: Sequence[str]) -> dict[str, str | None]:
-    """As machine.versions has them, in the environment of the Python at the path given."""
+def versions_of(python: str, packages: Sequence[str], folder: Path | None = None) -> dict[str, str | None]:
+    """As machine.versions has them, in the environment of the Python at the path given, with the packages of `folder`
+    before it."""
     script = "import json, sys, machine; print(json.dumps(machine.versions(sys.argv[1:])))"
+    own = [path for path in (str(folder or ""), os.environ.get("PYTHONPATH", "")) if path]
     done = subprocess.run(
-        [python, "-c", script, *packages], cwd=HERE, capture_output=True, text=True, check=True
+        [python, "-c", script, *packages],
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(own)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -116,6 +126,10 @@ class Job:
     @property
     def model(self) -> str:
         return str(self.folder / "model")
+
+    @property
+    def start(self) -> Path:
+        return self.folder / str(self.about["start"])
 
     @property
     def examples(self) -> Any:

@@ -71,7 +71,9 @@ def ours(contender: Contender, job: Job) -> Measured:
         "dtype": job.dtype,
         "cutoff_len": CUTOFF_LEN,
         "lora_r": LORA_R,
-        "lora_alpha": LORA_R,
+        "lora_alpha": job.about["lora_alpha"],
+        "lora_dropout": job.about["lora_dropout"],
+        "max_grad_norm": job.about["max_grad_norm"],
         "batch_size": job.about["batch"],
         "num_epochs": 1,
         "learning_rate": LEARNING_RATE[pairs],
@@ -95,7 +97,10 @@ def ours(contender: Contender, job: Job) -> Measured:
 def at_once(contender: Contender, job: Job) -> dict[str, Any]:
     """Yeonma's settings of memory and speed: its own choice, or the contender's."""
     if contender.micro_batch:
-        return {"micro_batch_size": contender.micro_batch}
+        return {
+            "micro_batch_size": contender.micro_batch,
+            "gradient_checkpointing": "true" if contender.checkpointing else "false",
+        }
     if job.about["packed"]:
         own = {"micro_batch_size": job.about["batch"], "micro_batch_tokens": job.about["packed"]}
         return {**own, "gradient_checkpointing": "auto"}

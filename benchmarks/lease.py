@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,10 +99,10 @@ class Lease:
         entry = self._begun(job)
         try:
             values = self._values(job)
-            problem = values.get("problem", "")
+            problem = values.pop("problem", "")
             entry |= {"state": "failed" if problem else "done", "values": values}
             if problem:
-                entry["error"] = problem
+                entry |= {"error": problem, "log": self._end_of_log(job)}
         except (OutOfTime, Stopped) as error:
             self.say(f"{job.name}: {error}; the next call begins it anew")
             return
@@ -160,6 +161,11 @@ class Lease:
             values: dict[str, Any] = run_script(
                 script, given, packages=packages, log=log, limit_seconds=limit
             )
+        except OverLimit as error:
+            part = Path(given["folder"]) / "measured.json"
+            if limit < job.limit_seconds or not part.exists():
+                raise
+            values = {**json.loads(part.read_text("utf-8")), "problem": f"{error}; a part was measured"}
         finally:
             shutil.rmtree(prepared / "output" if job.contender is not None else own, ignore_errors=True)
         return values
@@ -272,6 +278,8 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(given)
     arguments.tiny = arguments.tiny == "true"
+    if arguments.tiny and arguments.write_docs:
+        parser.error("--write-docs: not for a tiny shape on the CPU")
     if not arguments.minutes > 0:
         parser.error("--minutes: more than 0")
     arguments.chosen = [
@@ -347,6 +355,13 @@ def prepare_environment(place: Place) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pack_logs(output: Path) -> None:
+    """All logs in one file, to be copied with the results."""
+    if (output / "logs").is_dir():
+        with tarfile.open(output / "logs.tar.gz", "w:gz") as archive:
+            archive.add(output / "logs", "logs")
+
+
 def missing(chosen: Iterable[Job], result: dict[str, Any], *, retry: bool) -> list[Job]:
     """Jobs that are still to be done."""
 
@@ -387,7 +402,13 @@ def main(given: Sequence[str] | None = None) -> int:
             else:
                 to_do.append(job)
         lease.say(f"{len(to_do)} jobs to do; models in {place.work}, cores: {cores()}")
-        run_all(lease, to_do)
+        try:
+            run_all(lease, to_do)
+        except KeyboardInterrupt:
+            lease.say("stopped; the same command goes on")
+            return 130
+        finally:
+            pack_logs(place.output)
     elif result is None:
         print(f"{file}: there is no result yet", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from gpu_workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE, SMALL, LITTLE, RECURRENT, TINY = "llama-3-8b", "qwen3-0.6b", "little", "qwen3.5-like", "tiny"
-STEPS = {False: 12, True: 3}
+STEPS = {False: 12, True: 4}
 """Of a measurement, by whether it is tiny. A workload may have fewer where a step takes long."""
 PREPARED: Mapping[str, tuple[str, ...]] = {
     LARGE: ("nemo", "nemo-plain", "packed", "long", "dpo"),
@@ -69,8 +69,14 @@ def jobs(*, tiny: bool) -> list[Job]:
 
 
 def _on_the_cpu(job: Job) -> Job:
-    shape = TINY if job.shape is not None else None
-    return replace(job, shape=shape, seconds=1.0, limit_seconds=max(300.0, job.limit_seconds))
+    """With the tiny shape. What has processes of its own runs alone: a CPU has few cores."""
+    return replace(
+        job,
+        shape=TINY if job.shape is not None else None,
+        seconds=1.0,
+        limit_seconds=max(600.0, job.limit_seconds),
+        alongside=job.alongside and job.shape is None,
+    )
 
 
 def _checks(tiny: bool) -> list[Job]:
@@ -100,7 +106,7 @@ def _checks(tiny: bool) -> list[Job]:
         "nf4": ("alpaca", {"quantization": "nf4"}, ("bitsandbytes",)),
     }
     for kind, (workload, settings, needs) in kinds.items():
-        given = {"workload": workload, "pairs": workload == "dpo", "batch": 8, "settings": settings}
+        given = {"workload": workload, "preference": workload == "dpo", "batch": 8, "settings": settings}
         about = f"equal bytes: the same run twice, and once killed and gone on ({kind})"
         found.append(
             Job(

@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LOOKS = 0.005
 
 
 def command(job: dict[str, Any], output: Path) -> list[str]:
-    prepared, pairs = Path(job["prepared"]), job["pairs"]
+    prepared, pairs = Path(job["prepared"]), job["preference"]
     settings = {
         "base_model": prepared / "model",
         "data_path": prepared / f"{job['workload']}.jsonl",
@@ -84,28 +84,31 @@ def left_behind(output: Path) -> dict[str, Any]:
 def difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     """What differs between two runs; empty if nothing does."""
     if len(first["steps"]) != len(second["steps"]):
-        return f"{len(first['steps'])} and {len(second['steps'])} steps"
+        return f"in the number of steps: {len(first['steps'])} and {len(second['steps'])}"
     for number, (one, other) in enumerate(zip(first["steps"], second["steps"], strict=True), 1):
         if one != other:
             return f"from step {number} on: {', '.join(COMPARED)} {one} and {other}"
-    return "" if first["sha256"] == second["sha256"] else "the adapter's bytes, in no number of a step"
+    return "" if first["sha256"] == second["sha256"] else "in the adapter's bytes, and in no step's numbers"
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     outputs = [folder / name for name in ("first", "again", "killed")]
     with ThreadPoolExecutor(len(outputs)) as threads:
-        first, again = (threads.submit(to_the_end, job, output) for output in outputs[:2])
+        whole = [threads.submit(to_the_end, job, output) for output in outputs[:2]]
         killed = threads.submit(killed_and_gone_on, job, outputs[2])
-        first.result(), again.result()
+        for one in whole:
+            one.result()
         done = killed.result()
     left = [left_behind(output) for output in outputs]
+    again, gone_on = difference(left[0], left[1]), difference(left[0], left[2])
+    problems = [*(["the same command again differs " + again] if again else [])]
+    problems += ["the run that was killed differs " + gone_on] if gone_on else []
     return {
         "steps": STEPS,
         "killed_after": done,
         "losses": [loss for loss, *_ in left[0]["steps"]],
-        "again_differs": difference(left[0], left[1]),
-        "killed_differs": difference(left[0], left[2]),
+        "problem": "; ".join(problems),
     }
 
 

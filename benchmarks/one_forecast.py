@@ -60,17 +60,20 @@ def beside(job: dict[str, Any], pair: dict[str, Any]) -> dict[str, Any]:
     source = load.find_base(config.model.base_model)
     prepared = prepare(config, source, None, lambda _: None)
     forecast = timed_by_rate(estimate(config, source, prepared, with_alternatives=False), rate)
-    gc.collect()
+    before = 0
     if device.type == "cuda":
+        torch.compiler.reset()  # what was compiled for another model counts against a limit
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     steps = yeonma_steps(verb, settings)
     seconds = sum(step["seconds"] for step in steps[1:])
     assert forecast.time is not None
     return {
         **pair,
         "forecast_bytes": forecast.memory.peak,
-        "peak_bytes": max(step["peak_memory_bytes"] for step in steps),
+        "peak_bytes": max(step["peak_memory_bytes"] for step in steps) - before,
         "forecast_tokens_per_second": forecast.time.tokens_per_second,
         "tokens_per_second": sum(step["tokens"] for step in steps[1:]) / seconds,
         "step_seconds": median(step["seconds"] for step in steps[1:]),

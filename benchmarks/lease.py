@@ -40,6 +40,8 @@ PACKAGES = (*TRAINERS, "triton", "bitsandbytes", "liger-kernel", "unsloth")
 MEMORY = Path("/dev/shm")
 MODELS_BYTES = {False: 26 << 30, True: 1 << 30}
 """What the prepared models take, by whether they are tiny."""
+WHOLE = "whole.json"
+"""In a folder whose model and rows are there, with what they are."""
 LOG_LINES = 20
 LEAST_SECONDS = 5.0
 """With less than this left, nothing is begun."""
@@ -84,6 +86,12 @@ class Lease:
     @property
     def left(self) -> float:
         return self._deadline - self._clock()
+
+    def expected(self, job: Job) -> float:
+        """The seconds until a job's end that begins now, with those in which its model is made if it is not there."""
+        if job.shape is None or (self.place.work / job.shape / WHOLE).exists():
+            return job.seconds
+        return job.seconds + PREPARING_SECONDS[job.shape]
 
     def say(self, line: str) -> None:
         print(f"[{self._clock() - self._started:4.0f} s] {line}", flush=True)
@@ -182,7 +190,7 @@ class Lease:
             "steps": STEPS[self.place.tiny],
             "workloads": list(PREPARED[shape]),
         }
-        whole = folder / "whole.json"
+        whole = folder / WHOLE
         known = json.loads(whole.read_text("utf-8")) if whole.exists() else {}
         if known.get("job") == job:
             self._describe(shape, known["described"])
@@ -230,8 +238,8 @@ def run_together(lease: Lease, together: Sequence[Job], ahead: Sequence[Job]) ->
     """Jobs side by side. Beside jobs that time nothing, the next model of those `ahead` is prepared as well."""
     fit = []
     for job in together:
-        if lease.left < max(LEAST_SECONDS, job.seconds):
-            lease.say(f"{job.name}: takes about {job.seconds:.0f} s, and {max(0.0, lease.left):.0f} are left")
+        if lease.left < max(LEAST_SECONDS, seconds := lease.expected(job)):
+            lease.say(f"{job.name}: takes about {seconds:.0f} s, and {max(0.0, lease.left):.0f} are left")
         else:
             fit.append(job)
     shapes = dict.fromkeys(job.shape for job in fit if job.shape is not None)

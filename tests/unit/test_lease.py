@@ -184,6 +184,17 @@ def test_a_job_that_takes_longer_than_is_left_gives_way_to_a_shorter_one(
     assert "long: takes about 101 s, and 100 are left" in capsys.readouterr().out
 
 
+def test_the_time_of_a_job_includes_that_of_a_model_which_is_not_there(lease: Any, tmp_path: Path) -> None:
+    import lease_jobs
+
+    leased, _ = one_lease(lease, tmp_path)
+    job = command("x", "", seconds=10, shape=lease_jobs.LITTLE)
+    assert leased.expected(job) == 10 + lease_jobs.PREPARING_SECONDS[lease_jobs.LITTLE]
+    (leased.place.work / lease_jobs.LITTLE).mkdir(parents=True)
+    (leased.place.work / lease_jobs.LITTLE / lease.WHOLE).touch()
+    assert leased.expected(job) == 10
+
+
 def test_a_second_call_does_what_is_missing_and_on_demand_what_failed(lease: Any) -> None:
     all_jobs = [command(name, "") for name in ("done", "failed", "left out", "never begun")]
     result = {"jobs": {name: {"state": name} for name in ("done", "failed", "left out")}}

@@ -156,33 +156,33 @@ def _training(
 def _trainings() -> list[Job]:
     return [
         _training("nemo", "yeonma-2", seconds=90),
-        _training("packed", "yeonma", seconds=60),
-        _training("packed", "trl-packing-liger", seconds=70),
-        _training("packed", "unsloth-packing", seconds=80),
+        _training("packed", "yeonma", seconds=70),
+        _training("packed", "trl-packing-liger", seconds=100),
+        _training("packed", "unsloth-packing", seconds=110),
         _training("dpo", "yeonma", seconds=70),
-        _training("dpo", "trl-4-liger", seconds=100),
-        _training("long", "yeonma", seconds=55),
-        _training("long", "trl-4", seconds=65),
-        _training("long", "unsloth-4", seconds=70),
+        _training("dpo", "trl-4-liger", seconds=120),
+        _training("long", "yeonma", seconds=60),
+        _training("long", "trl-4", seconds=85),
+        _training("long", "unsloth-4", seconds=85),
+        _training("long", "transformers-4", seconds=85),
         _training("nemo-plain", "yeonma-2", seconds=85),
-        _training("packed", "transformers-4", seconds=80),
-        _training("packed", "yeonma", quantization="fp8", seconds=60),
-        _training("packed", "yeonma", quantization="nf4", seconds=70),
-        _training("long", "yeonma-1-checkpointing", quantization="nf4", seconds=80),
+        _training("packed", "yeonma", quantization="fp8", seconds=70),
+        _training("packed", "yeonma", quantization="nf4", seconds=90),
+        _training("long", "yeonma-1-checkpointing", quantization="nf4", seconds=100),
     ]
 
 
 def _more_trainings() -> list[Job]:
     """Other settings of the libraries compared with, of which the fastest counts."""
     return [
-        _training("packed", "trl-packing", seconds=75),
-        _training("packed", "trl-packing-liger-kept", seconds=65),
-        _training("packed", "unsloth-4", seconds=80),
-        _training("dpo", "trl-2", seconds=110),
-        _training("dpo", "trl-1", seconds=110),
-        _training("long", "transformers-4", seconds=65),
-        _training("long", "trl-1", seconds=65),
-        _training("packed", "unsloth-packing", quantization="nf4", seconds=90),
+        _training("packed", "trl-packing", seconds=110),
+        _training("packed", "trl-packing-liger-kept", seconds=85),
+        _training("packed", "unsloth-4", seconds=130),
+        _training("packed", "transformers-4", seconds=130),
+        _training("dpo", "trl-2", seconds=130),
+        _training("dpo", "trl-1", seconds=130),
+        _training("long", "trl-1", seconds=75),
+        _training("packed", "unsloth-packing", quantization="nf4", seconds=120),
     ]
 
 

@@ -355,6 +355,8 @@ def prepare_environment(place: Place) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([own] if own else [])])
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place.output / "compiled" / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(place.output / "compiled" / "triton")
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(place.output / "compiled" / "unsloth")
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ["YEONMA_CACHE"] = str(place.work / "cache")
     os.environ["YEONMA_LANG"] = "en"
     os.environ["HF_HUB_OFFLINE"] = "1"

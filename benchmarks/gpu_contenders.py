@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from contenders import TRL, YEONMA
+from gpu_shapes import LORA_R, SEED
+from gpu_workloads import CUTOFF_LEN
 from machine import own_bytes
 from workloads import HERE
 
@@ -134,6 +136,25 @@ class Job:
     @property
     def examples(self) -> Any:
         return json.loads((self.folder / f"{self.workload}.json").read_text("utf-8"))
+
+
+def run_settings(
+    prepared: Path, workload: str, output: Path, *, pairs: bool, device: str, dtype: str
+) -> dict[str, Any]:
+    """Settings of every run of ours on a prepared model and its rows. All else is the default or the measurement's."""
+    return {
+        "base_model": prepared / "model",
+        "data_path": prepared / f"{workload}.jsonl",
+        "cache_dir": prepared / "cache",
+        "output_dir": output,
+        "device": device,
+        "dtype": dtype,
+        "cutoff_len": CUTOFF_LEN,
+        "lora_r": LORA_R,
+        "learning_rate": LEARNING_RATE[pairs],
+        "seed": SEED,
+        **({"loss": "sigmoid", "beta": BETA} if pairs else {}),
+    }
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from gpu_contenders import BETA, LEARNING_RATE
-from gpu_shapes import LORA_R, SEED
-from gpu_workloads import CUTOFF_LEN
+from gpu_contenders import run_settings
 from harness import answer_job, steps_of
 
 STEPS = 12
@@ -27,23 +25,15 @@ SECONDS_BETWEEN_LOOKS = 0.005
 
 def command(job: dict[str, Any], output: Path) -> list[str]:
     prepared, pairs = Path(job["prepared"]), job["preference"]
+    where = {"device": job["device"], "dtype": job["dtype"]}
     settings = {
-        "base_model": prepared / "model",
-        "data_path": prepared / f"{job['workload']}.jsonl",
-        "cache_dir": prepared / "cache",
-        "output_dir": output,
-        "device": job["device"],
-        "dtype": job["dtype"],
-        "cutoff_len": CUTOFF_LEN,
-        "lora_r": LORA_R,
+        **run_settings(prepared, job["workload"], output, pairs=pairs, **where),
+        "cache_dir": output.with_name(f"{output.name}-cache"),  # each computes its reference anew
         "lora_dropout": 0.1,
         "batch_size": job["batch"],
         "max_steps": STEPS,
         "save_steps": KILLED_AFTER,
-        "learning_rate": LEARNING_RATE[pairs],
-        "seed": SEED,
         "card_rows": 0,
-        **({"loss": "sigmoid", "beta": BETA} if pairs else {}),
         **job["settings"],
     }
     words = [f"--{name}={value}" for name, value in settings.items()]

@@ -12,30 +12,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpu_contenders import LEARNING_RATE
-from gpu_shapes import LORA_R, SEED
-from gpu_workloads import CUTOFF_LEN
+from gpu_contenders import run_settings
 from harness import answer_job, run_script, save, yeonma_steps
 
 STEPS = 4
 
 
 def settings_of(job: dict[str, Any], pair: dict[str, Any]) -> dict[str, Any]:
-    prepared = Path(job["prepared"])
-    pairs = pair["workload"] == "dpo"
+    where = {"device": job["device"], "dtype": job["dtype"]}
+    prepared, output, workload = Path(job["prepared"]), Path(job["folder"]) / "output", pair["workload"]
     return {
-        "base_model": prepared / "model",
-        "data_path": prepared / f"{pair['workload']}.jsonl",
-        "cache_dir": prepared / "cache",
-        "output_dir": Path(job["folder"]) / "output",
-        "device": job["device"],
-        "dtype": job["dtype"],
-        "cutoff_len": CUTOFF_LEN,
-        "lora_r": LORA_R,
+        **run_settings(prepared, workload, output, pairs=workload == "dpo", **where),
         "max_steps": STEPS,
-        "learning_rate": LEARNING_RATE[pairs],
-        "seed": SEED,
-        **({"loss": "sigmoid"} if pairs else {}),
         **pair["settings"],
     }
 

@@ -13,9 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from gpu_contenders import LEARNING_RATE
-from gpu_shapes import LORA_R, SEED
-from gpu_workloads import CUTOFF_LEN
+from gpu_contenders import run_settings
 from harness import answer_job, yeonma_steps
 
 STEPS = 3
@@ -26,21 +24,13 @@ OUT_OF_MEMORY = "out of memory with"
 
 def run(job: dict[str, Any], micro_batch: int) -> tuple[list[float], str]:
     """The losses of a run, and what it printed on standard error."""
-    prepared = Path(job["prepared"])
+    where = {"device": job["device"], "dtype": job["dtype"]}
+    prepared, output = Path(job["prepared"]), Path(job["folder"]) / "output"
     settings = {
-        "base_model": prepared / "model",
-        "data_path": prepared / f"{job['workload']}.jsonl",
-        "cache_dir": prepared / "cache",
-        "output_dir": Path(job["folder"]) / "output",
-        "device": job["device"],
-        "dtype": job["dtype"],
-        "cutoff_len": CUTOFF_LEN,
-        "lora_r": LORA_R,
+        **run_settings(prepared, job["workload"], output, pairs=False, **where),
         "batch_size": job["batch"],
         "micro_batch_size": micro_batch,
         "max_steps": STEPS,
-        "learning_rate": LEARNING_RATE[False],
-        "seed": SEED,
     }
     printed = StringIO()
     with redirect_stderr(printed):

@@ -354,6 +354,7 @@ def prepare_environment(place: Place) -> None:
     own = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([own] if own else [])])
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place.output / "compiled" / "inductor")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # a process; a dozen of them run side by side
     os.environ["TRITON_CACHE_DIR"] = str(place.output / "compiled" / "triton")
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(place.output / "compiled" / "unsloth")
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"

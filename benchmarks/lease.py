@@ -82,6 +82,7 @@ class Lease:
     ) -> None:
         self.place, self.result = place, result
         self._deadline, self._clock, self._started, self._lock = deadline, clock, clock(), Lock()
+        self._unprepared: dict[str, str] = {}  # shape -> why
 
     @property
     def left(self) -> float:
@@ -179,7 +180,10 @@ class Lease:
         return values
 
     def prepare(self, shape: str) -> str:
-        """Draw a model and its rows where they are not there yet; returns why that failed, or nothing."""
+        """Draw a model and its rows where they are not there yet; returns why that failed, or nothing. It is tried
+        once a call."""
+        if shape in self._unprepared:
+            return self._unprepared[shape]
         folder = self.place.work / shape
         started = self._clock()
         job = {
@@ -203,7 +207,10 @@ class Lease:
             described = run_script("gpu_shapes.py", job, output="prepared.json", log=log, limit_seconds=limit)
         except RuntimeError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            return f"{shape} could not be prepared: {error}"
+            printed = log.read_text("utf-8", errors="replace").splitlines() if log.exists() else []
+            self.say("\n    ".join([f"{shape}: {error}", *printed[-LOG_LINES:]]))
+            self._unprepared[shape] = f"{shape} could not be prepared: {error}"
+            return self._unprepared[shape]
         save(whole, {"job": job, "described": described})
         self._describe(shape, described)
         self.say(f"{shape} prepared, {self._clock() - started:.0f} s")

@@ -195,6 +195,18 @@ def test_the_time_of_a_job_includes_that_of_a_model_which_is_not_there(lease: An
     assert leased.expected(job) == 10
 
 
+def test_a_model_that_cannot_be_prepared_is_tried_once_a_call(
+    lease: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leased, clock = one_lease(lease, tmp_path)
+    clock.now = 600 - 0.1
+    first = leased.prepare("tiny")
+    assert first == "tiny could not be prepared: stopped after 0 s"
+    assert not (leased.place.work / "tiny").exists()
+    assert leased.prepare("tiny") == first
+    assert capsys.readouterr().out.count("stopped after 0 s") == 1
+
+
 def test_a_second_call_does_what_is_missing_and_on_demand_what_failed(lease: Any) -> None:
     all_jobs = [command(name, "") for name in ("done", "failed", "left out", "never begun")]
     result = {"jobs": {name: {"state": name} for name in ("done", "failed", "left out")}}

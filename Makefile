@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup demo demo-dpo test test-slow test-all test-oldest same fuzz faults lint bench docs llama vllm
+.PHONY: setup demo demo-dpo test test-slow test-all test-oldest same fuzz faults lint bench gpu-bundle docs llama vllm
 
 setup: .venv/.installed
 
@@ -79,6 +79,10 @@ lint: setup
 bench: setup
 	$(PIP) install --quiet -r requirements.txt -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/sft.py $(if $(DATA),--data "$(DATA)")
+
+# A folder for a GPU machine without network: this checkout and the wheels that it lacks; docs/benchmarks.md says how to use it.
+gpu-bundle: setup
+	$(BIN)/python -m benchmarks.bundle
 
 docs: setup
 	$(BIN)/python scripts/settings_table.py

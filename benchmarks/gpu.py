@@ -21,7 +21,7 @@ from typing import Any
 from gpu_contenders import DPO, FACTORY, OURS, SFT, UNSLOTH, contenders, lacking, versions_of
 from gpu_shapes import LORA_R, REAL, SEED
 from gpu_tables import gpu_section, tokens_per_second
-from gpu_workloads import WORKLOADS
+from gpu_workloads import USUAL, WORKLOADS
 from harness import (
     HERE,
     TRAINERS,
@@ -43,7 +43,7 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, RESULT, random_weights=True)
     parser.add_argument("--tiny", choices=["true", "false"], default="false", help="a tiny shape, on the CPU")
     parser.add_argument("--shapes", nargs="+", choices=REAL, default=list(REAL))
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(USUAL))
     parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS))
     names = list(dict.fromkeys([*SFT, *DPO]))
     parser.add_argument("--contenders", nargs="+", choices=names, default=names)

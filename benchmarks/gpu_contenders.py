@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from contenders import TRL, YEONMA
+from gpu_shapes import LORA_R, SEED
+from gpu_workloads import CUTOFF_LEN
 from machine import own_bytes
 from workloads import HERE
 
@@ -44,6 +47,8 @@ OURS = "yeonma"
 SFT: dict[str, Contender] = {
     OURS: Contender(YEONMA, None, checkpointing=None),
     "yeonma-4": Contender(YEONMA, 4),
+    "yeonma-2": Contender(YEONMA, 2),
+    "yeonma-1-checkpointing": Contender(YEONMA, 1, checkpointing=True),
     "transformers-4": Contender(TRANSFORMERS, 4, checkpointing=True),
     "transformers-1": Contender(TRANSFORMERS, 1),
     "trl-4": Contender(TRL, 4, checkpointing=True),
@@ -78,11 +83,18 @@ def installed(package: str, python: str | None) -> bool:
     return subprocess.run([python, "-c", script, package], check=False).returncode == 0
 
 
-def versions_of(python: str, packages: Sequence[str]) -> dict[str, str | None]:
-    """As machine.versions has them, in the environment of the Python at the path given."""
+def versions_of(python: str, packages: Sequence[str], folder: Path | None = None) -> dict[str, str | None]:
+    """As machine.versions has them, in the environment of the Python at the path given, with the packages of `folder`
+    before it."""
     script = "import json, sys, machine; print(json.dumps(machine.versions(sys.argv[1:])))"
+    own = [path for path in (str(folder or ""), os.environ.get("PYTHONPATH", "")) if path]
     done = subprocess.run(
-        [python, "-c", script, *packages], cwd=HERE, capture_output=True, text=True, check=True
+        [python, "-c", script, *packages],
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(own)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -118,8 +130,31 @@ class Job:
         return str(self.folder / "model")
 
     @property
+    def start(self) -> Path:
+        return self.folder / str(self.about["start"])
+
+    @property
     def examples(self) -> Any:
         return json.loads((self.folder / f"{self.workload}.json").read_text("utf-8"))
+
+
+def run_settings(
+    prepared: Path, workload: str, output: Path, *, pairs: bool, device: str, dtype: str
+) -> dict[str, Any]:
+    """Settings of every run of ours on a prepared model and its rows. All else is the default or the measurement's."""
+    return {
+        "base_model": prepared / "model",
+        "data_path": prepared / f"{workload}.jsonl",
+        "cache_dir": prepared / "cache",
+        "output_dir": output,
+        "device": device,
+        "dtype": dtype,
+        "cutoff_len": CUTOFF_LEN,
+        "lora_r": LORA_R,
+        "learning_rate": LEARNING_RATE[pairs],
+        "seed": SEED,
+        **({"loss": "sigmoid", "beta": BETA} if pairs else {}),
+    }
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from typing import Any
 
 from contenders import YEONMA
 from gpu_contenders import (
-    BETA,
     FACTORY,
-    LEARNING_RATE,
     TRL_DPO,
     UNSLOTH,
     Contender,
@@ -25,9 +23,8 @@ from gpu_contenders import (
     Measured,
     contenders,
     peak_memory,
+    run_settings,
 )
-from gpu_shapes import LORA_R, SEED
-from gpu_workloads import CUTOFF_LEN
 from harness import answer_job, timed_reference, yeonma_steps
 
 
@@ -63,20 +60,19 @@ def ours(contender: Contender, job: Job) -> Measured:
     """`yeonma sft` or `dpo` itself, from its command line to its adapter folder; the numbers of its metrics.jsonl."""
     pairs = job.about["pairs"]
     settings: dict[str, Any] = {
-        "base_model": job.model,
-        "data_path": job.folder / f"{job.workload}.jsonl",
-        "cache_dir": job.folder / "cache",
-        "output_dir": job.folder / "output",
-        "device": job.device,
-        "dtype": job.dtype,
-        "cutoff_len": CUTOFF_LEN,
-        "lora_r": LORA_R,
-        "lora_alpha": LORA_R,
+        **run_settings(
+            job.folder,
+            job.workload,
+            job.folder / "output",
+            pairs=pairs,
+            device=job.device,
+            dtype=job.dtype,
+        ),
+        "lora_alpha": job.about["lora_alpha"],
+        "lora_dropout": job.about["lora_dropout"],
+        "max_grad_norm": job.about["max_grad_norm"],
         "batch_size": job.about["batch"],
         "num_epochs": 1,
-        "learning_rate": LEARNING_RATE[pairs],
-        "seed": SEED,
-        **({"loss": "sigmoid", "beta": BETA} if pairs else {}),
         **({"quantization": job.quantization} if job.quantization != "none" else {}),
         **at_once(contender, job),
     }
@@ -95,7 +91,10 @@ def ours(contender: Contender, job: Job) -> Measured:
 def at_once(contender: Contender, job: Job) -> dict[str, Any]:
     """Yeonma's settings of memory and speed: its own choice, or the contender's."""
     if contender.micro_batch:
-        return {"micro_batch_size": contender.micro_batch}
+        return {
+            "micro_batch_size": contender.micro_batch,
+            "gradient_checkpointing": "true" if contender.checkpointing else "false",
+        }
     if job.about["packed"]:
         own = {"micro_batch_size": job.about["batch"], "micro_batch_tokens": job.about["packed"]}
         return {**own, "gradient_checkpointing": "auto"}

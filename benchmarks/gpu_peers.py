@@ -21,6 +21,7 @@ def arguments(contender: Contender, job: Job) -> dict[str, Any]:
     return {
         **trainer_arguments(job.folder / "output", micro, updates, LEARNING_RATE[job.about["pairs"]]),
         "seed": SEED,
+        "max_grad_norm": job.about["max_grad_norm"],
         "use_cpu": job.device == "cpu",
         "bf16": job.dtype == "bfloat16",
         "gradient_checkpointing": bool(contender.checkpointing),
@@ -61,7 +62,7 @@ def trainer_of_rows(contender: Contender, job: Job) -> Measured:
     base, tokenizer = loaded(job)
     if job.quantization != "none":
         base = prepare_model_for_kbit_training(base, bool(contender.checkpointing))
-    model = PeftModel.from_pretrained(base, job.folder / "start", is_trainable=True)
+    model = PeftModel.from_pretrained(base, job.start, is_trainable=True)
     if contender.checkpointing:
         base.enable_input_require_grads()
     given, rows = arguments(contender, job), Dataset.from_list(job.examples)
@@ -101,7 +102,7 @@ def trl_dpo(contender: Contender, job: Job) -> Measured:
         **given, loss_type=["sigmoid"], beta=BETA, max_length=None, precompute_ref_log_probs=False
     )
     order = list(range(len(job.examples)))
-    trainer = dpo_trainer(base, tokenizer, job.examples, [order], job.folder / "start", settings)
+    trainer = dpo_trainer(base, tokenizer, job.examples, [order], job.start, settings)
     return Measured(
         seconds=train(trainer),
         tokens=[step["tokens"] for step in job.about["steps"]],

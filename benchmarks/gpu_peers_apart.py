@@ -39,12 +39,13 @@ def unsloth(contender: Contender, job: Job) -> Measured:
     model = FastLanguageModel.get_peft_model(
         base,
         r=LORA_R,
-        lora_alpha=LORA_R,
+        lora_alpha=job.about["lora_alpha"],
+        lora_dropout=job.about["lora_dropout"],
         target_modules=LINEAR,
         use_gradient_checkpointing=checkpointing,
         random_state=SEED,
     )
-    start = load_file(job.folder / "start" / "adapter_model.safetensors")
+    start = load_file(job.start / "adapter_model.safetensors")
     if unknown := set_peft_model_state_dict(model, start).unexpected_keys:
         raise SystemExit(f"Unsloth's adapter has not the start's weights: {unknown[:3]}")
     given = arguments(contender, job) | lengths(contender, job)
@@ -84,7 +85,7 @@ def factory(contender: Contender, job: Job) -> Measured:
         {
             **given,
             "model_name_or_path": job.model,
-            "adapter_name_or_path": str(job.folder / "start"),
+            "adapter_name_or_path": str(job.start),
             "stage": "sft",
             "do_train": True,
             "finetuning_type": "lora",

@@ -6,6 +6,8 @@ Run as a script with a job file, this makes a folder that all contenders start f
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from harness import answer_job
 SEED, LORA_R = 42, 16
 END = "<end>"
 
-SHAPES: dict[str, dict[str, Any]] = {  # as the models' own config.json files say
+SHAPES: dict[str, dict[str, Any]] = {  # as the config.json files of the models say that they are named after
     "llama-2-7b": {
         "model_type": "llama",
         "vocab_size": 32000,
@@ -46,6 +48,31 @@ SHAPES: dict[str, dict[str, Any]] = {  # as the models' own config.json files sa
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    "qwen3.5-like": {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "little": {
+        "model_type": "llama",
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
     "tiny": {
         "model_type": "qwen3",
         "vocab_size": 512,
@@ -57,7 +84,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # as the models' own config.json files sa
         "head_dim": 16,
     },
 }
-REAL = tuple(name for name in SHAPES if name != "tiny")
+REAL = ("llama-2-7b", "llama-3-8b", "qwen3-0.6b")
 
 
 def word(number: int) -> str:
@@ -76,8 +103,8 @@ def word_tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END)
 
 
-def random_model(name: str, dtype: str) -> Any:
-    """On the CPU, the same weights every time; what is drawn is as wide as transformers draws it."""
+def random_model(name: str, dtype: str, device: str = "cpu") -> Any:
+    """On the CPU, the same weights every time for a device that draws them; as wide as transformers draws them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,7 +113,8 @@ def random_model(name: str, dtype: str) -> Any:
     ids = {"bos_token_id": None, "eos_token_id": last, "pad_token_id": None}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape, **ids, max_position_embeddings=16384)
     torch.manual_seed(SEED)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).cpu()
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +125,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
 
     folder = Path(job["folder"])
     model, tokenizer = (
-        random_model(job["shape"], job["dtype"]),
+        random_model(job["shape"], job["dtype"], job.get("device", "cpu")),
         word_tokenizer(SHAPES[job["shape"]]["vocab_size"]),
     )
     model.save_pretrained(folder / "model")
@@ -111,7 +139,9 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         "name": job["shape"],
         "parameters": parameters,
         "non_embedding_parameters": parameters - embedded,
-        "layers": config.num_hidden_layers,
+        "layers": getattr(config, "layer_types", ["full_attention"] * config.num_hidden_layers).count(
+            "full_attention"
+        ),
         "attention_width": config.num_attention_heads * config.head_dim,
     }
     workloads = prepare_workloads(
@@ -119,7 +149,18 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     )
     # `yeonma` draws the same numbers from the same seed.
     add_lora(model, LoraShape(LORA_R, LORA_R, 0.0, "all-linear"), SEED).save_pretrained(folder / "start")
+    for work in workloads.values():
+        if work["start"] != "start":
+            other_start(folder / "start", folder / work["start"], work)
     return {"model": about, "workloads": workloads}
+
+
+def other_start(plain: Path, start: Path, work: dict[str, Any]) -> None:
+    """The same LoRA weights with another scale and dropout."""
+    shutil.copytree(plain, start, dirs_exist_ok=True)
+    config = json.loads((plain / "adapter_config.json").read_text("utf-8"))
+    config |= {"lora_alpha": work["lora_alpha"], "lora_dropout": work["lora_dropout"]}
+    (start / "adapter_config.json").write_text(json.dumps(config), "utf-8")
 
 
 if __name__ == "__main__":

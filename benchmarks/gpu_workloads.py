@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from dpo_workloads import pair_ids
-from gpu_shapes import SEED, word
+from gpu_shapes import LORA_R, SEED, word
 from workloads import labelled, tokenised
 
 TEMPLATE = "{prompt} {completion}"
@@ -30,6 +30,16 @@ class Workload:
     spread: float = 0.0  # standard deviation of the lengths' logarithm
     pairs: bool = False
     packed: int | None = None  # tokens at once, the same for all who can pack
+    steps: int | None = None  # where a step takes long; else as many as are asked for
+    lora_alpha: int = LORA_R
+    lora_dropout: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+    @property
+    def start(self) -> str:
+        """The folder of the LoRA start: all have the same weights, and the config says the rest."""
+        plain = (self.lora_alpha, self.lora_dropout) == (LORA_R, 0.0)
+        return "start" if plain else f"start-{self.lora_alpha}-{self.lora_dropout:g}"
 
 
 WORKLOADS = {
@@ -39,7 +49,19 @@ WORKLOADS = {
     ),
     "packed": Workload("the same kind of rows, 8192 tokens at once", 256, 45, 80, spread=0.9, packed=8192),
     "dpo": Workload("pairs of 1024/256/256 tokens", 16, 1024, 256, pairs=True),
+    "nemo": Workload(
+        "rows of 4096 tokens in NeMo AutoModel's published setting: LoRA alpha 32 and dropout 0.1, no clipping",
+        *(32, 8, 4088),
+        steps=5,
+        lora_alpha=32,
+        lora_dropout=0.1,
+        max_grad_norm=0.0,
+    ),
+    "nemo-plain": Workload(
+        "the same without dropout", 32, 8, 4088, steps=5, lora_alpha=32, max_grad_norm=0.0
+    ),
 }
+USUAL = ("long", "alpaca", "packed", "dpo")
 
 
 def of_size(work: Workload, tiny: bool) -> Workload:
@@ -47,7 +69,15 @@ def of_size(work: Workload, tiny: bool) -> Workload:
         return work
     packed = work.packed and TINY_PACKED
     prompt, answer = max(6, work.prompt // TINY), max(3, work.answer // TINY)
-    return Workload(work.about, 16 if packed else 8, prompt, answer, work.spread / 2, work.pairs, packed)
+    return replace(
+        work,
+        batch=16 if packed else 8,
+        prompt=prompt,
+        answer=answer,
+        spread=work.spread / 2,
+        packed=packed,
+        steps=None,
+    )
 
 
 def prepare_workloads(
@@ -76,6 +106,7 @@ def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int
     """Write a workload's rows (`NAME.jsonl`), and their token ids in the order of training (`NAME.json`)."""
     from yeonma.batch.plan import make_plan
 
+    steps = work.steps or steps
     rows = rows_of(work, work.batch * steps, tokenizer.vocab_size - 1)
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -103,5 +134,9 @@ def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int
         "batch": work.batch,
         "packed": work.packed,
         "pairs": work.pairs,
+        "start": work.start,
+        "lora_alpha": work.lora_alpha,
+        "lora_dropout": work.lora_dropout,
+        "max_grad_norm": work.max_grad_norm,
         "steps": described,
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import cores, machine, versions
-from tables import LEAST_STEPS, page_of, shown_command, too_few_steps
+from process_group import run_group
+from tables import LEAST_STEPS, lease_section, page_of, put, shown_command, too_few_steps
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -93,15 +93,20 @@ def run_script(
     output: str = "measured.json",
     python: str | None = None,
     checkout: Path | None = None,
+    packages: Path | None = None,
+    log: Path | None = None,
+    limit_seconds: float | None = None,
 ) -> Any:
     """Run a script of this folder with a job, in a process of its own; returns what it wrote into `job["folder"]`.
 
     `python` is the path of another environment's Python: it finds Yeonma's modules, and its own packages. `checkout` is
-    a folder with another Yeonma, whose modules the script then imports.
-    Raises RuntimeError with the last line that the script printed.
+    a folder with another Yeonma, whose modules the script then imports; `packages` one with packages that go before the
+    installed ones. `log` is the file for what it prints, a file in the job's folder by default.
+    Raises OverLimit if it takes longer than `limit_seconds`, after ending it and all that it started; RuntimeError with
+    the last line that the script printed, if it fails.
     """
     folder = Path(job["folder"])
-    job_file, written, log = folder / "job.json", folder / output, folder / "log"
+    job_file, written, log = folder / "job.json", folder / output, log or folder / "log"
     written.unlink(missing_ok=True)
     job_file.write_text(json.dumps(job), "utf-8")
     environment = {
@@ -110,12 +115,12 @@ def run_script(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }
-    if python is not None or checkout is not None:
+    if python is not None or checkout is not None or packages is not None:
+        first = [str(path) for path in (checkout or HERE.parent, packages) if path is not None]
         own = os.environ.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([str(checkout or HERE.parent), *([own] if own else [])])
-    with open(log, "wb") as file:
-        command = [python or sys.executable, str(HERE / script), str(job_file)]
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        environment["PYTHONPATH"] = os.pathsep.join([*first, *([own] if own else [])])
+    command = [python or sys.executable, str(HERE / script), str(job_file)]
+    status = run_group(command, log, environment, limit_seconds)
     if status != 0:
         printed = log.read_text("utf-8", errors="replace").strip().splitlines()
         raise RuntimeError(printed[-1] if printed else f"exit status {status}")
@@ -225,6 +230,13 @@ def publish(
     if steps:
         check_steps(result)
     PAGE.write_text(page_of(PAGE.read_text("utf-8"), {name: result}), "utf-8")
+
+
+def publish_lease(result: Mapping[str, Any] | None) -> None:
+    """Write what was measured on a GPU into the pages of both languages."""
+    for language, page in (("en", PAGE), ("ko", PAGE.with_suffix(".ko.md"))):
+        section = lease_section(result, language)
+        page.write_text(put(page.read_text("utf-8"), "lease", section), "utf-8")
 
 
 def check_steps(result: Mapping[str, Any]) -> None:

@@ -524,7 +524,15 @@ def put(page: str, name: str, section: str) -> str:
     return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
 
+def lease_section(result: Mapping[str, Any] | None, language: str = "en") -> str:
+    """What was proved and measured on a GPU; without a result, that nothing was."""
+    from lease_tables import lease_section as section  # which imports this module
+
+    return section(result, language)
+
+
 SECTIONS = {
+    "lease": lease_section,
     "sft": sft_section,
     "tokenize_rows": tokenize_section,
     "tokenize_forms": tokenize_forms_section,

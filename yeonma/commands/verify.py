@@ -11,6 +11,7 @@ from yeonma.messages import counted, tr
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line, say
 from yeonma.verify.verify_folder import VerifyReport, verify
+from yeonma.verify.verify_served import verify_served
 
 MARKS = {"well": tr("ok"), "differs": tr("DIFFERS"), "not checked": tr("not checked")}
 MAX_PROBLEMS = 10
@@ -19,13 +20,18 @@ MAX_PROBLEMS = 10
 
 def run(settings: VerifySettings) -> int:
     """Returns 0 if no check found a difference, else 1. Raises UserError as `verify`."""
-    report = verify(settings, log_line)
+    report = report_of(settings)
     if settings.json:
         give(json_text(report.to_json()) + "\n")
     else:
         for line in lines_of(report):
             say(line)
     return 0 if report.is_well else 1
+
+
+def report_of(settings: VerifySettings) -> VerifyReport:
+    """What the folder's check finds, or with `served` what a server does. Raises UserError as these."""
+    return (verify if settings.served is None else verify_served)(settings, log_line)
 
 
 def lines_of(report: VerifyReport) -> Iterator[str]:

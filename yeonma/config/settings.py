@@ -392,6 +392,10 @@ class VerifySettings:
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
     """Character encoding of text files, as in training."""
+    served: str | None = None
+    """Address of a server with OpenAI's API, such as `http://127.0.0.1:8000`: ask it the run's sample rows and say what differs from training, in place of the checks of the folder. $OPENAI_API_KEY is its key."""
+    model: str | None = None
+    """The model's name on that server. By default, the name of the folder, or the only model there."""
     json: bool = False
     """Print the findings as one JSON object."""
 

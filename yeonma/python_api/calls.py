@@ -224,9 +224,9 @@ def verify(config: VerifySettings) -> VerifyResult:
     Returns all findings; `is_well` says whether there are no differences. Raises UserError if there is nothing to
     check.
     """
-    from yeonma.verify.verify_folder import verify as verify_folder
+    from yeonma.commands.verify import report_of
 
-    return VerifyResult(verify_folder(config, log_line))
+    return VerifyResult(report_of(config))
 
 
 @_call_of("adapter_dir")

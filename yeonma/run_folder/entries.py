@@ -33,6 +33,7 @@ OURS = (
     "yeonma.json",
     "template.txt",
     "samples.json",
+    "sample_answers.json",
     SEAL,
     "adapter_*",
 )
@@ -58,7 +59,8 @@ TOKENIZERS = (
 )
 PARTIAL_FINAL = ".final.partial"
 PARTIAL_FILES = tuple(
-    f".{name}.partial" for name in (RUN, SEAL, "settings.yaml", "README.md", "loss.svg", FORMER_PLOT)
+    f".{name}.partial"
+    for name in (RUN, SEAL, "settings.yaml", "README.md", "loss.svg", FORMER_PLOT, "sample_answers.json")
 )
 """Files that are being written, under the hidden names of `replace_file`."""
 WRITTEN_IN_PLACE = ("metrics.jsonl", "trained_rows.jsonl", PRINTED, LOCK)

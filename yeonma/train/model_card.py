@@ -34,6 +34,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
+from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
 from yeonma.messages import counted, tr, translated
 from yeonma.model.language_part import left_out
@@ -78,6 +79,14 @@ LEFT_TO_THE_MACHINE = ("output_dir", "cache_dir")
 
 
 @dataclass(frozen=True)
+class CardAnswer:
+    """An answer as the model wrote it, and its text without what the template puts around it."""
+
+    text: str
+    generated: Answer
+
+
+@dataclass(frozen=True)
 class Sample:
     """A row's prompt and reference answer, and the answers of the base model and of the trained one."""
 
@@ -90,9 +99,10 @@ class Sample:
     """Whether a field is longer than what the models were asked."""
     prompt: str
     """What the models were asked, as text."""
+    prompt_ids: tuple[int, ...]
     reference: str
-    base: str
-    adapter: str
+    base: CardAnswer
+    adapter: CardAnswer
 
 
 def write_card(
@@ -105,10 +115,10 @@ def write_card(
     adapter_step: int,
     rows: int,
     remarks: Sequence[str] = (),
-    base_answers: Sequence[str] | None = None,
+    base_answers: Sequence[CardAnswer] | None = None,
     on_answer: OnAnswer = lambda done, total: None,
-) -> None:
-    """Writes the card, with greedy answers of the base model and the trained one to `rows` rows.
+) -> list[Sample]:
+    """Writes the card, with greedy answers of the base model and the trained one to `rows` rows, which it returns.
 
     `adapter_step`: the step whose weights are in the folder. `command`: how to repeat the run. `base_answers`: those of
     the base, from `answers_before`, if its weights are no longer in memory. `on_answer` gets the number of answers so
@@ -130,6 +140,7 @@ def write_card(
         usage=_usage(output, adapter, policy, tokenizer, dataset, samples),
     )
     write_text_atomically(output / "README.md", text)
+    return samples
 
 
 def _usage(
@@ -214,7 +225,7 @@ def sample_answers(
     tokenizer: Any,
     dataset: Dataset,
     count: int,
-    base_answers: Sequence[str] | None = None,
+    base_answers: Sequence[CardAnswer] | None = None,
     on_answer: OnAnswer = lambda done, total: None,
 ) -> list[Sample]:
     """Answers the first rows of each data set, `count` in all but at least one of each, with the base model and with
@@ -236,11 +247,13 @@ def sample_answers(
                 fields := _fields_of(text, one.template),
                 any(value not in prompt for value in fields.values()),
                 prompt,
+                tuple(prompt_ids.tolist()),
                 tokens.shape.parts(_reference(text)).content,
-                *texts,
+                *both,
             )
-            for row, prompt, text, *texts in zip(
+            for row, prompt_ids, prompt, text, *both in zip(
                 rows,
+                prompts,
                 tokenizer.batch_decode(
                     prompts, skip_special_tokens=False, clean_up_tokenization_spaces=False
                 ),
@@ -259,13 +272,13 @@ def answers_before(
     dataset: Dataset,
     count: int,
     on_answer: OnAnswer = lambda done, total: None,
-) -> list[str]:
+) -> list[CardAnswer]:
     """The answers of a model to the rows of `sample_answers`, before its weights are trained."""
     on_done = _counter(dataset, count, 1, on_answer)
     return [
-        text
+        answer
         for one, share in _asked(dataset, count)
-        for text in _answers_of_set([policy], tokenizer, dataset, one, share, on_done)[2][0]
+        for answer in _answers_of_set([policy], tokenizer, dataset, one, share, on_done)[2][0]
     ]
 
 
@@ -307,7 +320,7 @@ def _answers_of_set(
     one: PreparedSet,
     count: int,
     on_done: Callable[[], None],
-) -> tuple[list[NDArray[np.int32]], list[Rendered], list[list[str]]]:
+) -> tuple[list[NDArray[np.int32]], list[Rendered], list[list[CardAnswer]]]:
     """(prompts, rendered rows, each policy's answers) for the first `count` rows of a data set, from the prompt ids of
     training. The policies share one model, which stays in training mode."""
     policy = policies[0]
@@ -326,7 +339,7 @@ def _answers_of_set(
     )
     answers = [
         [
-            _alone(answer.text, prompt.tolist(), tokens, tokenizer)
+            CardAnswer(_alone(answer.text, prompt.tolist(), tokens, tokenizer), answer)
             for prompt, answer in zip(
                 prompts,
                 each.generate_from_ids(
@@ -524,7 +537,7 @@ def _samples(samples: Sequence[Sample], trained: str) -> list[str]:
             (tr("prompt"), sample.prompt)
         ]
         texts += [(tr("reference"), sample.reference)] if sample.reference else []
-        texts += [(tr("base model"), sample.base), (trained, sample.adapter)]
+        texts += [(tr("base model"), sample.base.text), (trained, sample.adapter.text)]
         for name, text in texts:
             lines += [f"{name}:", "", *code_block(_short(text)), ""]
     return lines

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from yeonma.adapter.sample_answers import SAMPLE_ANSWERS, as_json
 from yeonma.adapter.samples import Samples, take_samples
 from yeonma.batch.batch import Batch
 from yeonma.config.data_sets import data_sets
@@ -29,7 +30,7 @@ from yeonma.model import load
 from yeonma.model.base_content import reading_content
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
-from yeonma.run_folder.checkpoint import RunProgress, checkpoint_path, recover
+from yeonma.run_folder.checkpoint import RunProgress, checkpoint_path, recover, write_text_atomically
 from yeonma.run_folder.entries import FORMER_PLOT, PRINTED
 from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
@@ -79,6 +80,7 @@ from yeonma.train.preflight import check_folders, with_adapters_lora
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
 from yeonma.train.restore import restore
 from yeonma.train.run_warnings import run_warnings
+from yeonma.train.sample_scores import sample_answers_of
 from yeonma.train.saved_weights import FolderParts, saved_adapter, saved_model
 from yeonma.train.step import TrainState
 
@@ -433,7 +435,8 @@ def _train(
             saved.result.gather()
         if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
             broadcast_trained(state.model)
-            sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows, base_answers)
+            answered = sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows, base_answers)
+            sample_answers_of(policy, dataset, answered, with_base=base_answers is None)
         return None
     if best_step != progress.step:
         log(
@@ -457,7 +460,7 @@ def _train(
     noun = tr(saved.result.noun)
     whose = tr("base and {noun}", noun=noun) if base_answers is None else tr("the {noun}", noun=noun)
     with reporting.answers(whose, card_seconds) as on_answer:
-        write_card(
+        answered = write_card(
             output,
             policy,
             prepared.tokenizer,
@@ -470,6 +473,9 @@ def _train(
             base_answers,
             on_answer,
         )
+    if answered:
+        scored = sample_answers_of(policy, dataset, answered, with_base=base_answers is None)
+        write_text_atomically(output / SAMPLE_ANSWERS, as_json(scored))
     clock.enter("saving")
     (output / FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)

@@ -60,6 +60,8 @@ class VerifyReport:
     trained_on: Mapping[str, Any]
     """From yeonma.json; empty if that cannot be read."""
     remark: str = ""
+    causes: tuple[str, ...] = ()
+    """Why a server differs, by the names in `served_verdict.Cause`."""
 
     @property
     def is_well(self) -> bool:

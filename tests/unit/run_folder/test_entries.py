@@ -30,6 +30,7 @@ FILES = (
     "yeonma.json",
     "template.txt",
     "samples.json",
+    "sample_answers.json",
     "tokenizer.json",
     "chat_template.jinja",
     ".lock",

@@ -74,6 +74,7 @@ def test_run_folder_and_checkpoint_hold_exactly_the_expected_files(done: Done) -
         "log.txt",
         "loss.svg",
         "README.md",
+        "sample_answers.json",
         "run.json",
         "manifest.json",
     }

@@ -1,0 +1,111 @@
+"""sample_answers.json of an adapter folder: what the trained model and its base answer to the sample rows.
+
+`yeonma verify --served` compares a server with them, without weights. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from yeonma.errors import UserError
+from yeonma.messages import tr
+from yeonma.shown import json_text
+
+SAMPLE_ANSWERS = "sample_answers.json"
+
+
+@dataclass(frozen=True)
+class GreedyAnswer:
+    """A model's most likely answer, token by token."""
+
+    token_ids: list[int]
+    """Without the token that ends it."""
+    text: str
+    """As other tools return it: what the tokens add to the prompt, without special tokens."""
+    content: str
+    """The text without what the template puts around an answer."""
+    ended: bool
+    """Whether a stop token ended it, rather than the number of tokens."""
+
+
+@dataclass(frozen=True)
+class ScoredIds:
+    """Token ids after the prompt, and how likely the trained model and its base find each of them there."""
+
+    token_ids: list[int]
+    trained: list[float]
+    """Natural logarithms, one per token."""
+    base: list[float] | None
+    """None if the base's weights were trained themselves."""
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """A row of samples.json, asked with its prompt of training."""
+
+    row_number: int
+    prompt_ids: list[int]
+    trained: GreedyAnswer
+    base: GreedyAnswer
+    wanted_ids: ScoredIds
+    """The row's own answer, with the token that ends it if that is trained."""
+    greedy_ids: ScoredIds
+    """The trained model's answer, as in `trained`."""
+    base_ids: ScoredIds
+    """The beginning of the base's answer, as in `base`."""
+
+
+def as_json(answers: Sequence[SampleAnswer]) -> str:
+    """The content of the file."""
+    return json_text({"answers": [asdict(answer) for answer in answers]}) + "\n"
+
+
+def read_sample_answers(folder: Path) -> list[SampleAnswer] | None:
+    """The answers in a folder, or None without a sample_answers.json, as in folders of earlier versions.
+
+    Raises UserError if the file is damaged.
+    """
+    path = folder / SAMPLE_ANSWERS
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return [_answer(entry) for entry in content["answers"]]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        raise UserError(tr("damaged ({error})", error=error), place=str(path)) from error
+
+
+def _answer(entry: Any) -> SampleAnswer:
+    answer = SampleAnswer(
+        entry["row_number"],
+        entry["prompt_ids"],
+        GreedyAnswer(**entry["trained"]),
+        GreedyAnswer(**entry["base"]),
+        ScoredIds(**entry["wanted_ids"]),
+        ScoredIds(**entry["greedy_ids"]),
+        ScoredIds(**entry["base_ids"]),
+    )
+    _check(type(answer.row_number) is int and _are_ids(answer.prompt_ids) and bool(answer.prompt_ids))
+    for greedy in (answer.trained, answer.base):
+        _check(_are_ids(greedy.token_ids) and type(greedy.ended) is bool)
+        _check(isinstance(greedy.text, str) and isinstance(greedy.content, str))
+    for scored in (answer.wanted_ids, answer.greedy_ids, answer.base_ids):
+        _check(_are_ids(scored.token_ids))
+        for logprobs in (scored.trained, scored.base):
+            if logprobs is not None:
+                _check(isinstance(logprobs, list) and len(logprobs) == len(scored.token_ids))
+                _check(all(type(number) in (int, float) for number in logprobs))
+    return answer
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
+
+
+def _check(is_right: bool) -> None:
+    if not is_right:
+        raise TypeError(tr("a value has another kind"))

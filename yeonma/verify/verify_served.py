@@ -1,0 +1,78 @@
+"""`yeonma verify OUT --served URL`: asks a server the sample rows, and says what differs from training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
+from yeonma.adapter.sample_answers import SAMPLE_ANSWERS, SampleAnswer, read_sample_answers
+from yeonma.adapter.samples import Samples, read_samples
+from yeonma.config.settings import VerifySettings
+from yeonma.errors import Log, UserError
+from yeonma.files import existing_folder
+from yeonma.messages import counted, later, tr
+from yeonma.model.load import load_tokenizer
+from yeonma.model.source import BaseSource
+from yeonma.verify.file_checks import Finding, checked, not_checked
+from yeonma.verify.served_rows import ask, rows_to_ask
+from yeonma.verify.served_verdict import judge
+from yeonma.verify.server_client import Server, connect
+from yeonma.verify.verify_folder import VerifyReport
+
+CONTEXT = later("served context")
+
+
+def verify_served(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
+    """Reads the folder's own files and asks the server; weights are not read.
+
+    Raises UserError if the folder has no answers to compare with, and if no server answers.
+    """
+    assert settings.served is not None
+    folder = existing_folder(settings.adapter_dir, tr("give the output folder of a run"))
+    adapter = read_adapter_folder(folder)
+    samples, answers = _stored(folder)
+    server = connect(settings.served, settings.model, folder.resolve().name)
+    own = load_tokenizer(BaseSource(str(folder), None, settings.trust_remote_code))
+    exported = load_tokenizer(BaseSource(str(folder), None, settings.trust_remote_code), keep_exported=True)
+    rows = rows_to_ask(adapter, samples, answers, own, exported)
+    name = tr("{model} at {address}", model=server.model, address=server.root)
+    log(tr("asking {server}: {rows}", server=name, rows=counted(len(rows), "row")))
+    verdict = judge(ask(server, rows), name)
+    what = tr("compared with {model} of {server}", model=server.model, server=server.name)
+    findings = (*verdict.findings, _context(server, adapter, answers))
+    trained_on = adapter.details.get("trained_on")
+    details = trained_on if isinstance(trained_on, dict) else {}
+    return VerifyReport(str(folder), what, findings, details, causes=verdict.causes)
+
+
+def _stored(folder: Path) -> tuple[Samples, Sequence[SampleAnswer]]:
+    samples, answers = read_samples(folder), read_sample_answers(folder)
+    if samples is None or answers is None:
+        what = tr("no {name}: the run is of an earlier version, or the file was lost", name=SAMPLE_ANSWERS)
+        cure = tr("train again with this version; `yeonma verify` without --served checks the folder alone")
+        raise UserError(what, place=str(folder), cure=cure)
+    if not answers:
+        what = tr("the run saved no answers to compare with (card_rows 0, or texts without prompts)")
+        raise UserError(what, place=str(folder), cure=tr("train with --card_rows 5"))
+    return samples, answers
+
+
+def _context(server: Server, adapter: AdapterFolder, answers: Sequence[SampleAnswer]) -> Finding:
+    """The server's context beside the lengths of training. The sample rows may be short."""
+    most = server.context()
+    if most is None:
+        return not_checked(CONTEXT, tr("the server does not tell its length"))
+    cutoff_len = adapter.rules.cutoff_len
+    if most >= cutoff_len:
+        return checked(
+            CONTEXT,
+            [],
+            tr("{tokens}, training had up to {most}", tokens=counted(most, "token"), most=cutoff_len),
+        )
+    about = tr(
+        "{tokens}, less than the {most} that training allowed: longer prompts will be refused or cut there",
+        tokens=counted(most, "token"),
+        most=cutoff_len,
+    )
+    return Finding(CONTEXT, "well", about)

@@ -843,6 +843,8 @@ def verify(
     data_split: str = "train",
     data_revision: str | None = None,
     encoding: str = "utf-8",
+    served: str | None = None,
+    model: str | None = None,
     config: StrPath | None = None,
 ) -> VerifyResult:
     """Check the folder of a run for damage and mismatches. Takes data as `sft`.
@@ -858,5 +860,7 @@ def verify(
         data_split: Split to read from a hub data set, or from a `save_to_disk` folder with several splits. (default train)
         data_revision: Branch, tag or commit of a hub data set.
         encoding: Character encoding of text files, as in training. (default utf-8)
+        served: Address of a server with OpenAI's API, such as `http://127.0.0.1:8000`: ask it the run's sample rows and say what differs from training, in place of the checks of the folder. $OPENAI_API_KEY is its key.
+        model: The model's name on that server. By default, the name of the folder, or the only model there.
         config: YAML file of settings. Keywords win over it.
     """

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import ADAPTER_SETTINGS, TRAINING, RunConfig
 from yeonma.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[3]
 LLAMA_FACTORY = {
     "model_name_or_path": "some/base",
     "stage": "sft",
@@ -295,12 +299,19 @@ def test_the_written_file_is_read_back_equal(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("page", ["settings.md", "settings.ko.md"])
 def test_the_example_of_the_docs(page: str) -> None:
-    text = (Path(__file__).parents[3] / "docs" / page).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     theirs, ours = re.findall(r"`(?:theirs|run)\.yaml`:\n\n```yaml\n(.*?)```", text, re.DOTALL)
     describe_data(letters={"file_name": "letters.json"})
     Path("theirs.yaml").write_text(theirs)
-    assert main(["convert", "theirs.yaml", "--output", "run.yaml"]) == 0
-    assert Path("run.yaml").read_text() == ours
+    # In a process of its own, because some texts are chosen when they are imported.
+    environment = {
+        **os.environ,
+        "YEONMA_LANG": "ko" if page.endswith(".ko.md") else "en",
+        "PYTHONPATH": str(ROOT),
+    }
+    words = [sys.executable, "-m", "yeonma", "convert", "theirs.yaml", "--output", "run.yaml"]
+    assert subprocess.run(words, env=environment).returncode == 0
+    assert Path("run.yaml").read_text(encoding="utf-8") == ours
 
 
 def test_a_continued_adapter_keeps_its_own_shape() -> None:

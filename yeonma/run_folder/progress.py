@@ -20,7 +20,7 @@ from rich.text import Text
 
 from yeonma.durations import in_two_units
 from yeonma.errors import Log
-from yeonma.messages import counted, tr
+from yeonma.messages import tr
 from yeonma.run_folder.notebook_block import in_notebook, notebook_block
 from yeonma.run_folder.units import counted_units
 from yeonma.shown import MOST_OF_A_LINE, one_line
@@ -277,10 +277,10 @@ class AnswerProgress:
 
     def __call__(self, done: int, total: int) -> None:
         line = tr(
-            "answering the rows of the card with {whose}: {done} of {answers}",
+            "answering the rows of the card with {whose}: {done} of {total} answers",
             whose=self._whose,
             done=done,
-            answers=counted(total, "answer"),
+            total=total,
         )
         if not self._begun:
             self._begun = True

@@ -297,6 +297,7 @@ FIELDS = (
     Field("console/inspect/*", "forecast.weight_bytes_read", "left out", "likewise"),
     Field("console/inspect/*", "verdict", "left out", "free memory is measured"),
     Field("console/inspect/*", "what", "words", "`kind` says which remark it is"),
+    Field("console/inspect/*", "audit.warnings", "words", "sentences about the run as a whole"),
     Field("console/inspect/*", "left_out", "words", "why a row has no tokens"),
     Field("console/inspect/*", "reason", "words", "likewise"),
     Field("console/verify/*", "what", "words", "what the folder is"),

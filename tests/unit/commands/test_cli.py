@@ -62,9 +62,9 @@ def try_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
 def test_help_lists_every_verb(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
+    page = " ".join(capsys.readouterr().out.split())
     for name, verb in VERBS.items():
-        assert any(line.split() == [name, *verb.about.split()] for line in lines)
+        assert f" {name} {verb.about} " in page
 
 
 def processor_seconds(*argv: str) -> float:

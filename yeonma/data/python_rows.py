@@ -239,6 +239,7 @@ _CURES = {
     "datasets IterableDatasetDict": tr("give a list of the rows of one split, or save it to a file"),
     "polars LazyFrame": tr("give what its .collect() returns"),
     "pandas Series": tr("give a DataFrame: .to_frame()"),
+    "polars Series": tr("give a DataFrame: .to_frame()"),
 }
 
 

@@ -32,7 +32,7 @@ MOST_CHARACTERS = 200
 PLACEHOLDER = "..."
 """A field of the example prompt where the card shows no rows."""
 NEW_TOKENS = 128
-"""The most that the code generates."""
+"""The most that the code and the request generate."""
 PORT = 8000
 """Where vLLM listens by default."""
 
@@ -207,7 +207,8 @@ def vllm_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
                 ),
                 "",
             ]
-    body: dict[str, Any] = {"model": name, "messages": list(usage.prompt.messages), "temperature": 0}
+    body: dict[str, Any] = {"model": name, "messages": list(usage.prompt.messages)}
+    body |= {"max_tokens": NEW_TOKENS, "temperature": 0}
     if usage.repeats_penalised:
         body["repetition_penalty"] = 1.0
     request = (

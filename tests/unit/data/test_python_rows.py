@@ -109,6 +109,38 @@ def test_more_rows_than_a_piece_keep_their_order() -> None:
         assert opened(KINDS[kind](table))[1] == table
 
 
+def test_values_of_polars_are_those_of_json() -> None:
+    pl = pytest.importorskip("polars")
+    frame = pl.DataFrame(
+        {
+            "gap": [1, None],
+            "nan": [0.5, float("nan")],
+            "day": [date(2024, 5, 1)] * 2,
+            "price": [Decimal("1.50")] * 2,
+            "turns": [[{"role": "user", "content": "q"}], []],
+            "kind": pl.Series(["a", None], dtype=pl.Categorical),
+            "large": pl.Series([2**63, 1], dtype=pl.UInt64),
+        }
+    )
+    same = {"day": "2024-05-01", "price": "1.50"}
+    assert opened(frame)[1] == [
+        {
+            **same,
+            "gap": 1,
+            "nan": 0.5,
+            "turns": [{"role": "user", "content": "q"}],
+            "kind": "a",
+            "large": 2**63,
+        },
+        {**same, "gap": None, "nan": None, "turns": [], "kind": None, "large": 1},
+    ]
+    table = [{"number": number} for number in range(2500)]
+    assert opened(pl.DataFrame(table))[1] == table
+    assert opened(pl.DataFrame(TABLE))[0].identity == opened(pd.DataFrame(TABLE))[0].identity
+    assert "give what its .collect() returns" in error_of(frame.lazy())
+    assert "give a DataFrame: .to_frame()" in error_of(frame["kind"])
+
+
 MISSING = [float("nan"), np.nan, np.float32("nan"), pd.NA, pd.NaT, None]
 
 

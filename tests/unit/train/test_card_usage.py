@@ -137,6 +137,7 @@ def test_vllm_command_is_that_of_serve(done: Done) -> None:
         assert "--enable-lora" in words
     body = json.loads(shlex.split("curl " + request)[-1])
     assert body["model"] == done.folder.name and body["temperature"] == 0
+    assert body["max_tokens"] == NEW_TOKENS
 
 
 def test_card_names_only_commands_that_the_template_allows(done: Done) -> None:

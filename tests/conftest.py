@@ -43,13 +43,13 @@ def _in_proportion() -> Iterator[None]:
     """What does not depend on a model's size takes longer than all else in a tiny one's run: sample answers of 128
     tokens on a card, and products that measure the machine's rate. Here both are short."""
     from tests.runs import SAMPLE_TOKENS
-    from yeonma.inspect import inspect_run, probe
+    from yeonma.inspect import probe
     from yeonma.train import model_card
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_card, "MAX_NEW_TOKENS", SAMPLE_TOKENS)
         patch.setattr(probe, "SIZE", dict.fromkeys(probe.SIZE, 256))
-        patch.setattr(inspect_run, "RATE_SECONDS", 0.0)
+        patch.setattr(probe, "RATE_SECONDS", 0.0)
         yield
 
 

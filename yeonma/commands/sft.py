@@ -16,6 +16,8 @@ from yeonma.config.parse import to_yaml
 from yeonma.config.settings import RunConfig
 from yeonma.errors import LOST, gather
 from yeonma.messages import tr
+from yeonma.model.device_check import is_certainly_cpu
+from yeonma.model.quantization import check_optimizer_device
 from yeonma.platforms import usable_cores
 from yeonma.run_folder.lock import check_unlocked
 from yeonma.streams import log_line, unfailing_streams
@@ -43,7 +45,7 @@ def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
     # rank 0 only: by the time the other ranks get here, rank 0 of this run may hold the lock
     first = os.environ.get("RANK", "0") == "0"
     lock_checks = [partial(check_unlocked, run_settings.output_dir)] if first else []
-    gather(partial(preflight, config), *lock_checks)
+    gather(partial(preflight, config), partial(_check_optimizer_here, config), *lock_checks)
     config = with_adapters_lora(config)
     # torchrun's own handlers forward every signal to the processes that it started
     with (
@@ -60,6 +62,11 @@ def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
 
         run_training(config, stop, log_verdict)
     return 0
+
+
+def _check_optimizer_here(config: RunConfig) -> None:
+    if is_certainly_cpu(config.model.device):
+        check_optimizer_device(config.step.optimizer, "cpu")
 
 
 def _start_processes(processes: int, command: list[str]) -> int:

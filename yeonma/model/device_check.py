@@ -22,14 +22,19 @@ def check_device(device: str) -> None:
 
     Passes where it is not certain; then `pick_device` decides.
     """
-    if device != "cuda":
-        return
-    if (torch := sys.modules.get("torch")) is not None:  # in Python, and in tests
-        usable = bool(torch.cuda.is_available())
-    else:
-        usable = _torch_has_cuda() and _has_driver()
-    if not usable:
+    if device == "cuda" and not _may_have_cuda():
         raise UserError(NO_CUDA, place="device", cure=CURE_WITHOUT_CUDA)
+
+
+def is_certainly_cpu(device: str) -> bool:
+    """Whether a run with this `--device` is on the CPU, as far as it is certain without torch."""
+    return device == "cpu" or (device == "auto" and not _may_have_cuda())
+
+
+def _may_have_cuda() -> bool:
+    if (torch := sys.modules.get("torch")) is not None:  # in Python, and in tests
+        return bool(torch.cuda.is_available())
+    return _torch_has_cuda() and _has_driver()
 
 
 def _has_driver() -> bool:

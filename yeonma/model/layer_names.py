@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,28 +19,17 @@ from yeonma.messages import tr
 
 TARGETS, EXCLUDED, LAYERS = "lora_target_modules", "exclude_modules", "lora_layers"
 ALL_LINEAR = "all-linear"
-HEADS = MappingProxyType(
+MODEL_TYPES = frozenset(
     {
-        "cohere": "lm_head",
-        "gemma": "lm_head",
-        "gemma2": "lm_head",
-        "gpt2": "lm_head",
-        "gpt_neox": "embed_out",
-        "granite": "lm_head",
-        "llama": "lm_head",
-        "mistral": "lm_head",
-        "olmo2": "lm_head",
-        "phi": "lm_head",
-        "phi3": "lm_head",
-        "qwen2": "lm_head",
-        "qwen3": "lm_head",
-        "smollm3": "lm_head",
-        "starcoder2": "lm_head",
+        *("cohere", "gemma", "gemma2", "gpt2", "granite", "llama", "mistral", "olmo2"),
+        *("phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
     }
 )
-"""Model types whose files have the model's own names, and what their head is called."""
-EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "wpe")
-NOT_IN_FILES = frozenset({"model", "transformer", "gpt_neox", "act_fn", "act", "rotary_emb", "dropout"})
+"""Model types whose files have the model's own names."""
+HEAD_NAME = "lm_head"
+"""What these models call their head."""
+EMBEDDINGS = ("embed_tokens", "wte", "wpe")
+NOT_IN_FILES = frozenset({"model", "transformer", "act_fn", "act", "rotary_emb", "dropout"})
 """Modules that the files of such a model may not name: what contains all others, and what has no weights."""
 
 
@@ -61,7 +49,8 @@ def names_in_files(folder: Path) -> LayerNames | None:
     """None if the names in the files may not be those of the model, or if the files cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        head = HEADS[config["model_type"]]
+        if config["model_type"] not in MODEL_TYPES:
+            return None
         shapes = _shapes(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
@@ -72,10 +61,10 @@ def names_in_files(folder: Path) -> LayerNames | None:
         )
         if kind == "weight" and dimensions == 2 and path.rpartition(".")[2] not in EMBEDDINGS
     }
-    modules = {name.rpartition(".")[0] for name in shapes} | {head}
+    modules = {name.rpartition(".")[0] for name in shapes} | {HEAD_NAME}
     parts = (path.split(".") for path in modules)
     numbers = {int(part) for path in parts for part in path if part.isascii() and part.isdigit()}
-    leaves = {path.rpartition(".")[2] for path in linear} | {head}
+    leaves = {path.rpartition(".")[2] for path in linear} | {HEAD_NAME}
     return LayerNames(frozenset(modules), tuple(sorted(leaves)), tuple(sorted(numbers)))
 
 

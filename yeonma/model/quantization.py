@@ -32,6 +32,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
         _check_bitsandbytes(f"optimizer {optimizer}")
 
 
+def check_optimizer_device(optimizer: Optimizer, device_type: str) -> None:
+    """Raises UserError if the optimizer does not run on the kind of device, such as `cpu`."""
+    if optimizer != "adamw" and device_type != "cuda":
+        what = tr("it needs a CUDA device, and the device is {type}", type=device_type)
+        raise UserError(what, place=f"optimizer {optimizer}", cure=tr("use --optimizer adamw"))
+
+
 def _check_bitsandbytes(place: str) -> None:
     if find_spec("bitsandbytes") is None:
         raise UserError(tr("bitsandbytes is not installed"), place=place, cure=install("bitsandbytes"))

@@ -40,8 +40,8 @@ from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.optimizers import make_loraplus_optimizer, make_optimizer
 from yeonma.train.preference_losses import preference_loss, preference_objective
+from yeonma.train.preflight import METRIC_SCHEDULES
 from yeonma.train.prepare import (
-    METRIC_SCHEDULES,
     Prepared,
     lora_shape,
     make_schedule,

@@ -10,9 +10,9 @@ from yeonma.run_folder.progress import CardWork
 from yeonma.tokenization.dataset import Dataset
 from yeonma.train.model_card import MAX_NEW_TOKENS
 
-TOKENS_PER_STEP = 90
-"""The tokens whose forward pass takes as long as decoding one token of a few rows, which reads all weights. Measured on
-two cores with SmolLM2-135M and 5 rows, in float32."""
+TOKENS_PER_STEP = 120
+"""The tokens whose forward pass takes as long as decoding one token of a few rows, which reads all weights. On one core
+with SmolLM2-135M and 5 rows in float32, it was 91 in one run and 161 in another."""
 SECONDS_PER_LAYER = {"cpu": 0.0, "cuda": 1e-3}
 """What a step of decoding takes at least: on a GPU, the time in which Python calls a layer's operators. An
 assumption."""
@@ -28,7 +28,8 @@ def card_work(
         return None
     counts = dataset.train.store.counts
     rows = min(max(card_rows, len(sets)), counts.rows)
-    answer = min(MAX_NEW_TOKENS, 2 * math.ceil(counts.trained_tokens / max(counts.examples, 1)))
+    usual = min(MAX_NEW_TOKENS, 2 * math.ceil(counts.trained_tokens / max(counts.examples, 1)))
+    answer = (usual + MAX_NEW_TOKENS) // 2  # whether the model has learned to end its answers is not known
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     return CardWork(
         prompt_tokens=(1 + base_is_left) * rows * counts.tokens // max(counts.examples, 1),

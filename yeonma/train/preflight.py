@@ -12,8 +12,11 @@ from yeonma.config.data_sets import DataSetSettings, data_sets, problems_of_set
 from yeonma.config.settings import (
     DataSettings,
     ModelSettings,
+    PreferenceSettings,
     RunConfig,
     RunSettings,
+    TokenLoss,
+    TokenSettings,
 )
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Rows, glance, naming_skip, of_rows
@@ -35,6 +38,8 @@ from yeonma.train.continued_lora import adapter_lora, check_lora, follow_adapter
 from yeonma.train.full_settings import check_full
 from yeonma.train.interrupt import seconds_of
 
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow the validation loss."""
 CHECKED_ROWS = 1000
 MAX_PROBLEMS = 20
 
@@ -59,6 +64,8 @@ def preflight(config: RunConfig) -> None:
         partial(read_new_tokens, config.lora.new_tokens),
         partial(check_full, config, _adapter_folder(model)),
         partial(_check_layers_of, config),
+        partial(_check_validation_of, config),
+        partial(_check_preference_of, config),
     )
 
 
@@ -76,6 +83,60 @@ def _check_layers_of(config: RunConfig) -> None:
     folder = files_here(model.base_model, model.model_revision)
     if folder is not None:
         check_layer_names(folder, lora.lora_target_modules, lora.exclude_modules, lora.lora_layers)
+
+
+def _check_validation_of(config: RunConfig) -> None:
+    sets = data_sets(config.data)
+    if not any(one.val_set_size or one.val_path or one.val_split for one in sets):
+        check_no_need_of_validation(config)
+
+
+def check_no_need_of_validation(config: RunConfig) -> None:
+    """Raises UserError if a setting follows the validation loss, for a run without validation rows."""
+    needed = {
+        "lr_scheduler": config.step.lr_scheduler in METRIC_SCHEDULES,
+        "early_stopping_patience": config.evaluation.early_stopping_patience is not None,
+    }
+    cure = tr("give val_set_size, val_split or val_data_path")
+    problems = [
+        Problem(tr("it follows the validation loss"), name, cure)
+        for name, is_needed in needed.items()
+        if is_needed
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _check_preference_of(config: RunConfig) -> None:
+    if config.preference is None:
+        return
+    if problems := preference_problems(config.preference, config.tokens, config.step.token_loss):
+        raise UserError(problems)
+
+
+def preference_problems(
+    preference: PreferenceSettings, tokens: TokenSettings, token_loss: TokenLoss
+) -> list[Problem]:
+    """Settings that have no effect in preference training, whatever the loss."""
+    problems: list[Problem] = []
+    if preference.f_alpha != PreferenceSettings.f_alpha and preference.f_divergence != "alpha":
+        problems.append(
+            Problem(
+                tr("only the divergence alpha reads it"),
+                "f_alpha",
+                tr("leave it out, or give --f_divergence alpha"),
+            )
+        )
+    if token_loss != "nll":
+        problems.append(Problem(tr("preference losses do not read it"), "token_loss", tr("leave it out")))
+    if tokens.train_on_inputs:
+        what = tr("a prompt is the same for both answers: there is nothing to prefer in it")
+        problems.append(Problem(what, "train_on_inputs", tr("leave it out")))
+    if tokens.row_weights is not None:
+        problems.append(
+            Problem(tr("preference losses have no weights of rows"), "row_weights", tr("leave it out"))
+        )
+    return problems
 
 
 def with_adapters_lora(config: RunConfig) -> RunConfig:

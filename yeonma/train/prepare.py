@@ -19,7 +19,6 @@ from yeonma.config.data_sets import of_data_set
 from yeonma.config.settings import (
     DataSettings,
     LoraSettings,
-    Optimizer,
     PreferenceSettings,
     RunConfig,
     StepSettings,
@@ -36,7 +35,7 @@ from yeonma.model.base_content import BaseContent
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import check_not_packed, published_in
-from yeonma.model.quantization import check_sharded_dora
+from yeonma.model.quantization import check_optimizer_device, check_sharded_dora
 from yeonma.model.quantized import check_layers, quantised_layers
 from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
@@ -49,15 +48,18 @@ from yeonma.train.continued_lora import CURE, adapter_lora
 from yeonma.train.full_settings import check_full_base
 from yeonma.train.pair_losses import PreferenceOptions
 from yeonma.train.preference_losses import preference_loss
-from yeonma.train.preflight import task_of
+from yeonma.train.preflight import (
+    METRIC_SCHEDULES,
+    check_no_need_of_validation,
+    preference_problems,
+    task_of,
+)
 from yeonma.train.target_device import TargetDevice, target_device
 
 TRIAL_STEPS = 40
 MOST_STEPS = 10**9
 SAFE_SCHEDULES = ("linear", "cosine", "constant")
 """Schedules that cannot fail without arguments."""
-METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow the validation loss."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,9 @@ def prepare(
     false skips `check_adapter`, which takes seconds.
     """
     model, step = config.model, config.step
-    evaluation = config.evaluation
     target = target or target_device(model.device)
     target.dtype(model)
-    _check_optimizer(step.optimizer, target.device)
+    check_optimizer_device(step.optimizer, target.device.type)
     model_config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     published = load.published_weights(model_config, source)
     check_full_base(model, model_config, published)
@@ -141,14 +142,8 @@ def prepare(
         dataset = prepare_dataset(
             data, tokens, tokenizer, step.seed, log, log_rows, task_of(config), continued
         )
-    needs_validation = {
-        "lr_scheduler": step.lr_scheduler in METRIC_SCHEDULES,
-        "early_stopping_patience": evaluation.early_stopping_patience is not None,
-    }
-    for name, needed in needs_validation.items():
-        if needed and not dataset.validation:
-            cure = tr("give val_set_size, val_split or val_data_path")
-            raise UserError(tr("it follows the validation loss"), place=name, cure=cure)
+    if not dataset.validation:
+        check_no_need_of_validation(config)
     plan = plan_of(dataset, step)
     _check_positions(model_config, dataset)
     identity = _identity(config, source, tokenizer, dataset, plan, continued)
@@ -269,23 +264,7 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings, tok
         for name, value in loss.above_zero.items()
         if not options[name]
     ]
-    if preference.f_alpha != defaults["f_alpha"] and preference.f_divergence != "alpha":
-        problems.append(
-            Problem(
-                tr("only the divergence alpha reads it"),
-                "f_alpha",
-                tr("leave it out, or give --f_divergence alpha"),
-            )
-        )
-    if token_loss != "nll":
-        problems.append(Problem(tr("preference losses do not read it"), "token_loss", tr("leave it out")))
-    if tokens.train_on_inputs:
-        what = tr("a prompt is the same for both answers: there is nothing to prefer in it")
-        problems.append(Problem(what, "train_on_inputs", tr("leave it out")))
-    if tokens.row_weights is not None:
-        problems.append(
-            Problem(tr("preference losses have no weights of rows"), "row_weights", tr("leave it out"))
-        )
+    problems += preference_problems(preference, tokens, token_loss)
     if problems:
         raise UserError(problems)
 
@@ -362,12 +341,6 @@ def check_adapter(
         place = next(name for name, value in asdict(choice).items() if value != getattr(own, name))
         raise UserError(what, place=place, cure=CURE)
     return adapters.stored_parameters(Path(continued)), reached
-
-
-def _check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
-    if optimizer != "adamw" and device.type != "cuda":
-        what = tr("it needs a CUDA device, and the device is {type}", type=device.type)
-        raise UserError(what, place=f"optimizer {optimizer}", cure=tr("use --optimizer adamw"))
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:

@@ -15,7 +15,8 @@ from yeonma.data.task import ANSWERS
 from yeonma.messages import counted, tr
 from yeonma.run_folder.units import counted_units
 from yeonma.tokenization.dataset import Dataset, DatasetPart
-from yeonma.train.prepare import METRIC_SCHEDULES, make_schedule, warmup_steps
+from yeonma.train.preflight import METRIC_SCHEDULES
+from yeonma.train.prepare import make_schedule, warmup_steps
 
 FEW_UNITS = 20
 LOW_PEAK = 0.5

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_folder(root / "base")
     write_jsonl(root / "rows.jsonl", articles(8))
     write_jsonl(root / "bodies.jsonl", [{"body": "x"}])
+    write_jsonl(root / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trained(root / "titles", root / "base", root / "rows.jsonl", max_steps=1)
     return root
 
@@ -64,6 +66,7 @@ def test_messages_come_before_torch_is_imported(folder: Path) -> None:
     no_folder = "no such folder; give the output folder of"
     no_hub = "no such folder, and the hub cannot be reached"
     sft = ("sft", "--base_model", "base", "--data_path", "rows.jsonl", "--output_dir", "o")
+    dpo = ("dpo", "--base_model", "base", "--data_path", "pairs.jsonl", "--output_dir", "o")
     inspect = ("inspect", "--base_model", "base", "--data_path", "rows.jsonl")
     compared = ("compare", "--models", "base", "titles", "--data_path", "rows.jsonl")
     expected = {
@@ -123,7 +126,11 @@ def test_messages_come_before_torch_is_imported(folder: Path) -> None:
         (*inspect, "--lora_target_modules", "[nosuch]"): 'no layer of the model is called "nosuch"',
         (*inspect, "--rows", "3,9"): "--rows: there is no row 9; the data has rows 1 to 8",
         (*inspect, "--max_rows", "5", "--rows", "4-6"): "--rows: there is no row 6; the data has rows 1 to 5",
-        ("serve", "titles", "--engine", "vllm", "--port", "0"): "vLLM cannot serve this: it is not installed",
+        (*sft, "--early_stopping_patience", "2"): "early_stopping_patience: it follows the validation loss",
+        (*sft, "--lr_scheduler", "greedy"): "lr_scheduler: it follows the validation loss",
+        (*dpo, "--f_alpha", "0.3"): "f_alpha: only the divergence alpha reads it",
+        (*dpo, "--train_on_inputs", "true"): "there is nothing to prefer in it",
+        (*dpo, "--token_loss", "dft"): "token_loss: preference losses do not read it",
         ("inspect", "--base_model", "no/model", "--data_path", "rows.jsonl"): no_hub,
         (
             "inspect",
@@ -135,6 +142,10 @@ def test_messages_come_before_torch_is_imported(folder: Path) -> None:
             "a",
         ): 'there is no row "a"',
     }
+    if find_spec("vllm") is None:
+        expected["serve", "titles", "--engine", "vllm", "--port", "0"] = (
+            "vLLM cannot serve this: it is not installed"
+        )
     printed = answers(folder, [list(command) for command in expected])
     wrong = [
         (command, text)

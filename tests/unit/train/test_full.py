@@ -32,6 +32,7 @@ from tests.runs import (
     write_jsonl,
 )
 from yeonma.batch.batch import Batch
+from yeonma.commands import sft as sft_command
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import batch_logprobs
 from yeonma.run_folder import output_folder as folder
@@ -309,7 +310,8 @@ def test_the_best_checkpoint_becomes_the_model(tmp_path: Path, base: Path, data:
 @needs_bitsandbytes
 def test_averages_in_8_bits(tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run asks for a GPU, which these optimizers do not need to be right."""
-    monkeypatch.setattr(prepare, "_check_optimizer", lambda *_: None)
+    for module in (prepare, sft_command):
+        monkeypatch.setattr(module, "check_optimizer_device", lambda *_: None)
     settings = {**FULL, "optimizer": "adamw_8bit", "dtype": "bfloat16", "save_steps": 2}
     whole = trained(tmp_path / "whole/out", base, data, **settings)
     with monkeypatch.context() as patch:

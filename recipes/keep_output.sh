@@ -28,8 +28,23 @@ copy() { # FROM TO CONDITIONS...: the files below FROM that `find` names, but fo
     done < <(cd "$from" && find . -name '.?*' -prune -o -type f "$@" -print0)
 }
 
+listing() { # FOLDER NAME: the files below NAME, with their sizes
+    (cd "$1" && find "$2" -type f -printf '%s %p\n' | sort)
+}
+
+# A checkpoint in KEPT_DIR is whole if it has the files that are noted beside it, and the logs are not behind it. A bucket
+# may have got them in any order.
+is_whole() {
+    local name=$1 size file
+    [[ -e $kept/.$name.files && -e $kept/.$name.logs ]] || return 1
+    [[ $(listing "$kept" "$name") == "$(< "$kept/.$name.files")" ]] || return 1
+    while read -r size file; do
+        (( $(stat -c %s "$kept/$file" 2>/dev/null || echo 0) >= size )) || return 1
+    done < "$kept/.$name.logs"
+}
+
 copy_out() {
-    local checkpoints=() checkpoint name
+    local checkpoints=() checkpoint name files
     # Listed before the logs are copied, which then have at least the lines that these checkpoints know of. Lines beyond
     # them are removed when the run continues.
     for checkpoint in "$output"/checkpoint-*; do
@@ -42,7 +57,9 @@ copy_out() {
     for checkpoint in "${checkpoints[@]}"; do
         name=${checkpoint##*/}
         [[ -z ${is_kept[$name]:-} ]] || continue # its files never change
-        if copy "$output" "$kept" -path "./$name/*"; then
+        if files=$(listing "$output" "$name") && copy "$output" "$kept" -path "./$name/*"; then
+            (cd "$kept" && stat -c '%s %n' -- *.jsonl) > "$kept/.$name.logs" || return 1
+            echo "$files" > "$kept/.$name.files" || return 1
             is_kept[$name]=1
         elif [[ -d $checkpoint ]]; then # else the run has deleted it meanwhile
             return 1
@@ -53,13 +70,22 @@ copy_out() {
     fi
     (( ${#checkpoints[@]} )) || return 0
     for checkpoint in "$kept"/checkpoint-*; do
-        [[ -d $output/${checkpoint##*/} ]] || rm -r "$checkpoint" || return 1
+        name=${checkpoint##*/}
+        [[ -d $output/$name ]] || rm -r -f "$kept/.$name.files" "$kept/.$name.logs" "$checkpoint" || return 1
     done
 }
 
 if [[ ! -e $output/run.json && -e $kept/run.json ]]; then
     echo "bringing back $output from $kept" >&2
-    copy "$kept" "$output"
+    copy "$kept" "$output" ! -path './checkpoint-*'
+    for checkpoint in "$kept"/checkpoint-*; do
+        [[ -d $checkpoint ]] || continue
+        if is_whole "${checkpoint##*/}"; then
+            copy "$kept" "$output" -path "./${checkpoint##*/}/*"
+        else
+            echo "leaving out ${checkpoint##*/}, which was not copied whole" >&2
+        fi
+    done
 fi
 
 "$@" &

@@ -416,9 +416,9 @@ def _quantise_part(
     part: torch.nn.Module,
 ) -> None:
     """Quantises the layers of a part whose weights were taken, checks their gradients, and lets FSDP2 find the bits."""
-    if any(layer in taken for layer in part.modules()):
-        pack_taken(part, taken, quantization, device, dtype)
-        check_input_gradients(base, name, part)
+    packed = pack_taken(part, taken, quantization, device, dtype)
+    if packed:
+        check_input_gradients(base, name, packed)
     hold_in_parameters(part)
 
 

@@ -126,12 +126,25 @@ def test_kept_output_is_copied_while_the_command_runs_and_brought_back(tmp_path:
     }
 
     def files(folder: Path) -> dict[str, str]:
-        return {str(one.relative_to(folder)): one.read_text() for one in folder.rglob("*") if one.is_file()}
+        found = [one for one in folder.rglob("*") if one.is_file() and not one.name.startswith(".")]
+        return {str(one.relative_to(folder)): one.read_text() for one in found}
 
     assert files(kept) == expected
     shutil.rmtree(output)
     done = place.run([*line, "true"])
     assert done.returncode == 0 and "bringing back" in done.stderr
     assert files(output) == files(kept) == expected
+    for folder, part in (
+        ("checkpoint-2", "weights"),
+        (".", "metrics.jsonl"),
+    ):  # as if it had not been uploaded whole
+        place_of_part = kept / folder / part
+        text = place_of_part.read_text()
+        place_of_part.write_text(text[:-1])
+        shutil.rmtree(output)
+        done = place.run([*line, "true"])
+        assert "leaving out checkpoint-2" in done.stderr
+        assert [one.name for one in output.glob("checkpoint-*")] == []
+        place_of_part.write_text(text)
     done = place.run([*line[:3], str(output)])
     assert done.returncode == 2 and done.stderr.startswith("usage: ")

@@ -11,7 +11,7 @@ again a little further along the gradient, which must raise it as much as the gr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from typing import Any
 
 import torch
@@ -34,14 +34,14 @@ EXPERTS_TOLERANCE = 0.3
 WRONG = tr("gives a gradient that is not that of its product")
 
 
-def check_input_gradients(model: nn.Module, name: str, part: nn.Module | None = None) -> None:
-    """Sends a few random rows forward and backward through one frozen layer of each kind and shape, of the model or of
-    a part of it.
+def check_input_gradients(model: nn.Module, name: str, within: Collection[nn.Module] | None = None) -> None:
+    """Sends a few random rows forward and backward through one frozen layer of each kind and shape. `within`: those
+    to choose from, by default all of the model.
 
     Raises UserError, naming the layer, if the gradient of its input is missing or is not that of its output.
     """
     draw = torch.Generator().manual_seed(0)
-    for path, layer in _one_of_each_kind(model, set(model.modules() if part is None else part.modules())):
+    for path, layer in _one_of_each_kind(model, set(model.modules() if within is None else within)):
         problem = _problem_of_experts(layer, draw) if _is_experts(layer) else _problem(layer, draw)
         if problem:
             weight = packed_weight(layer)

@@ -250,12 +250,13 @@ def pack_taken(
     quantization: Quantization,
     device: torch.device,
     dtype: torch.dtype,
-) -> None:
+) -> list[nn.Module]:
     """Quantise the layers within `part` on `device`, where they stay, and forget their whole weights. The result is
-    that of quantising a model while it is loaded."""
-    for layer in part.modules():
-        if layer in taken:
-            _pack_one(layer, taken.pop(layer), quantization, device, dtype)
+    that of quantising a model while it is loaded. Returns the layers."""
+    layers = [layer for layer in part.modules() if layer in taken]
+    for layer in layers:
+        _pack_one(layer, taken.pop(layer), quantization, device, dtype)
+    return layers
 
 
 def _pack_one(

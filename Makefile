@@ -46,7 +46,7 @@ test-all: setup
 	$(PYTEST) tests
 
 # The quick tests with the oldest version that pyproject.toml allows of every package, in an environment of its own and
-# from the checkout as it is: nothing of Yeonma is installed there.
+# from the checkout as it is: nothing of Yeonma is installed there. TORCH_INDEX as for setup.
 test-oldest: .venv-oldest/.installed
 	PYTHONPATH="$(CURDIR)" .venv-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow" tests
 

@@ -280,14 +280,17 @@ def make_sums(output: Path) -> None:
     folders = [output, *sorted(path for path in output.glob("*checkpoint-*") if kind_of(path) == "folder")]
     for folder in reversed(folders):
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            state = json.loads((folder / STATE).read_bytes())
-            for name, recorded in state["logs"].items():
-                lines = (output / name).read_bytes().splitlines()[: recorded["lines"]]
-                total = LineSum()
-                for line in lines:
-                    total.add(json.loads(line))
-                recorded |= total.as_record()
-            (folder / STATE).write_text(json.dumps(state))
+            if kind_of(folder / STATE) == "file":  # reading a pipe would not end
+                state = json.loads((folder / STATE).read_bytes())
+                for name, recorded in state["logs"].items():
+                    if kind_of(output / name) != "file":
+                        continue
+                    lines = (output / name).read_bytes().splitlines()[: recorded["lines"]]
+                    total = LineSum()
+                    for line in lines:
+                        total.add(json.loads(line))
+                    recorded |= total.as_record()
+                (folder / STATE).write_text(json.dumps(state))
         manifest = folder / MANIFEST
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             if kind_of(manifest) == "file":

@@ -99,15 +99,13 @@ class WeightSums:
         path = place.with_name(f"{place.name}.lock")
         lock = FileLock(path, fallback_to_soft=False)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while not lock.is_locked and kind_of(path) in ("", "file"):
-                with suppress(Timeout):
-                    lock.acquire(timeout=1)
-                if self.stopped.is_set():
-                    raise Stopping
-        except OSError:
-            pass  # what cannot be written will be said when the sum is kept
-        try:
+            with suppress(OSError):  # what cannot be written will be said when the sum is kept
+                self.folder.mkdir(parents=True, exist_ok=True)
+                while not lock.is_locked and kind_of(path) in ("", "file"):
+                    with suppress(Timeout):
+                        lock.acquire(timeout=1)
+                    if self.stopped.is_set():
+                        raise Stopping
             yield
         finally:
             lock.release()

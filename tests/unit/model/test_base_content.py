@@ -11,6 +11,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from tests.models import tiny_model
@@ -277,8 +278,11 @@ def test_reading_goes_on_in_the_background_and_stops_with_its_block(base: Path, 
     assert first == content(base, cache)
     sums = WeightSums(cache, trust_cache=False)
     sums.stopped.set()
-    with pytest.raises(Stopping):
+    with pytest.raises(Stopping) as stopped:
         sums.sums(base / WEIGHTS)
+    (lock,) = cache.glob("*.weights.lock")
+    with FileLock(lock, timeout=0):  # free, although the exception knows the frame that took it
+        assert stopped.value
 
 
 def test_a_long_reading_says_so_in_one_line(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,8 +278,16 @@ def test_forests_have_the_logprobs_and_gradients_of_separate_sequences(family: s
     assert_equal(logprobs_and_gradients(model, support, rows, parts=3), expected, rounding)
 
 
-@pytest.mark.parametrize("family", ALL_RECURRENT)
-@pytest.mark.parametrize("tree", list(TREES)[:2])
+@pytest.mark.parametrize(
+    ("tree", "family"),
+    [
+        *(("borders", family) for family in ALL_RECURRENT),
+        *(
+            pytest.param("beginnings shorter than the convolution", *some.values, marks=some.marks)
+            for some in SOME
+        ),
+    ],
+)
 def test_in_float64_forests_equal_separate_sequences_to_the_last_digits(family: str, tree: str) -> None:
     rows, model = rows_of(TREES[tree]), model_with_adapter(family).double()
     base = model.get_base_model()

@@ -290,8 +290,8 @@ def export(
     model_dir: StrPath,
     *,
     output_dir: StrPath,
-    format: Literal["gguf", "ollama"] = "gguf",
-    outtype: Literal["f16", "bf16", "q8_0"] = "f16",
+    format: Literal["gguf", "ollama", "lora"] = "gguf",
+    outtype: Literal["f16", "bf16", "f32", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = "f16",
     base_model: StrPath | None = None,
     template: StrPath | None = None,
     trust_remote_code: bool = False,
@@ -307,8 +307,8 @@ def export(
     Settings:
         model_dir: Output folder of a run, one of its checkpoints, or a merged model. An adapter is merged first. (required)
         output_dir: Folder to create for the files. (required)
-        format: gguf: one file for llama.cpp and compatible programs. ollama: a Modelfile as well, with template, stop texts and parameters. (one of gguf, ollama; default gguf)
-        outtype: Data type of the weights in the file. q8_0 takes about half the space of the others. (one of f16, bf16, q8_0; default f16)
+        format: gguf: one file for llama.cpp and compatible programs. ollama: a Modelfile as well, with template, stop texts and parameters. lora: the adapter alone, for a llama.cpp server that has its base. (one of gguf, ollama, lora; default gguf)
+        outtype: Data type of the weights in the file. q8_0 takes about half the space of f16, q4_k_m less than a third; q4_k_m, q5_k_m and q6_k are made by llama.cpp's own quantiser. (one of f16, bf16, f32, q8_0, q6_k, q5_k_m, q4_k_m; default f16)
         base_model: Name or folder of the base model, if it has moved since training or is quantised there.
         template: Template for an adapter that another tool made, as for `yeonma merge`. `--format ollama` needs one.
         trust_remote_code: Allow running Python code that comes with the model. When off, such a model is refused. (true or false; default False)

@@ -30,6 +30,10 @@ if "antiprompt" in options:
     params.antiprompt = options["antiprompt"]
 for name, value in options.get("sampling", {}).items():
     setattr(params.sampling, name, value)
+if "lora" in options:
+    lora = xllamacpp.CommonAdapterLoraInfo()
+    lora.path, lora.scale = options["lora"], options.get("scale", 1.0)
+    params.lora_adapters = [lora]
 server = xllamacpp.Server(params)
 print(json.dumps({"address": server.listening_address}), flush=True)
 sys.stdin.read()

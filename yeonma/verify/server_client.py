@@ -1,8 +1,7 @@
 """A client of servers with OpenAI's API: `yeonma serve`, vLLM, SGLang, llama.cpp's server, Ollama and others.
 
 What a server tells beside OpenAI's API is asked of those that have it: prompt ids (vLLM's `return_token_ids`,
-llama.cpp's `/apply-template` and `/tokenize`), log-probabilities of given tokens (`echo`, llama.cpp's `n_probs`), LoRA
-scales.
+llama.cpp's `/apply-template` and `/tokenize`), log-probabilities of given tokens (`echo`, llama.cpp's `n_probs`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -29,6 +28,8 @@ NAMES: Mapping[str, str] = {
     "library": "Ollama",
 }
 """`owned_by` of a server's models -> the server."""
+BASE = "base"
+"""The base's name in `yeonma serve`."""
 KEY = "OPENAI_API_KEY"
 """The environment variable with the server's key, as OpenAI's own client reads it."""
 SECONDS = 300.0
@@ -180,14 +181,14 @@ class Server:
         return answer
 
     def scores(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], lora: Sequence[Mapping[str, Any]] = ()
-    ) -> list[ServedScore] | None:
-        """The log-probability of each token of an answer behind a prompt; None if the server does not tell. `lora`:
-        adapters with their scales, of llama.cpp's server. Raises ServerFailed."""
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int]
+    ) -> Sequence[ServedScore | None] | None:
+        """The log-probability of each token of an answer behind a prompt, None for one that is not told; None if the
+        server tells nothing. Raises ServerFailed."""
         if not answer_ids:
             return []
         if self.kind == "llamacpp":
-            return self._scores_one_by_one(prompt_ids, answer_ids, lora)
+            return self._scores_one_by_one(prompt_ids, answer_ids)
         ids = [*prompt_ids, *answer_ids]
         generated = 0 if self.kind == "yeonma" else 1
         body = {
@@ -213,9 +214,9 @@ class Server:
         return [ServedScore(float(number)) for number in found]
 
     def _scores_one_by_one(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], lora: Sequence[Mapping[str, Any]]
-    ) -> list[ServedScore] | None:
-        found = []
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int]
+    ) -> Sequence[ServedScore | None]:
+        found: list[ServedScore | None] = []
         for place, token in enumerate(answer_ids):
             body: dict[str, Any] = {
                 "prompt": [*prompt_ids, *answer_ids[:place]],
@@ -224,23 +225,23 @@ class Server:
                 "temperature": 0.0,
                 "cache_prompt": True,
             }
-            if lora:
-                body["lora"] = list(lora)
             response = self.post("/completion", body)
             try:
                 (entry,) = response["completion_probabilities"][:1]
                 likely = {one["id"]: float(one["logprob"]) for one in entry["top_logprobs"]}
             except (KeyError, TypeError, ValueError):
-                return None
-            if not likely:
-                return None
+                likely = {}
+            if not likely:  # it holds back what is only a part of a character
+                found.append(None)
+                continue
             is_listed = token in likely
             found.append(ServedScore(likely[token] if is_listed else min(likely.values()), not is_listed))
         return found
 
     def context(self) -> int | None:
         """The most tokens of prompt and answer together, if the server tells."""
-        number = self.models.get(self.model, {}).get("max_model_len")
+        asked = self.base() or self  # vLLM tells the base's alone
+        number = asked.models[asked.model].get("max_model_len")
         if self.kind == "llamacpp":
             try:
                 number = self.get("/props")["default_generation_settings"]["n_ctx"]
@@ -248,15 +249,15 @@ class Server:
                 number = None
         return number if type(number) is int and number > 0 else None
 
-    def lora_scales(self) -> list[Mapping[str, Any]]:
-        """The adapters of llama.cpp's server with their ids and scales; none for other servers."""
-        if self.kind != "llamacpp":
-            return []
-        try:
-            listed = self.get("/lora-adapters")
-        except ServerFailed:
-            return []
-        return [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    def base(self) -> Server | None:
+        """The same server with the base of its model as the model; None if it does not serve the base by itself.
+
+        llama.cpp's server can leave an adapter out of a request. It is not asked to: it goes on from what it cached of
+        that prompt in later requests, which are answered wrongly then (seen with b11549).
+        """
+        parent = self.models[self.model].get("parent") if self.kind == "vllm" else BASE
+        is_there = self.kind in ("yeonma", "vllm") and parent in self.models and parent != self.model
+        return replace(self, model=str(parent)) if is_there else None
 
 
 def connect(address: str, model: str | None, expected_name: str) -> Server:

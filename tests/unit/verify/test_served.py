@@ -47,10 +47,11 @@ def test_mistakes_have_a_place_and_a_cure(run: Path, server: Server, tmp_path: P
         assert told in done.err
     old = shutil.copytree(run, tmp_path / "old")
     (old / "sample_answers.json").unlink()
-    done = command(old, "verify", str(old), "--served", server.url)
+    words = ["verify", str(old), "--served", server.url, "--model", "run"]
+    done = command(old, *words)
     assert (done.status, "sample_answers.json" in done.err) == (2, True)
     (old / "sample_answers.json").write_text('{"answers": [{}]}')
-    assert command(old, "verify", str(old), "--served", server.url).status == 2
+    assert command(old, *words).status == 2
 
 
 def test_base_is_named_and_asked_for_by_its_name(run: Path, server: Server) -> None:

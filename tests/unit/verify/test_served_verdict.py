@@ -10,7 +10,7 @@ import pytest
 
 from yeonma.adapter.sample_answers import GreedyAnswer, SampleAnswer, ScoredIds
 from yeonma.tokenization.conversation import Conversation
-from yeonma.verify.served_rows import AskedRow, ScoredTokens, ServedRow
+from yeonma.verify.served_rows import AskedRow, ComparedTokens, ServedRow
 from yeonma.verify.served_verdict import ServedVerdict, judge
 from yeonma.verify.server_client import ServedAnswer, ServedScore, ServerFailed
 
@@ -57,8 +57,8 @@ def right(row: int, **options: bool) -> ServedRow:
     return ServedRow(one, served, served, scores=scores_of(answer, answer.greedy_ids.trained))
 
 
-def scores_of(answer: SampleAnswer, served: Sequence[float]) -> ScoredTokens:
-    return ScoredTokens(
+def scores_of(answer: SampleAnswer, served: Sequence[float]) -> ComparedTokens:
+    return ComparedTokens(
         [ServedScore(number) for number in served], answer.greedy_ids.trained, answer.greedy_ids.base
     )
 
@@ -179,7 +179,7 @@ def test_upper_bound_of_an_unlisted_token_says_only_that_it_is_less_likely() -> 
     bound = -2.0
     served = [ServedScore(max(number, bound), number < bound) for number in answer.greedy_ids.base]
     assert sum(score.is_upper_bound for score in served) > TOKENS // 3
-    row = replace(right(1), scores=ScoredTokens(served, answer.greedy_ids.trained, answer.greedy_ids.base))
+    row = replace(right(1), scores=ComparedTokens(served, answer.greedy_ids.trained, answer.greedy_ids.base))
     assert judge([row], "here").causes == ("adapter_not_applied",)
 
 
@@ -203,7 +203,7 @@ def test_adapter_that_changes_nothing_is_not_told_from_its_base() -> None:
     rows = []
     for row in ROWS:
         answer = row.asked.expected
-        same = ScoredTokens(
+        same = ComparedTokens(
             [ServedScore(number) for number in answer.greedy_ids.trained],
             answer.greedy_ids.trained,
             [number + 0.001 for number in answer.greedy_ids.trained],

@@ -390,16 +390,15 @@ def _print_confusions(console: Console, report: ComparisonReport) -> None:
 def _confusion_on_terminal(confusion: Confusion, labels: Sequence[str], console: Console) -> Table | None:
     """The table with names above its columns, or with numbers where names are too wide, and then with names cut short;
     None if there is no room for that."""
-    cells, table = LABEL_CELLS, None
     for by_number in (False, True):
-        table = _confusion_of(confusion, labels, by_number, cells)
+        table = _confusion_of(confusion, labels, by_number, LABEL_CELLS)
         excess = (
             Measurement.get(console, console.options.update(max_width=10_000), table).maximum - console.width
         )
         if excess <= 0:
             return table
     longest = max(cell_len(one_line(label_name(own))) for own, _ in confusion_table(confusion, labels)[1])
-    cells = min(longest, cells) - excess
+    cells = min(longest, LABEL_CELLS) - excess
     return _confusion_of(confusion, labels, by_number, cells) if cells >= LEAST_LABEL_CELLS else None
 
 

@@ -88,7 +88,7 @@ with rendezvous() as met, process_group(met, CPU) as group:
                 torch.equal(weight, other_begun[key]) for key, weight in begun.items()
             )],
             "bits": [list(bits) == list(shards), all(
-                torch.equal(share_of(whole, group), local_shard(shards[key]).view(whole.dtype))
+                torch.equal(share_of(whole, group).view(torch.uint8), local_shard(shards[key]).view(torch.uint8))
                 for key, whole in bits.items()
             )],
             "layers": len(bits),

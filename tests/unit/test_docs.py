@@ -48,14 +48,15 @@ TRANSLATED: tuple[str, ...] = (
 )
 OTHER_OPTIONS = {
     "allowed_origins",  # of vLLM
-    # of pip, wsl, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
+    # of pip, wsl, Slurm, SkyPilot, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
     "trace",  # of scripts/choose.py
     *(
         "no_deps",
         "install",
         "index_url",
         "wheel_dir",
-        "ntasks_per_node",
+        "me",
+        "name",
         "nnodes",
         "node_rank",
         "max_model_len",

@@ -126,8 +126,8 @@ def test_greedy_answers_are_those_of_the_prompt_alone(family: str) -> None:
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
-            # Phi's own code computes all keys again at the border; elsewhere transformers mixes old and new ones
-            use_cache=family not in ("llama longrope", "gemma3_text longrope"),
+            # transformers mixes old and new keys at the border; for phi3 in older versions alone
+            use_cache=family not in ("llama longrope", "gemma3_text longrope", "phi3 longrope"),
         )
         expected.append(tuple(answer[0, len(prompt) :].tolist()))
     model = tiny_model(family)

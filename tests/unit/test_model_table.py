@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from tests.families import FAMILIES, NOT_TRIED
 from tests.family_trials import FOREST, NO, NONE, ONE_BY_ONE, YES, FamilyResult, try_family
@@ -26,7 +27,8 @@ def test_tables_of_model_types_are_up_to_date() -> None:
 
 
 def test_every_model_type_has_its_results_and_none_is_refused() -> None:
-    assert sorted(RESULTS) == list(FAMILIES)
+    # with an older version of transformers than the results are of, FAMILIES has fewer
+    assert [name for name in sorted(RESULTS) if name in CONFIG_MAPPING] == list(FAMILIES)
     assert len(FAMILIES) >= 85
     left_out = [name for names in NOT_TRIED.values() for name in names]
     assert len(left_out) == len(set(left_out)) and not set(left_out) & set(FAMILIES)

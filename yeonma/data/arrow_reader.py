@@ -18,6 +18,8 @@ from yeonma.errors import Problem, UserError, brief
 from yeonma.messages import counted, tr
 
 ROWS_A_BATCH = 256
+_UNREADABLE = (ValueError, OverflowError, KeyError)
+"""What Arrow raises for values that Python cannot represent; KeyError for a time zone that is not known."""
 _ARROW_FILE = b"ARROW1"
 """The first bytes of Arrow's file format. Its stream format has none of its own."""
 
@@ -157,7 +159,7 @@ def _batch_rows(batches: Iterator[Any], name: str, skip_bad: bool, rows_before: 
             raise UserError(problem, place=name, cure=tr("give each column a unique name"))
         try:
             rows = batch.to_pylist()
-        except (ValueError, OverflowError):
+        except _UNREADABLE:
             place = tr(
                 "{name} rows {first}-{last}", name=name, first=number + 1, last=number + batch.num_rows
             )
@@ -191,7 +193,7 @@ def _unreadable_column(batch: Any, place: str) -> UserError:
                 'text that is not UTF-8 in column "{column}" ({reason})', column=column, reason=error.reason
             )
             return UserError(problem, place=place, cure=tr("write the file again with UTF-8 text"))
-        except (ValueError, OverflowError) as error:
+        except _UNREADABLE as error:
             cure = tr("store them as text, or leave the column out")
             problem = tr(
                 'unreadable values in column "{column}" ({error})', column=column, error=one_line(error)

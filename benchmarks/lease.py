@@ -232,6 +232,9 @@ def run_all(lease: Lease, wanted: Sequence[Job]) -> None:
     """In order, neighbours that time nothing side by side. A job that would not come to its end is passed over."""
     at = 0
     while at < len(wanted):
+        if lease.left < LEAST_SECONDS:
+            lease.say("the time is over")
+            return
         together = [wanted[at]]
         while (
             wanted[at].alongside and at + len(together) < len(wanted) and wanted[at + len(together)].alongside
@@ -245,7 +248,7 @@ def run_together(lease: Lease, together: Sequence[Job], ahead: Sequence[Job]) ->
     """Jobs side by side. Beside jobs that time nothing, the next model of those `ahead` is prepared as well."""
     fit = []
     for job in together:
-        if lease.left < max(LEAST_SECONDS, seconds := lease.expected(job)):
+        if lease.left < (seconds := lease.expected(job)):
             lease.say(f"{job.name}: takes about {seconds:.0f} s, and {max(0.0, lease.left):.0f} are left")
         else:
             fit.append(job)

@@ -182,6 +182,10 @@ def test_a_job_that_takes_longer_than_is_left_gives_way_to_a_shorter_one(
     )
     assert list(leased.result["jobs"]) == ["short"]
     assert "long: takes about 101 s, and 100 are left" in capsys.readouterr().out
+    clock.now = 598.0
+    lease.run_all(leased, [command("last", "print(3)")])
+    assert list(leased.result["jobs"]) == ["short"]
+    assert capsys.readouterr().out == "[ 598 s] the time is over\n"
 
 
 def test_the_time_of_a_job_includes_that_of_a_model_which_is_not_there(lease: Any, tmp_path: Path) -> None:

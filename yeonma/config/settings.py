@@ -376,7 +376,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
-    """The folder to check. Nothing in it changes, and the weights of the base model are not read."""
+    """The folder to check, or the server to ask. Nothing in the folder changes."""
 
     adapter_dir: str
     """Output folder of a run, one of its checkpoints, or an adapter folder copied from there."""

@@ -50,7 +50,7 @@ class PrintedLog:
         text = f"{datetime.now():%Y-%m-%d %H:%M:%S}  {one_line(line, MOST_OF_A_LINE)}\n"
         if self._size > MOST_WRITTEN:
             return
-        self._size += len(text)
+        self._size += len(text.encode())
         if self._size > MOST_WRITTEN:
             text = f"{NO_MORE}\n"
         self._waiting.append(text)

@@ -536,7 +536,7 @@ def _samples(samples: Sequence[Sample], trained: str) -> list[str]:
         texts = [(code(name), text) for name, text in sample.fields.items()] or [
             (tr("prompt"), sample.prompt)
         ]
-        texts += [(tr("reference"), sample.reference)] if sample.reference else []
+        texts += [(tr("reference:").removesuffix(":"), sample.reference)] if sample.reference else []
         texts += [(tr("base model"), sample.base.text), (trained, sample.adapter.text)]
         for name, text in texts:
             lines += [f"{name}:", "", *code_block(_short(text)), ""]

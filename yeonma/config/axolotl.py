@@ -213,17 +213,16 @@ def _take_data(run: Conversion) -> None:
 
 def _take_validation(run: Conversion) -> None:
     """`test_datasets`, if it has one set of the form of the training rows."""
-    given = run.given.get("test_datasets")
-    path = given[0].get("path") if isinstance(given, list) and len(given) == 1 else None
-    trained = run.given.get("datasets")
-    kinds = [one.get("type") for one in trained] if isinstance(trained, list) else []
-    if not path or kinds != [given[0].get("type")] or given[0].get("name"):
+    held_out, trained = (run.given.get(key) for key in ("test_datasets", "datasets"))
+    sets = [*held_out, *trained] if isinstance(held_out, list) and isinstance(trained, list) else []
+    one = sets[0] if len(sets) == 2 and len(held_out or ()) == 1 else {}
+    if not one.get("path") or one.get("name") or one.get("type") != sets[1].get("type"):
         run.remark("test_datasets", tr("write val_data_path, or val_path in an entry of data_path"))
         return
     run.take("test_datasets")
-    run.put("val_data_path", path)
-    if given[0].get("split") not in (None, "train"):
-        run.put("val_split", given[0]["split"])
+    run.put("val_data_path", one["path"])
+    if one.get("split") not in (None, "train"):
+        run.put("val_split", one["split"])
 
 
 def _entry(run: Conversion, given: Mapping[str, Any], key: str) -> dict[str, Any]:

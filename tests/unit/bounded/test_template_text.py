@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.chat_habits import HABITS
@@ -83,17 +84,21 @@ def by_transformers(
 @pytest.mark.parametrize("tools", [None, [TOOL]])
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_the_text_is_that_of_transformers(name: str, tools: Any) -> None:
+    if name == "every key" and not hasattr(chat_template_utils, "_REASONING_FIELDS"):
+        pytest.skip("this version of transformers gives templates reasoning under one name alone")
     text = written_text(TEMPLATES[name], TURNS, tools=tools, add_generation_prompt=True, variables=SPECIAL)
     assert text == by_transformers(TEMPLATES[name], TURNS, tools, True, SPECIAL)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_transformers_refuses_is_refused_with_its_words(name: str) -> None:
-    with pytest.raises(Exception) as expected:
-        by_transformers(REFUSED[name], TURNS, None, False, {})
     with pytest.raises(Refused) as raised:
         written_text(REFUSED[name], TURNS, variables={})
-    if "namespace" not in name:
+    if (
+        "namespace" not in name
+    ):  # older versions of transformers do not refuse these, later ones in other words
+        with pytest.raises(Exception) as expected:
+            by_transformers(REFUSED[name], TURNS, None, False, {})
         assert str(raised.value) == str(expected.value)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_unchanged_environment_is_not_reported() -> None:
     assert environment_change(current, current, dropout=True) is None
     assert environment_change({}, current, dropout=True) is None  # a checkpoint that records none
     assert current["processes"] == 1
-    assert current["torch"] == torch.__version__
+    assert current["torch"] == version("torch")
 
 
 def test_a_changed_language_is_a_remark_about_the_card() -> None:

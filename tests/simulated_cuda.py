@@ -131,7 +131,7 @@ class SimulatedCuda(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             target, source = (args[0], args[1]) if name == "copy_" else (None, args[0])
             to_gpu = isinstance(target, SimulatedTensor) if name == "copy_" else on_gpu
-            if to_gpu == isinstance(source, SimulatedTensor):
+            if to_gpu == isinstance(source, SimulatedTensor) or not source.numel():
                 return
             non_blocking = bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
             host = source if to_gpu else target

@@ -125,15 +125,17 @@ def run_steps(
             save(progress)
         if stop.is_due():
             return progress
-    prepared: NextStep | None = None
+    ahead = plan.steps(progress.step)
+    prepared: list[NextStep] = []
+    """The step to come, if there is one."""
 
-    def prepare(units: np.ndarray | None) -> None:
-        nonlocal prepared
-        prepared = None if units is None else prepare_step(state, batch_of(units))
+    def prepare_next() -> None:
+        units = next(ahead, None)
+        if units is not None:
+            prepared.append(prepare_step(state, batch_of(units)))
 
-    ahead = iter(plan.steps(progress.step))
-    prepare(next(ahead, None))
-    while (now := prepared) is not None:
+    prepare_next()
+    while prepared:
         if schedule.patience is not None and progress.evaluations_without_gain >= schedule.patience:
             callbacks.log(
                 tr(
@@ -143,13 +145,9 @@ def run_steps(
             )
             break
         started = time.perf_counter()
-        batch = now.batch
-        result = train_step(
-            state,
-            untrained(batch) if progress.step == 0 and state.starts_exactly else batch,
-            now,
-            lambda: prepare(next(ahead, None)),  # while a GPU computes
-        )
+        now = prepared.pop()
+        batch = untrained(now.batch) if progress.step == 0 and state.starts_exactly else now.batch
+        result = train_step(state, batch, now, prepare_next)  # the next one while a GPU computes this one
         seconds = time.perf_counter() - started
         stop.record_seconds(step=seconds)
         progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())

@@ -111,9 +111,10 @@ def _varlen_on_the_simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def counted_step(
     batch: Batch, *arguments: Any, **keywords: Any
 ) -> tuple[StepResult, list[str], dict[str, int]]:
-    """A step's result, its waits and its kernels."""
+    """A step's result, its waits and its kernels. A step before it lets rotary modules move their frequencies."""
     with simulated_cuda() as cuda:
         state = state_on(cuda, *arguments, **keywords)
+        train_step(state, batch)
         cuda.waits.clear()
         cuda.kernels.clear()
         return train_step(state, batch), list(cuda.waits), dict(cuda.kernels)

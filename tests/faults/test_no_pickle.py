@@ -118,6 +118,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     ".safetensors": read_safetensors,
     ".reference": read_safetensors,
     ".json": read_json,
+    ".forecast": read_json,
     ".jsonl": read_json_lines,
     ".yaml": read_yaml,
     ".txt": read_text,

@@ -379,12 +379,12 @@ def test_help_of_settings_is_korean_where_the_language_is() -> None:
 
 
 def test_an_interrupt_of_a_call_is_a_message(monkeypatch: pytest.MonkeyPatch, run: RunResult) -> None:
-    from yeonma.verify import verify_folder
+    from yeonma.commands import verify
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify_folder, "verify", interrupted)
+    monkeypatch.setattr(verify, "verify", interrupted)
     streams = sys.stdout, sys.stderr
     with pytest.raises(yeonma.Stopped, match=r"^interrupted$"):
         yeonma.verify(run)

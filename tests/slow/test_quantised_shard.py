@@ -271,8 +271,8 @@ def test_each_process_holds_half_of_the_packed_weights(tmp_path: Path, kind: str
     for rank in (0, 1):
         sizes = json.loads((tmp_path / f"{rank}.json").read_text())
         assert sizes["local"] == pytest.approx(whole / 2, rel=0.01)
-        # The adapter, code imported in the meantime, and layers gathered for the trial, one of them dequantised; it varies
-        # by tens of megabytes. The tensors above tell a half from the whole, these pages packed from dense weights.
+        # The adapter, code imported in the meantime, and layers gathered for the trial, one of them dequantised: it
+        # varies by tens of megabytes. The tensors above tell a half from the whole, these pages packed from dense.
         rest = 100e6
         assert sizes["after"]["RssAnon"] < whole / 2 + ends + rest
         assert sizes["after"]["RssFile"] < 0.2 * 4 * dense + rest  # the file's pages have been released

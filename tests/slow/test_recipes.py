@@ -117,7 +117,9 @@ def test_kept_output_continues_on_another_machine(place: Place, tmp_path: Path) 
     kept = tmp_path / "bucket"
 
     def command(output: Path, bucket: Path) -> list[str]:
-        settings = {**SETTINGS, "output_dir": output, "cache_dir": tmp_path / "cache"}
+        # long enough that it is killed within, on a fast machine too
+        settings = {**SETTINGS, "max_steps": 120, "save_steps": 20}
+        settings |= {"output_dir": output, "cache_dir": tmp_path / "cache"}
         variables = variables_of(place, output)
         settings |= {"base_model": variables["BASE_MODEL"], "data_path": variables["DATA_PATH"]}
         words = [sys.executable, "-m", "yeonma", "sft", *arguments(settings)]
@@ -134,7 +136,7 @@ def test_kept_output_continues_on_another_machine(place: Place, tmp_path: Path) 
     for folder in (part, kept):
         for name in (
             "adapter_model.safetensors",
-            "checkpoint-12/optimizer.safetensors",
+            "checkpoint-120/optimizer.safetensors",
             "trained_rows.jsonl",
         ):
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), name

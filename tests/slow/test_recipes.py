@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def killed_when(
         time.sleep(0.02)
     alive = process.poll() is None
     for child in [*_below(process.pid), process.pid]:
-        os.kill(child, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(child, signal.SIGKILL)
     process.wait()
     assert alive, "it had ended before it was killed"
 

@@ -108,6 +108,8 @@ def test_documented_commands_succeed_and_write_their_files(
         verb = "merge" if program == "python" else "torchrun" if program == "torchrun" else words[0]
         if verb in TESTED_ELSEWHERE:
             continue
+        if "--served" in words:  # tests/unit/verify/test_served.py starts servers
+            continue
         arguments = with_local_files(words[1:], folder)
         if program == "python":
             script = [sys.executable, str(ROOT / words[0]), *arguments]

@@ -116,15 +116,13 @@ def download(wheels: Sequence[Wheel], folder: Path, python: str) -> None:
         "manylinux1_x86_64",
     ]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command += ["--no-deps", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp", "--abi", f"cp{number}", "--abi", "abi3"]
     command += ["--abi", "none", *(word for name in names for word in ("--platform", name))]
     folder.mkdir(parents=True)
     for wheel in wheels:
         with tempfile.TemporaryDirectory(dir=folder.parent) as alone:
-            there = command.copy()
-            there[there.index(str(folder))] = alone
-            subprocess.run([*there, wheel.requirement], check=True)
+            subprocess.run([*command, "--dest", alone, wheel.requirement], check=True)
             (path,) = Path(alone).glob("*.whl")
             trim(path, wheel)
             shutil.move(path, folder / path.name)

@@ -434,11 +434,10 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"{file}: there is no result yet", file=sys.stderr)
         return 2
     print(f"\n{summary_table(result)}")
-    left = missing(arguments.chosen, result, retry=False)
-    left = [job for job in left if job.name not in result["jobs"]]
+    left = [job for job in arguments.chosen if job.name not in result["jobs"]]
     if left:
         print(f"\nnot done yet, the same command goes on: {', '.join(job.name for job in left)}")
-    if not left and not any(job.name not in result["jobs"] for job in jobs(tiny=place.tiny)):
+    if all(job.name in result["jobs"] for job in jobs(tiny=place.tiny)):
         shutil.rmtree(place.work, ignore_errors=True)  # nothing needs the models any more
     if arguments.write_docs:
         save(RESULT, result)

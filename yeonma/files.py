@@ -344,6 +344,15 @@ def _drop_from_cache(path: Path) -> None:
 
 
 @contextmanager
+def damage_as_user_error(path: Path) -> Iterator[None]:
+    """Raises UserError for a record of ours that cannot be read, or whose content is of another form."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        raise UserError(tr("damaged ({error})", error=system_reason(error)), place=str(path)) from error
+
+
+@contextmanager
 def staging_folder(
     output: Path, what: str, least_bytes: int, needed_bytes: int | None = None
 ) -> Iterator[Path]:

@@ -7,11 +7,13 @@ answers that Yeonma gives to them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,6 +53,7 @@ TEXTS = (
     "The end.",
 )
 NEW_TOKENS = 12
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ class Asked:
     prompt: str
     prompt_ids: list[int]
     answer_ids: list[int]
+
+
+def engine_python(variable: str, environment: str, missing: str) -> str:
+    """A Python that has another engine: the one that a variable names, or that of an environment in the checkout."""
+    python = os.environ.get(variable, str(ROOT / environment / "bin" / "python"))
+    if not Path(python).is_file():
+        pytest.skip(missing)
+    return python
 
 
 def engine_base(folder: Path, smollm2: str) -> Path:

@@ -10,20 +10,12 @@ import sys
 from typing import Any
 
 import xllamacpp
+from llama_params import params_of
 
 options: dict[str, Any] = json.loads(sys.stdin.readline())
-params = xllamacpp.CommonParams()
-params.model.path = options["gguf"]
-params.n_ctx = options.get("context", 1024)
-params.n_parallel = 1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # threads that wait spin
-params.n_gpu_layers = 0
-params.use_jinja = True
-params.warmup = params.fit_params = False
+params = params_of(options["gguf"], options.get("context", 1024))
 params.port = options["port"]
 params.endpoint_props = True
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 if "chat_template" in options:
     params.chat_template = options["chat_template"]
 if "antiprompt" in options:

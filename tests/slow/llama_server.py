@@ -11,18 +11,10 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import xllamacpp
+from llama_params import params_of
 
 request: dict[str, Any] = json.load(sys.stdin)
-params = xllamacpp.CommonParams()
-params.model.path = request["gguf"]
-params.n_ctx = request["context"]
-params.n_parallel = 1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # threads that wait spin
-params.n_gpu_layers = 0
-params.use_jinja = True
-params.warmup = params.fit_params = False
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params = params_of(request["gguf"], request["context"])
 server = xllamacpp.Server(params)
 
 

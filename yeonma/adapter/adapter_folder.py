@@ -20,8 +20,8 @@ from yeonma import __version__
 from yeonma.adapter.samples import SAMPLES, Samples
 from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
-from yeonma.errors import UserError, did_you_mean, system_reason
-from yeonma.files import user_path
+from yeonma.errors import UserError, did_you_mean
+from yeonma.files import damage_as_user_error, user_path
 from yeonma.messages import later, tr
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
@@ -321,7 +321,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
                 place=str(path),
                 cure=tr("give the output folder of a finished run"),
             )
-    try:
+    with damage_as_user_error(folder / MANIFEST):
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
         _check_types(details)
         if whole_model and details.get(MERGED) is not True and not is_full(details):
@@ -341,10 +341,6 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
             rules=rules,
             details=details,
         )
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise UserError(
-            tr("damaged ({error})", error=system_reason(error)), place=str(folder / MANIFEST)
-        ) from error
 
 
 def check_continued(path: str, base: BaseIdentity | None) -> None:

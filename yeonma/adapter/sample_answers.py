@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yeonma.errors import UserError
+from yeonma.files import damage_as_user_error
 from yeonma.messages import tr
 from yeonma.shown import json_text
 
@@ -41,6 +41,14 @@ class ScoredIds:
     """Natural logarithms, one per token."""
     base: list[float] | None
     """None if the base's weights were trained themselves."""
+
+    def at(self, places: Iterable[int]) -> ScoredIds:
+        """The tokens at these places."""
+        places = list(places)
+        base = None if self.base is None else [self.base[place] for place in places]
+        return ScoredIds(
+            [self.token_ids[place] for place in places], [self.trained[place] for place in places], base
+        )
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,9 @@ def read_sample_answers(folder: Path) -> list[SampleAnswer] | None:
     path = folder / SAMPLE_ANSWERS
     if not path.exists():
         return None
-    try:
+    with damage_as_user_error(path):
         content = json.loads(path.read_text("utf-8"))
         return [_answer(entry) for entry in content["answers"]]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise UserError(tr("damaged ({error})", error=error), place=str(path)) from error
 
 
 def _answer(entry: Any) -> SampleAnswer:

@@ -16,7 +16,7 @@ import numpy as np
 from yeonma.data.rows import Row
 from yeonma.data.task import TASKS, Task, columns_used
 from yeonma.data.template import Template
-from yeonma.errors import UserError, system_reason
+from yeonma.files import damage_as_user_error
 from yeonma.messages import tr
 from yeonma.shown import json_text
 from yeonma.tokenization.dataset import DatasetPart
@@ -35,6 +35,10 @@ class SampleRow:
     row: dict[str, Any]
     prompt_ids: list[int]
     """The row's prompt in training, or its last one; shortened if that was necessary for the answer."""
+
+    def as_row(self) -> Row:
+        place = tr("{file}, row {number}", file=SAMPLES, number=self.row_number)
+        return Row(self.row_number, self.row, place)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def read_samples(folder: Path) -> Samples | None:
     path = folder / SAMPLES
     if not path.exists():
         return None
-    try:
+    with damage_as_user_error(path):
         content = json.loads(path.read_text("utf-8"))
         rows = tuple(
             SampleRow(**{field.name: entry[field.name] for field in fields(SampleRow)})
@@ -93,8 +97,6 @@ def read_samples(folder: Path) -> Samples | None:
             if not isinstance(row.row, dict):
                 raise TypeError(tr("a row is an object"))
         return Samples(TASKS[content["kind"]], rows)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        raise UserError(tr("damaged ({error})", error=system_reason(error)), place=str(path)) from error
 
 
 def prompts_now(
@@ -108,10 +110,7 @@ def prompts_now(
 
     Raises UserError as rendering and encoding do.
     """
-    places = [tr("{file}, row {number}", file=SAMPLES, number=sample.row_number) for sample in samples.rows]
-    rows = [
-        Row(sample.row_number, sample.row, place) for sample, place in zip(samples.rows, places, strict=True)
-    ]
+    rows = [sample.as_row() for sample in samples.rows]
     if not rows:
         return []
     task = samples.task

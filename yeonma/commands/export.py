@@ -78,7 +78,7 @@ def export(settings: ExportSettings) -> ExportedFiles | None:
         if is_installed() and prompt_builder.adapter.has_template:
             check_prompts(gguf, prompt_builder, say)
         move_into_place(folder, output)
-    lines = [f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in sorted(output.iterdir())]
+    lines = _sizes(output)
     if multimodal_class(load_config(prompt_builder.source)) is not None:
         lines.append(
             tr(
@@ -139,6 +139,10 @@ def _write(
     return folder / gguf
 
 
+def _sizes(output: Path) -> list[str]:
+    return [f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in sorted(output.iterdir())]
+
+
 def _say_fallback(types: QuantisedTypes, outtype: str) -> None:
     """A warning if many matrices are of a larger type than the one that was asked for."""
     if 2 * types.fallen_back > types.matrices:
@@ -172,7 +176,7 @@ def _export_lora(settings: ExportSettings, prompt_builder: PromptBuilder, output
         if template.is_file():
             shutil.copyfile(template, folder / CHAT_TEMPLATE)
         move_into_place(folder, output)
-    lines = [f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in sorted(output.iterdir())]
+    lines = _sizes(output)
     command = f"llama-server -m BASE.gguf --lora {shell_word(str(output / gguf.name))} --jinja"
     if (output / CHAT_TEMPLATE).is_file():
         command += f" --chat-template-file {shell_word(str(output / CHAT_TEMPLATE))}"

@@ -31,14 +31,14 @@ from yeonma.config.settings import (
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, glance
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
-from yeonma.errors import Problem, UserError, gather
+from yeonma.errors import UserError, gather
 from yeonma.files import existing_folder, new_output_folder, output_file, user_path
 from yeonma.messages import tr
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.model.device_check import check_device
 from yeonma.model.quantization import check_installed
 from yeonma.model.source import find_base
-from yeonma.verify.server_client import connect
+from yeonma.verify.server_client import check_server_settings, server_of
 
 CHECKED_ROWS = 1000
 ANSWERS = "answers.jsonl"
@@ -157,12 +157,9 @@ def check_verify(settings: VerifySettings) -> None:
     answer, and for settings that go only with the other kind of check."""
 
     def find_server() -> None:
+        check_server_settings(settings)
         if settings.served is not None:
-            check_served(settings)
-            connect(settings.served, settings.model, Path(settings.adapter_dir).resolve().name)
-        elif settings.model is not None:
-            cure = tr("give the server's address with --served, or leave it out")
-            raise UserError(tr("it names a model of a server"), place=f"--model {settings.model}", cure=cure)
+            server_of(settings)
 
     def find_other_base() -> None:
         if settings.base_model is not None:
@@ -174,22 +171,6 @@ def check_verify(settings: VerifySettings) -> None:
 
     find_folder = partial(existing_folder, settings.adapter_dir, RUN_CURE)
     gather(find_folder, find_server, find_other_base, open_data)
-
-
-def check_served(settings: VerifySettings) -> None:
-    """Raises UserError for settings that a server's check does not read."""
-    given = {"base_model": settings.base_model, "data_path": settings.data_path}
-    problems = [
-        Problem(
-            tr("it is for the check of the folder, and --served asks a server"),
-            f"--{name} {value}",
-            tr("leave it out, or run `yeonma verify` once more without --served"),
-        )
-        for name, value in given.items()
-        if value is not None
-    ]
-    if problems:
-        raise UserError(problems)
 
 
 def check_merge(settings: MergeSettings) -> None:

@@ -10,6 +10,7 @@ from yeonma.config.settings import VerifySettings
 from yeonma.messages import counted, tr
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line, say
+from yeonma.verify.server_client import check_server_settings
 from yeonma.verify.verify_folder import VerifyReport, verify
 from yeonma.verify.verify_served import verify_served
 
@@ -30,7 +31,9 @@ def run(settings: VerifySettings) -> int:
 
 
 def report_of(settings: VerifySettings) -> VerifyReport:
-    """What the folder's check finds, or with `served` what a server does. Raises UserError as these."""
+    """What the folder's check finds, or with `served` what a server does. Raises UserError as these, and for settings
+    that go only with the other one."""
+    check_server_settings(settings)
     return (verify if settings.served is None else verify_served)(settings, log_line)
 
 

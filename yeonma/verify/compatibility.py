@@ -18,8 +18,7 @@ from yeonma.adapter.adapter_folder import (
 )
 from yeonma.adapter.base_check import another_base
 from yeonma.adapter.full_model import not_finite_in, stored_shapes
-from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
-from yeonma.data.rows import Row
+from yeonma.adapter.samples import SAMPLES, SampleRow, Samples, prompts_now
 from yeonma.errors import Log, Problem, UserError
 from yeonma.messages import counted, later, tr
 from yeonma.model.adapter_config import WEIGHTS_FILE, read_adapter_config
@@ -36,6 +35,7 @@ from yeonma.tokenization.chat_template_export import (
     conversation_of,
     full_prompt_ids,
 )
+from yeonma.tokenization.conversation import Conversation
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.file_checks import Finding, checked, not_checked
 
@@ -284,9 +284,7 @@ def check_samples(
 ) -> Finding:
     """Checks that this tokenizer gives the sample rows' prompts the token ids of training."""
     if samples is None:
-        return not_checked(
-            check, tr("no {samples}: the run is of an earlier version, or the file was lost", samples=SAMPLES)
-        )
+        return not_checked(check, lost(SAMPLES))
     if not samples.rows:
         return not_checked(check, tr("the run saved none (card_rows 0)"))
     try:
@@ -321,8 +319,7 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
     tools turn it into special tokens.
     """
     check, place = later("chat template"), str(adapter.path / CHAT_TEMPLATE)
-    template = adapter.template
-    if not (template.takes_turns or base_chat_template(tokenizer).startswith(MARK)):
+    if not asks_by_messages(adapter, tokenizer):
         return not_checked(
             check, tr("it does not contain the training template: other tools send other tokens")
         )
@@ -330,17 +327,13 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
         return not_checked(check, tr("there are no sample rows to try it with"))
     encoder, problems, same = TextEncoder.of(own), [], 0
     for sample in samples.rows:
-        row = Row(
-            sample.row_number, sample.row, tr("{file}, row {number}", file=SAMPLES, number=sample.row_number)
-        )
         try:
-            rendered = samples.task.preferred(samples.task.render(template, row, adapter.columns))
-            conversation = conversation_of(template, row, adapter.columns, rendered, own, adapter.rules)
-            if any(encoder.has_special(message["content"] or "") for message in conversation.messages):
-                continue
-            ids = full_prompt_ids(rendered, row, own, adapter.rules)
+            asked = sample_as_messages(adapter, samples, sample, encoder)
         except UserError as error:
             return checked(check, error.problems, "")
+        if asked is None:
+            continue
+        conversation, ids = asked
         try:
             message_ids = chat_ids(tokenizer, conversation)
         except Exception as error:  # whatever Jinja raises
@@ -362,6 +355,32 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
         problems,
         tr("the messages of {same} have the token ids of training", same=counted(same, "row")),
     )
+
+
+def lost(name: str) -> str:
+    """Of a file that the run's version, or a copy of its folder, did not have."""
+    return tr("no {name}: the run is of an earlier version, or the file was lost", name=name)
+
+
+def asks_by_messages(adapter: AdapterFolder, tokenizer: Any) -> bool:
+    """Whether messages can stand for the template's prompts. `tokenizer` has the folder's chat template."""
+    return adapter.template.takes_turns or base_chat_template(tokenizer).startswith(MARK)
+
+
+def sample_as_messages(
+    adapter: AdapterFolder, samples: Samples, sample: SampleRow, own: TextEncoder
+) -> tuple[Conversation, list[int]] | None:
+    """A sample row as other tools take it, and its prompt's ids without a limit of length. None if it contains
+    special-token text, which they turn into special tokens. `own`: of the tokenizer with the base's chat template.
+
+    Raises UserError as rendering and encoding do.
+    """
+    template, row, tokenizer = adapter.template, sample.as_row(), own.tokenizer
+    rendered = samples.task.preferred(samples.task.render(template, row, adapter.columns))
+    conversation = conversation_of(template, row, adapter.columns, rendered, tokenizer, adapter.rules)
+    if any(own.has_special(message["content"] or "") for message in conversation.messages):
+        return None
+    return conversation, full_prompt_ids(rendered, row, tokenizer, adapter.rules)
 
 
 def _difference(before: list[int], now: list[int] | None) -> str:

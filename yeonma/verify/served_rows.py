@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, AdapterFolder
+from yeonma.adapter.adapter_folder import AdapterFolder
 from yeonma.adapter.sample_answers import SampleAnswer, ScoredIds
-from yeonma.adapter.samples import SAMPLES, SampleRow, Samples
-from yeonma.data.rows import Row
-from yeonma.errors import UserError
-from yeonma.tokenization.chat_template_export import MARK, chat_ids, conversation_of, full_prompt_ids
+from yeonma.adapter.samples import SampleRow, Samples
+from yeonma.tokenization.chat_template_export import chat_ids
 from yeonma.tokenization.conversation import Conversation
 from yeonma.tokenization.text_encoder import TextEncoder
+from yeonma.verify.compatibility import asks_by_messages, sample_as_messages
 from yeonma.verify.server_client import ServedAnswer, ServedScore, Server, ServerFailed
 
 MOST_ROWS = 8
@@ -26,6 +26,10 @@ NO_PENALTY: Mapping[str, Any] = {"repetition_penalty": 1.0, "repeat_penalty": 1.
 """vLLM's and SGLang's parameter, and llama.cpp's."""
 
 
+PromptCause = Literal["double_bos", "added_bos", "no_bos", "added_eos", "base_template"]
+"""Why a prompt has other ids."""
+
+
 @dataclass(frozen=True)
 class AskedRow:
     """A sample row as other tools are asked it."""
@@ -33,8 +37,8 @@ class AskedRow:
     expected: SampleAnswer
     conversation: Conversation | None
     """None if messages cannot stand for the prompt: another template, a shortened prompt, special-token text."""
-    wrong_prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """A cause -> the ids that the prompt would have by it."""
+    wrong_prompts: Sequence[tuple[PromptCause, Sequence[int]]] = ()
+    """Causes, each with ids that the prompt could have by it."""
 
 
 @dataclass(frozen=True)
@@ -66,63 +70,51 @@ def rows_to_ask(
     """The sample rows with their messages. `own`: the folder's tokenizer with the base's chat template; `exported`: the
     same with the chat template that the folder has for other tools."""
     by_row = {sample.row_number: sample for sample in samples.rows}
-    template_text = (adapter.path / CHAT_TEMPLATE).read_text("utf-8") if _has_chat_template(adapter) else ""
-    takes_messages = adapter.template.takes_turns or template_text.startswith(MARK)
+    takes_messages = asks_by_messages(adapter, exported)
     rows = []
     for answer in answers[:MOST_ROWS]:
         sample = by_row.get(answer.row_number)
         if sample is None or sample.prompt_ids != answer.prompt_ids:
             continue
         conversation = _conversation(adapter, samples, sample, own, exported) if takes_messages else None
-        rows.append(AskedRow(answer, conversation, _wrong_prompts(answer.prompt_ids, conversation, own)))
+        wrong = tuple(_wrong_prompts(answer.prompt_ids, conversation, own))
+        rows.append(AskedRow(answer, conversation, wrong))
     return rows
-
-
-def _has_chat_template(adapter: AdapterFolder) -> bool:
-    return (adapter.path / CHAT_TEMPLATE).is_file()
 
 
 def _conversation(
     adapter: AdapterFolder, samples: Samples, sample: SampleRow, own: Any, exported: Any
 ) -> Conversation | None:
     """The row's messages, if they give the ids of training by the folder's own chat template."""
-    template, row = adapter.template, Row(sample.row_number, sample.row, f"{SAMPLES}, {sample.row_number}")
     try:
-        rendered = samples.task.preferred(samples.task.render(template, row, adapter.columns))
-        conversation = conversation_of(template, row, adapter.columns, rendered, own, adapter.rules)
-        encoder = TextEncoder.of(own)
-        if any(encoder.has_special(str(message["content"] or "")) for message in conversation.messages):
+        asked = sample_as_messages(adapter, samples, sample, TextEncoder.of(own))
+        if asked is None:
             return None
-        if full_prompt_ids(rendered, row, own, adapter.rules) != sample.prompt_ids:
-            return None  # shortened in training
-        return conversation if chat_ids(exported, conversation) == sample.prompt_ids else None
-    except UserError:
-        return None
-    except Exception:  # whatever Jinja raises; `yeonma verify` without --served says so
+        conversation, ids = asked
+        is_whole = ids == sample.prompt_ids  # else it was shortened in training
+        return conversation if is_whole and chat_ids(exported, conversation) == ids else None
+    except Exception:  # UserError, or whatever Jinja raises; `yeonma verify` without --served says so
         return None
 
 
 def _wrong_prompts(
     ids: Sequence[int], conversation: Conversation | None, own: Any
-) -> dict[str, Sequence[int]]:
+) -> Iterator[tuple[PromptCause, Sequence[int]]]:
     bos, eos = own.bos_token_id, own.eos_token_id
-    found: dict[str, Sequence[int]] = {}
     if bos is not None:
-        found["double_bos" if ids[0] == bos else "added_bos"] = [bos, *ids]
+        yield "double_bos" if ids[0] == bos else "added_bos", [bos, *ids]
         if ids[0] == bos and len(ids) > 1:
-            found["no_bos"] = ids[1:]
+            yield "no_bos", ids[1:]
     if eos is not None:
-        found["added_eos"] = [*ids, eos]
-    if conversation is not None and own.chat_template:
-        try:
-            by_base = chat_ids(own, conversation)
-        except Exception:  # whatever Jinja raises
-            return found
+        yield "added_eos", [*ids, eos]
+    if conversation is None or not own.chat_template:
+        return
+    with suppress(Exception):  # whatever Jinja raises
+        by_base = chat_ids(own, conversation)
         if by_base != list(ids):
-            found["base_template"] = by_base
+            yield "base_template", by_base
             if bos is not None and by_base[:1] == [bos]:
-                found["base_template_double_bos"] = [bos, *by_base]
-    return found
+                yield "base_template", [bos, *by_base]
 
 
 def ask(server: Server, rows: Sequence[AskedRow]) -> list[ServedRow]:
@@ -169,7 +161,7 @@ def _with_scores(server: Server, served: ServedRow) -> ServedRow:
     parts = [expected.wanted_ids, expected.greedy_ids, expected.base_ids]
     if server.kind == "llamacpp":
         own = expected.wanted_ids if expected.wanted_ids.token_ids else expected.greedy_ids
-        parts = [_first(own, MOST_ONE_BY_ONE), _first(expected.base_ids, MOST_ONE_BY_ONE)]
+        parts = [one.at(range(len(one.token_ids))[:MOST_ONE_BY_ONE]) for one in (own, expected.base_ids)]
     base = server.base()
     scores, base_scores = [], []
     for part in parts:
@@ -184,14 +176,8 @@ def _with_scores(server: Server, served: ServedRow) -> ServedRow:
 
 def _told(numbers: Sequence[ServedScore | None], part: ScoredIds) -> ComparedTokens:
     """The tokens whose log-probabilities the server tells."""
-    told = [(place, number) for place, number in enumerate(numbers) if number is not None]
-    base = None if part.base is None else [part.base[place] for place, _ in told]
-    return ComparedTokens([number for _, number in told], [part.trained[place] for place, _ in told], base)
-
-
-def _first(scored: ScoredIds, count: int) -> ScoredIds:
-    base = None if scored.base is None else scored.base[:count]
-    return ScoredIds(scored.token_ids[:count], scored.trained[:count], base)
+    told = part.at([place for place, number in enumerate(numbers) if number is not None])
+    return ComparedTokens([number for number in numbers if number is not None], told.trained, told.base)
 
 
 def joined(parts: Sequence[ComparedTokens | None]) -> ComparedTokens | None:

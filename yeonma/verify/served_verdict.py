@@ -7,7 +7,7 @@ is the root mean square of what lies beside that way, in nats. No requests here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from yeonma.messages import counted, later, tr
 from yeonma.verify.file_checks import Finding, checked, not_checked
 from yeonma.verify.served_rows import (
     ComparedTokens,
+    PromptCause,
     ServedRow,
     is_same,
     joined,
@@ -26,17 +27,13 @@ from yeonma.verify.served_rows import (
 )
 
 Cause = Literal[
+    PromptCause,
     "adapter_not_applied",
     "adapter_in_part",
     "another_adapter",
     "another_base",
     "other_weights",
     "fewer_bits",
-    "double_bos",
-    "added_bos",
-    "no_bos",
-    "added_eos",
-    "base_template",
     "another_template",
     "context_cut",
     "no_end",
@@ -76,7 +73,6 @@ class Weights:
     """None: they are the trained ones, up to rounding."""
     distance: float
     """From the trained model, in nats of root mean square."""
-    share: float | None
     tokens: int
 
 
@@ -109,52 +105,40 @@ def weights_of(rows: Sequence[ServedRow]) -> Weights | None:
     scores = joined([row.scores for row in rows])
     if scores is None:
         return None
-    cause, distance, share = _compare(scores)
-    if cause == "other_weights":
-        alone = joined([row.base_scores for row in rows])
-        if alone is not None and alone.base is not None:
-            cause = "another_adapter" if _apart_from_base(alone) <= _noise(alone) else "another_base"
-    return Weights(cause, distance, share, len(scores.served))
-
-
-def _compare(scores: ComparedTokens) -> tuple[Cause | None, float, float | None]:
     served, trained, base = _arrays(scores)
+    cause = _cause_of_numbers(served, trained, base)
+    alone = joined([row.base_scores for row in rows])
+    if cause == "other_weights" and alone is not None:
+        served_base, trained_there, base_there = _arrays(alone)
+        if base_there is not None:
+            is_right = _rms(served_base - base_there) <= _noise(trained_there - base_there)
+            cause = "another_adapter" if is_right else "another_base"
+    return Weights(cause, _rms(served - trained), len(served))
+
+
+def _cause_of_numbers(served: np.ndarray, trained: np.ndarray, base: np.ndarray | None) -> Cause | None:
     distance = _rms(served - trained)
-    if base is None:
-        if distance <= ROUNDING:
-            return None, distance, None
-        return ("fewer_bits" if distance <= NOISE else "other_weights"), distance, None
+    if distance <= ROUNDING:
+        return None
+    if base is None or _rms(trained - base) < CHANGED:
+        return "fewer_bits" if distance <= NOISE else "other_weights"
     change = trained - base
-    if distance <= ROUNDING or _rms(change) < CHANGED:
-        is_right = distance <= ROUNDING
-        return (None if is_right else _noise_or_other(distance, NOISE)), distance, None
     share = float((served - base) @ change / (change @ change))
     rest = _rms(served - base - share * change)
-    noise = _noise(scores)
+    noise = _noise(change)
     if _rms(served - base) <= noise and share < NEAR_BASE:
-        return "adapter_not_applied", distance, share
+        return "adapter_not_applied"
     if rest <= noise and not WHOLE[0] <= share <= WHOLE[1]:
-        return "adapter_in_part", distance, share
+        return "adapter_in_part"
     if distance <= noise:
-        return "fewer_bits", distance, share
+        return "fewer_bits"
     is_beside = rest > BESIDE * _rms(change) or share < LEAST_SHARE
-    return ("other_weights" if is_beside else "adapter_in_part"), distance, share
+    return "other_weights" if is_beside else "adapter_in_part"
 
 
-def _noise_or_other(distance: float, noise: float) -> Cause:
-    return "fewer_bits" if distance <= noise else "other_weights"
-
-
-def _noise(scores: ComparedTokens) -> float:
-    """The most that fewer bits explain, in nats."""
-    _, trained, base = _arrays(scores)
-    return NOISE if base is None else min(max(ROUNDING, NOISE_OF_CHANGE * _rms(trained - base)), NOISE)
-
-
-def _apart_from_base(scores: ComparedTokens) -> float:
-    served, _, base = _arrays(scores)
-    assert base is not None
-    return _rms(served - base)
+def _noise(change: np.ndarray) -> float:
+    """The most that fewer bits explain, in nats. `change`: what training changed."""
+    return min(max(ROUNDING, NOISE_OF_CHANGE * _rms(change)), NOISE)
 
 
 def _arrays(scores: ComparedTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -163,10 +147,8 @@ def _arrays(scores: ComparedTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray 
     served = np.array([score.logprob for score in scores.served], dtype=np.float64)
     bounds = [score.logprob if score.is_upper_bound else LOWEST for score in scores.served]
     lowest = np.maximum(np.array(bounds, dtype=np.float64), LOWEST)
-    trained, base = (None if one is None else np.array(one) for one in (scores.trained, scores.base))
-    assert trained is not None
-    clipped = None if base is None else np.maximum(base, lowest)
-    return np.maximum(served, lowest), np.maximum(trained, lowest), clipped
+    base = None if scores.base is None else np.maximum(np.array(scores.base), lowest)
+    return np.maximum(served, lowest), np.maximum(np.array(scores.trained), lowest), base
 
 
 def _rms(values: np.ndarray) -> float:
@@ -256,12 +238,7 @@ def _prompts(rows: Sequence[ServedRow], server: str) -> tuple[Finding, list[Caus
             rows=counted(len(counts), "row"),
         )
         return checked(PROMPTS, [], about), []
-    causes = [
-        cause
-        for cause in counts[0][0].asked.wrong_prompts
-        if all(len(row.asked.wrong_prompts.get(cause, ())) == count for row, count in counts)
-    ]
-    cause = _cause_of(causes[0]) if causes else _by_count(counts)
+    cause: Cause = _common_cause(counts, len) or _by_count(counts)
     row, count = next((row, count) for row, count in counts if count != len(row.asked.expected.prompt_ids))
     difference = tr(
         "the prompt of row {row} has {tokens} there, and {trained} in training",
@@ -288,17 +265,9 @@ def _compared_prompts(told: Sequence[ServedRow], server: str) -> tuple[Finding, 
         return checked(PROMPTS, [], about), []
     row = different[0]
     ids, wanted = _prompt_ids(row), row.asked.expected.prompt_ids
-    causes = [
-        cause
-        for cause in row.asked.wrong_prompts
-        if all(_prompt_ids(one) == list(one.asked.wrong_prompts.get(cause, ())) for one in different)
-    ]
-    if causes:
-        cause = _cause_of(causes[0])
-    elif all(_is_part(_prompt_ids(one), one.asked.expected.prompt_ids) for one in different):
-        cause = "context_cut"
-    else:
-        cause = "another_template"
+    common = _common_cause([(one, _prompt_ids(one)) for one in different], list)
+    is_cut = all(_is_part(_prompt_ids(one), one.asked.expected.prompt_ids) for one in different)
+    cause: Cause = common or ("context_cut" if is_cut else "another_template")
     at = next(
         (at for at, (old, new) in enumerate(zip(wanted, ids, strict=False)) if old != new),
         min(len(ids), len(wanted)),
@@ -324,16 +293,13 @@ def _is_part(ids: Sequence[int], whole: Sequence[int]) -> bool:
     return 0 < count < len(whole) and list(ids) in (list(whole[:count]), list(whole[-count:]))
 
 
-def _cause_of(name: str) -> Cause:
-    causes: dict[str, Cause] = {
-        "double_bos": "double_bos",
-        "added_bos": "added_bos",
-        "no_bos": "no_bos",
-        "added_eos": "added_eos",
-        "base_template": "base_template",
-        "base_template_double_bos": "base_template",
-    }
-    return causes[name]
+def _common_cause(
+    told: Sequence[tuple[ServedRow, object]], what: Callable[[Sequence[int]], object]
+) -> PromptCause | None:
+    """The first cause by which each row has a wrong prompt that is as told. `what`: what is told of its ids."""
+    fitting = [{cause for cause, ids in row.asked.wrong_prompts if what(ids) == known} for row, known in told]
+    first = (cause for cause, _ in told[0][0].asked.wrong_prompts)
+    return next((cause for cause in first if all(cause in causes for causes in fitting)), None)
 
 
 def _wrong_prompt(cause: Cause, difference: str, server: str) -> Finding:

@@ -11,12 +11,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from yeonma.errors import UserError, did_you_mean
+from yeonma.config.settings import VerifySettings
+from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.messages import tr
 
 ServerKind = Literal["yeonma", "vllm", "llamacpp", "other"]
@@ -260,12 +262,34 @@ class Server:
         return replace(self, model=str(parent)) if is_there else None
 
 
-def connect(address: str, model: str | None, expected_name: str) -> Server:
-    """The server at an address, with or without `/v1`. `model`: whom to ask there; by default the model of this name,
-    or the only one.
+def check_server_settings(settings: VerifySettings) -> None:
+    """Raises UserError for settings that go only with the check of a folder, or only with that of a server."""
+    if settings.served is None:
+        if settings.model is not None:
+            cure = tr("give the server's address with --served, or leave it out")
+            raise UserError(tr("it names a model of a server"), place=f"--model {settings.model}", cure=cure)
+        return
+    given = {"base_model": settings.base_model, "data_path": settings.data_path}
+    problems = [
+        Problem(
+            tr("it is for the check of the folder, and --served asks a server"),
+            f"--{name} {value}",
+            tr("leave it out, or run `yeonma verify` once more without --served"),
+        )
+        for name, value in given.items()
+        if value is not None
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def server_of(settings: VerifySettings) -> Server:
+    """The server at `served`, an address with or without `/v1`, and the model to ask there: `model`, by default the one
+    with the name of the folder, or the only one.
 
     Raises UserError if no server with OpenAI's API answers there, and if it is not clear whom to ask.
     """
+    address, model = settings.served or "", settings.model
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         cure = tr("give an address such as http://127.0.0.1:8000")
@@ -282,7 +306,7 @@ def connect(address: str, model: str | None, expected_name: str) -> Server:
     except (KeyError, TypeError):
         cure = tr("give the address of a server that has /v1/chat/completions")
         raise UserError(tr("it has no list of models at /v1/models"), place=root, cure=cure) from None
-    named = model or expected_name
+    named = model or Path(settings.adapter_dir).resolve().name
     if named not in entries and model is None and len(entries) == 1:
         named = next(iter(entries))
     if named not in entries:

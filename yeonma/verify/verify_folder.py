@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
     if any((folder / name).is_file() for name in (STATE, OPTIMIZER, RANDOM)):
         findings, details = _check_adapter(folder, settings, log)
         files = check_checkpoint(folder, None, None)
-        return _report(folder, tr("a checkpoint"), [files, *findings], details)
+        return report_on(folder, tr("a checkpoint"), [files, *findings], details)
     if not (folder / MANIFEST).is_file():
         cure = tr("give the output folder of a run, a checkpoint, or an adapter folder copied from there")
         raise UserError(tr("no Yeonma run in this folder"), place=settings.adapter_dir, cure=cure)
@@ -100,7 +100,7 @@ def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
         raise UserError(what, place=settings.adapter_dir, cure=cure)
     findings, details = _check_adapter(folder, settings, log)
     what = tr("a model without its run") if full else tr("an adapter without its run")
-    return _report(folder, what, [check_files(folder, is_run=False), *findings], details)
+    return report_on(folder, what, [check_files(folder, is_run=False), *findings], details)
 
 
 def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyReport:
@@ -131,7 +131,7 @@ def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyRepor
         run_finding = check_run(folder, run, details, config)
     findings += [check_checkpoint(checkpoint, identity, details) for checkpoint in all_checkpoints]
     unknown = unknown_files(folder, manifest_hashes(folder) if finished else None)
-    return _report(folder, what, [*findings, run_finding, *adapter_findings], details, _remark(unknown))
+    return report_on(folder, what, [*findings, run_finding, *adapter_findings], details, _remark(unknown))
 
 
 def _remark(unknown: list[str]) -> str:
@@ -143,12 +143,18 @@ def _remark(unknown: list[str]) -> str:
     return tr("not from the run: {names}", names=names)
 
 
-def _report(
-    folder: Path, what: str, findings: list[Finding], details: Mapping[str, Any] | None, remark: str = ""
+def report_on(
+    folder: Path,
+    what: str,
+    findings: Sequence[Finding],
+    details: Mapping[str, Any] | None,
+    remark: str = "",
+    causes: tuple[str, ...] = (),
 ) -> VerifyReport:
+    """`details`: yeonma.json, if it can be read."""
     trained_on = (details or {}).get("trained_on")
     trained_on = trained_on if isinstance(trained_on, dict) else {}
-    return VerifyReport(str(folder), what, tuple(findings), trained_on, remark)
+    return VerifyReport(str(folder), what, tuple(findings), trained_on, remark, causes)
 
 
 def _check_adapter(

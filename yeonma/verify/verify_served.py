@@ -14,11 +14,12 @@ from yeonma.files import existing_folder
 from yeonma.messages import counted, later, tr
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
+from yeonma.verify.compatibility import lost
 from yeonma.verify.file_checks import Finding, checked, not_checked
 from yeonma.verify.served_rows import ask, rows_to_ask
 from yeonma.verify.served_verdict import judge
-from yeonma.verify.server_client import Server, connect
-from yeonma.verify.verify_folder import VerifyReport
+from yeonma.verify.server_client import Server, server_of
+from yeonma.verify.verify_folder import VerifyReport, report_on
 
 CONTEXT = later("served context")
 
@@ -28,11 +29,10 @@ def verify_served(settings: VerifySettings, log: Log = lambda _: None) -> Verify
 
     Raises UserError if the folder has no answers to compare with, and if no server answers.
     """
-    assert settings.served is not None
     folder = existing_folder(settings.adapter_dir, tr("give the output folder of a run"))
     adapter = read_adapter_folder(folder)
     samples, answers = _stored(folder)
-    server = connect(settings.served, settings.model, folder.resolve().name)
+    server = server_of(settings)
     own = load_tokenizer(BaseSource(str(folder), None, settings.trust_remote_code))
     exported = load_tokenizer(BaseSource(str(folder), None, settings.trust_remote_code), keep_exported=True)
     rows = rows_to_ask(adapter, samples, answers, own, exported)
@@ -40,25 +40,22 @@ def verify_served(settings: VerifySettings, log: Log = lambda _: None) -> Verify
     log(tr("asking {server}: {rows}", server=name, rows=counted(len(rows), "row")))
     verdict = judge(ask(server, rows), name)
     what = tr("compared with {model} of {server}", model=server.model, server=server.name)
-    findings = (*verdict.findings, _context(server, adapter, answers))
-    trained_on = adapter.details.get("trained_on")
-    details = trained_on if isinstance(trained_on, dict) else {}
-    return VerifyReport(str(folder), what, findings, details, causes=verdict.causes)
+    findings = [*verdict.findings, _context(server, adapter)]
+    return report_on(folder, what, findings, adapter.details, causes=verdict.causes)
 
 
 def _stored(folder: Path) -> tuple[Samples, Sequence[SampleAnswer]]:
     samples, answers = read_samples(folder), read_sample_answers(folder)
     if samples is None or answers is None:
-        what = tr("no {name}: the run is of an earlier version, or the file was lost", name=SAMPLE_ANSWERS)
         cure = tr("train again with this version; `yeonma verify` without --served checks the folder alone")
-        raise UserError(what, place=str(folder), cure=cure)
+        raise UserError(lost(SAMPLE_ANSWERS), place=str(folder), cure=cure)
     if not answers:
         what = tr("the run saved no answers to compare with (card_rows 0, or texts without prompts)")
         raise UserError(what, place=str(folder), cure=tr("train with --card_rows 5"))
     return samples, answers
 
 
-def _context(server: Server, adapter: AdapterFolder, answers: Sequence[SampleAnswer]) -> Finding:
+def _context(server: Server, adapter: AdapterFolder) -> Finding:
     """The server's context beside the lengths of training. The sample rows may be short."""
     most = server.context()
     if most is None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import yeonma
 from tests.runs import command
 from tests.served_runs import served_run, verify
 from tests.servers import Server, serving
+from yeonma.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,12 @@ def test_base_is_named_and_asked_for_by_its_name(run: Path, server: Server) -> N
     status, causes, found = verify(run, server.url, "--model", "base")
     assert (status, causes) == (1, ["adapter_not_applied"])
     assert found["served prompts"] == "well"
+
+
+def test_python_refuses_settings_that_the_other_check_reads(run: Path) -> None:
+    for keywords, told in (
+        ({"served": "http://127.0.0.1:9", "data_path": "rows.jsonl"}, "it is for the check of the folder"),
+        ({"model": "run"}, "it names a model of a server"),
+    ):
+        with pytest.raises(UserError, match=told):
+            yeonma.verify(run, **keywords)

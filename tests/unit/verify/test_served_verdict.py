@@ -10,7 +10,7 @@ import pytest
 
 from yeonma.adapter.sample_answers import GreedyAnswer, SampleAnswer, ScoredIds
 from yeonma.tokenization.conversation import Conversation
-from yeonma.verify.served_rows import AskedRow, ComparedTokens, ServedRow
+from yeonma.verify.served_rows import AskedRow, ComparedTokens, PromptCause, ServedRow
 from yeonma.verify.served_verdict import ServedVerdict, judge
 from yeonma.verify.server_client import ServedAnswer, ServedScore, ServerFailed
 
@@ -39,12 +39,12 @@ def expected(row: int, *, ended: bool = True, has_base: bool = True) -> SampleAn
 def asked(row: int, **options: bool) -> AskedRow:
     answer = expected(row, **options)
     ids = answer.prompt_ids
-    wrong = {
-        "double_bos": [BOS, *ids],
-        "no_bos": ids[1:],
-        "added_eos": [*ids, EOS],
-        "base_template": [1, 99, *ids, 98],
-    }
+    wrong: list[tuple[PromptCause, list[int]]] = [
+        ("double_bos", [BOS, *ids]),
+        ("no_bos", ids[1:]),
+        ("added_eos", [*ids, EOS]),
+        ("base_template", [1, 99, *ids, 98]),
+    ]
     return AskedRow(answer, Conversation([{"role": "user", "content": "x"}]), wrong)
 
 
@@ -104,7 +104,7 @@ def test_server_that_does_all_as_in_training_is_well() -> None:
 @pytest.mark.parametrize("cause", ["added_eos", "base_template", "double_bos", "no_bos"])
 @pytest.mark.parametrize("told", [True, False])
 def test_wrong_prompts_are_named_by_ids_and_by_their_number(cause: str, told: bool) -> None:
-    rows = [with_prompt(row, row.asked.wrong_prompts[cause], told=told) for row in ROWS]
+    rows = [with_prompt(row, dict(row.asked.wrong_prompts)[cause], told=told) for row in ROWS]
     verdict = judge(rows, "here")
     assert outcomes(verdict)[0] == "differs"
     if told or cause not in ("double_bos", "added_eos"):

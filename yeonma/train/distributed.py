@@ -168,6 +168,19 @@ def gather_bytes(group: Processes, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.cpu() for tensor in gathered]
 
 
+def gather_texts(group: Processes, text: str) -> list[str]:
+    """Gather texts of any length from all processes, in order of rank."""
+    if group.count == 1:
+        return [text]
+    content = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+    length = torch.tensor([len(text.encode())]).view(torch.uint8)
+    lengths = [int(one.view(torch.int64)) for one in gather_bytes(group, length)]
+    padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+    padded[: len(content)] = content
+    gathered = gather_bytes(group, padded)
+    return [one[:size].numpy().tobytes().decode() for one, size in zip(gathered, lengths, strict=True)]
+
+
 def check_same_content(group: Processes, content: str) -> None:
     """Raises UserError in every process if `content`, a description of settings and data, is not the same in all."""
     digest = torch.frombuffer(bytearray(sha256(content.encode()).digest()), dtype=torch.uint8)

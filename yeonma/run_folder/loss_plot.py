@@ -1,14 +1,17 @@
-"""The losses of a run as an SVG: for loss.svg, and for the curve that a notebook shows meanwhile."""
+"""The losses of a run as an SVG: for loss.svg, with the scores of answers below, and for the curve that a notebook
+shows meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from yeonma import svg
 from yeonma.messages import tr
 
+NO_SCORES: Mapping[str, Sequence[svg.Point]] = MappingProxyType({})
 STRETCHES = 120
 """A long run's loss is drawn by the lowest and the highest of so many stretches of steps, so that the file stays small.
 """
@@ -24,14 +27,26 @@ text{fill:#e6e8eb}
 """
 
 
-def loss_svg(training: Sequence[svg.Point], validation: Sequence[svg.Point], per: str) -> str:
+SCORE_HEIGHT, MOST_SCORES = 120, 8
+"""Of the plot of one score, and how many there are at most."""
+
+
+def loss_svg(
+    training: Sequence[svg.Point],
+    validation: Sequence[svg.Point],
+    per: str,
+    scores: Mapping[str, Sequence[svg.Point]] = NO_SCORES,
+) -> str:
     """The plot of (step, loss) points, of which there must be one, as the content of a file, for light and dark
     themes: the training loss of each step with a moving mean, and the validation loss. `per`: the loss's unit, if it
     is known.
 
     It has a few kilobytes however long the run is: of a line with more points the extremes of `STRETCHES` stretches are
     drawn, and as many points of the moving mean, which is that of all steps.
+
+    scores: by name, what evaluations measured on answers. Each has a plot of its own below, over the same steps.
     """
+    shown = dict(list(scores.items())[:MOST_SCORES])
     width, height, name = 720, 400, tr("loss per {per}", per=per) if per else tr("loss")
     points = [*training, *validation]
     steps = [step for step, _ in points]
@@ -39,7 +54,7 @@ def loss_svg(training: Sequence[svg.Point], validation: Sequence[svg.Point], per
     axes = svg.Axes(70, 40, width - 110, height - 92, x_range, svg.padded([loss for _, loss in points]))
     bottom = axes.top + axes.height
     elements = [
-        svg.element("rect", class_="paper", width=width, height=height),
+        svg.element("rect", class_="paper", width=width, height=height + SCORE_HEIGHT * len(shown)),
         svg.text(14, 24, name),
         svg.text(axes.left + axes.width / 2, bottom + 40, tr("step"), "middle"),
         *axes.frame(svg.round_ticks(*x_range, 8, whole=True), svg.round_ticks(*axes.y_range, 6)),
@@ -69,8 +84,26 @@ def loss_svg(training: Sequence[svg.Point], validation: Sequence[svg.Point], per
         *([_from_to(tr("training"), training)] if training else []),
         *([_from_to(tr("validation"), validation)] if validation else []),
     ]
+    for place, (score, measured) in enumerate(shown.items()):
+        top = height + SCORE_HEIGHT * place + 16
+        elements += _score(score, measured, axes, x_range, top)
+        from_to.append(_from_to(score, measured))
     description = f"{name.capitalize()}: {', '.join(from_to)}"
+    height += SCORE_HEIGHT * len(shown)
     return svg.drawing(width, height, description, elements, STYLE) + "\n"
+
+
+def _score(
+    name: str, points: Sequence[svg.Point], above: svg.Axes, x_range: tuple[float, float], top: float
+) -> Iterator[str]:
+    """A score over the steps, below the losses and as wide as they are."""
+    y_range = svg.padded([score for _, score in points])
+    axes = svg.Axes(above.left, top, above.width, SCORE_HEIGHT - 40, x_range, y_range)
+    yield from axes.frame(svg.round_ticks(*x_range, 8, whole=True), svg.round_ticks(*axes.y_range, 3))
+    places = axes.places(svg.extremes(points, STRETCHES // 3))
+    yield from _line(places, "validation", 2)
+    yield _dots(places, "validation", 7)
+    yield svg.text(axes.left + axes.width, top - 4, name, "end")
 
 
 def _from_to(name: str, points: Sequence[svg.Point]) -> str:

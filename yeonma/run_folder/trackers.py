@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from yeonma.config.metric_names import PREFIX
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import replace_file
 from yeonma.messages import tr
@@ -28,7 +29,8 @@ Settings = Mapping[str, object]
 
 
 def plot_loss(metrics_path: Path, svg_path: Path, per: str = tr("trained token")) -> None:
-    """Draw training loss (each step, and a moving mean) and validation loss over the steps, for light and dark themes.
+    """Draw training loss (each step, and a moving mean), validation loss and the scores of answers over the steps, for
+    light and dark themes.
 
     The file is written beside its place and renamed. Without a loss there is no file. It has a few kilobytes however
     long the run is.
@@ -36,7 +38,13 @@ def plot_loss(metrics_path: Path, svg_path: Path, per: str = tr("trained token")
     rows = [row for row in read_metrics(metrics_path) if row["loss"] is not None]
     if rows:
         training, validation = (_points(rows, evaluation) for evaluation in (False, True))
-        replace_file(svg_path, loss_svg(training, validation, per).encode())
+        evaluations = [row for row in rows if row.get("evaluation")]
+        keys = dict.fromkeys(key for row in evaluations for key in row if key.startswith(PREFIX))
+        scores = {
+            key.removeprefix(PREFIX): [(row["step"], row[key]) for row in evaluations if key in row]
+            for key in keys
+        }
+        replace_file(svg_path, loss_svg(training, validation, per, scores).encode())
 
 
 def _points(rows: Sequence[Mapping[str, Any]], evaluation: bool) -> list[Point]:

@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
+from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.bounded.user_functions import UserFunctions
 from yeonma.errors import Problem, UserError
 from yeonma.generation.completion import Answer, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.position_limits import model_positions
 from yeonma.run_folder.progress import EvaluationRecord
+from yeonma.train import model_card
 from yeonma.train.answer_rows import AnswerPlan, AnswerRow, AnswerScores, in_metrics, score_answers
 from yeonma.train.distributed import gather_texts, sum_over
 from yeonma.train.interrupt import REASONS
-from yeonma.train.model_card import MAX_NEW_TOKENS, NO_LIMIT
 from yeonma.train.step import TrainState
 
 PROBLEMS = "problems"
@@ -146,7 +147,9 @@ def _answers(state: TrainState, rows: Sequence[AnswerRow], tokenizer: Any) -> li
         prompts = [rows[index].prompt.token_ids for index in indices]
         room = positions - max(map(len, prompts))
         sampling = SamplingParams(
-            stop_ids=stop_ids, shown_ids=shown_ids, max_new_tokens=max(1, min(MAX_NEW_TOKENS, room))
+            stop_ids=stop_ids,
+            shown_ids=shown_ids,
+            max_new_tokens=max(1, min(model_card.MAX_NEW_TOKENS, room)),
         )
         found = generate(
             state.model,

@@ -165,8 +165,9 @@ def _shares(available: Sequence[int], count: int) -> list[int]:
     """How many rows of each data set are answered: equally many, as far as each has them."""
     shares = [0] * len(available)
     while count and (open_sets := [index for index, own in enumerate(available) if shares[index] < own]):
+        each = max(1, count // len(open_sets))
         for index in open_sets[:count]:
-            more = min(max(1, count // len(open_sets)), available[index] - shares[index])
+            more = min(each, available[index] - shares[index])
             shares[index] += more
             count -= more
     return shares

@@ -49,6 +49,7 @@ from yeonma.shown import code, code_block, markdown, shell_word
 from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompt
+from yeonma.train.card_answers import answer_table
 from yeonma.train.card_tables import (
     confusion_tables,
     data_set_table,
@@ -460,6 +461,7 @@ def card_text(
             lines += validation_table(before, after, units, "model" if adapter.is_full else "adapter")
             lines += loss_table(before.get("losses", {}), after.get("losses", {}))
             lines += confusion_tables(after.get("confusion", {}))
+            lines += answer_table(evaluations, adapter_step, "model" if adapter.is_full else "adapter")
         else:  # the log was deleted while the run was stopped, and begins later
             lines += [tr("metrics.jsonl does not have the validation losses of before and after."), ""]
     lines += ["![loss](loss.svg)", ""]

@@ -451,9 +451,7 @@ def _identity_of_evaluation(evaluation: EvaluationSettings, answers: AnswerPlan 
     """Settings of the evaluation, and those of answers only if the run measures some."""
     of_answers = ("answer_metrics", "answer_rows")
     identity = {
-        name: value
-        for name, value in asdict(evaluation).items()
-        if name not in ("card_rows", *of_answers)
+        name: value for name, value in asdict(evaluation).items() if name not in ("card_rows", *of_answers)
     }
     identity["keep_best"] = best_metric(evaluation.keep_best) or keeps_best(evaluation.keep_best)
     if answers is None:

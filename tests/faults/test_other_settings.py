@@ -132,6 +132,8 @@ CHANGES: dict[str, Change] = dict(
         # EvaluationSettings
         refused("eval_steps", 2),
         refused("keep_best", False),
+        refused("answer_metrics", "exact"),
+        ("answer_rows", Change({"answer_metrics": "exact", "answer_rows": 3}, "answer_rows was ")),
         refused("early_stopping_patience", 2),
         refused("early_stopping_threshold", 0.1),
         accepted("card_rows", 2),

@@ -38,6 +38,7 @@ from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.model.device_check import check_device
 from yeonma.model.quantization import check_installed
 from yeonma.model.source import find_base
+from yeonma.run_folder.entries import RUN
 from yeonma.verify.server_client import check_server_settings, server_of
 
 CHECKED_ROWS = 1000
@@ -281,7 +282,7 @@ def report_folder(settings: CompareSettings) -> Path:
     if output.is_dir():
         for spec in settings.models:
             model = user_path(spec, "--models")
-            if model.is_dir() and output.samefile(model) and not (model / ANSWERS).exists():
+            if model.is_dir() and output.samefile(model) and _is_no_report(model):
                 raise UserError(tr("it is a model's folder"), place=place, cure=tr("name another one"))
         _check_writable(output, place)
         return output
@@ -290,6 +291,11 @@ def report_folder(settings: CompareSettings) -> Path:
         raise UserError(tr("{parent} is a file", parent=parent), place=place, cure=tr("name a folder"))
     _check_writable(parent, place)
     return output
+
+
+def _is_no_report(folder: Path) -> bool:
+    """Whether no report lies in a folder. A run has answers of its own."""
+    return not (folder / ANSWERS).exists() or (folder / RUN).exists()
 
 
 def _check_writable(folder: Path, place: str) -> None:

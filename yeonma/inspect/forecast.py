@@ -13,6 +13,7 @@ from yeonma.config.gpus import Gpu
 from yeonma.durations import estimated
 from yeonma.messages import counted, later, tr
 from yeonma.model.targets import Coverage, PartCoverage
+from yeonma.run_folder.progress import FORWARD_SHARE, CardWork
 from yeonma.run_folder.units import counted_units
 from yeonma.train.memory_parts import Memory
 
@@ -70,7 +71,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Time:
-    """Time of the training steps, without loading, evaluation and checkpoints."""
+    """Time of the training steps and of the answers at evaluations, without loading, other evaluation and
+    checkpoints."""
 
     tokens_per_second: float
     """A token that several examples share counts once per example."""
@@ -78,6 +80,8 @@ class Time:
     seconds_low: float
     seconds_high: float
     measured_by: Literal["rate", "probe", "data sheet"]
+    answer_seconds: float = 0.0
+    """Of `seconds`, those of the answers at evaluations."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,25 @@ def _with_time(forecast: Forecast, time: Time, price: float | None) -> Forecast:
         epochs_per_hour=tokens_per_hour / forecast.tokens_per_epoch,
     )
     return replace(forecast, time=time, price=run_price)
+
+
+def with_answers(forecast: Forecast, work: CardWork | None, evaluations: float) -> Forecast:
+    """The forecast whose time counts the answers at so many evaluations as well."""
+    time = forecast.time
+    if time is None or work is None or not forecast.tokens:
+        return forecast
+
+    def answering(seconds: float) -> float:
+        return evaluations * work.seconds(FORWARD_SHARE * seconds / forecast.tokens)
+
+    longer = replace(
+        time,
+        seconds=time.seconds + answering(time.seconds),
+        seconds_low=time.seconds_low + answering(time.seconds_low),
+        seconds_high=time.seconds_high + answering(time.seconds_high),
+        answer_seconds=answering(time.seconds),
+    )
+    return _with_time(forecast, longer, None if forecast.price is None else forecast.price.per_hour)
 
 
 def forecast_dict(forecast: Forecast) -> dict[str, Any]:
@@ -263,6 +286,8 @@ def forecast_lines(
             source=source,
         )
         lines.append((tr("time"), spread))
+        if time.answer_seconds:
+            lines.append((tr("  of it answers"), estimated(time.answer_seconds)))
         lines.append((tr("speed"), tr("{rate:,.0f} tokens/s", rate=time.tokens_per_second)))
     if price is not None:
         lines.append(

@@ -16,6 +16,7 @@ from yeonma.config.settings import (
 )
 from yeonma.errors import UserError
 from yeonma.files import user_path
+from yeonma.inspect.answer_time import with_run_answers
 from yeonma.inspect.audit import Audit, audit_of
 from yeonma.inspect.fit_verdict import Verdict, memory_for_run, outcome_of, savings, verdict_lines, verdict_of
 from yeonma.inspect.forecast import (
@@ -118,6 +119,8 @@ def _inspection(
     dataset = prepared.dataset
     audit = _audit(config, prepared)
     forecast, adapter = _forecast(options, config, source, prepared, target, memory_bytes)
+    if forecast is not None:
+        forecast = with_run_answers(forecast, config, prepared, target)
     lines = [(tr("adapter on"), str(adapter))] if adapter is not None else []
     verdict = None
     if forecast is not None:

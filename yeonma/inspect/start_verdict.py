@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from yeonma.errors import first_line
+from yeonma.inspect.answer_time import with_run_answers
 from yeonma.inspect.estimate import combinations, estimate
 from yeonma.inspect.fit_verdict import (
     fits_or_unknown,
@@ -94,4 +95,5 @@ def _timed(forecast: Forecast, start: RunStart, target: TargetDevice) -> Forecas
     if rate is None or share <= 0:
         return forecast
     left = replace(forecast, tokens=int(forecast.tokens * share), operations=forecast.operations * share)
-    return timed_by_rate(left, rate.flops_per_second)
+    timed = timed_by_rate(left, rate.flops_per_second)
+    return with_run_answers(timed, start.config, start.prepared, target, share)

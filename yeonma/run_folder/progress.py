@@ -115,7 +115,7 @@ FORWARD_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class CardWork:
-    """What answering the rows of the card takes."""
+    """What answering rows takes: those of the card, or of an evaluation."""
 
     prompt_tokens: int
     """Of all prompts, once for each model that answers them."""
@@ -144,6 +144,8 @@ class StepsBetween:
     """Tokens of an evaluation, from which its time follows until one was measured."""
     card: CardWork | None = None
     """What comes after the last step."""
+    answers: CardWork | None = None
+    """What an evaluation answers, from which its time follows, too."""
 
 
 NOTHING_BETWEEN = StepsBetween()
@@ -290,7 +292,11 @@ class Progress:
         steps = (
             sum(record.seconds for record in self._recent) / len(self._recent) * (self._total_steps - step)
         )
-        evaluation = self._evaluation_seconds or self._between.evaluation_tokens * self._forward_seconds
+        evaluation = self._evaluation_seconds
+        if not evaluation:
+            evaluation = self._between.evaluation_tokens * self._forward_seconds
+            if self._between.answers is not None:
+                evaluation += self._between.answers.seconds(self._forward_seconds)
         evaluations = evaluation * count(self._between.evaluations)
         saves = self._save_seconds * count(self._between.saves)
         return steps + evaluations + saves + self.card_seconds()

@@ -1,5 +1,5 @@
-"""About how long the answers of the card will take, for the time left of a run. A rough estimate: decoding is measured
-only when it happens."""
+"""About how long answers take, those of the card and those at evaluations, for the time of a run. A rough estimate:
+decoding is measured only when it happens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from yeonma.run_folder.progress import CardWork
 from yeonma.tokenization.dataset import Dataset
+from yeonma.train.answer_rows import AnswerPlan
 from yeonma.train.model_card import MAX_NEW_TOKENS
 
 TOKENS_PER_STEP = 120
@@ -28,13 +29,34 @@ def card_work(
         return None
     counts = dataset.train.store.counts
     rows = min(max(card_rows, len(sets)), counts.rows)
-    usual = min(MAX_NEW_TOKENS, 2 * math.ceil(counts.trained_tokens / max(counts.examples, 1)))
-    answer = (usual + MAX_NEW_TOKENS) // 2  # whether the model has learned to end its answers is not known
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    answer = _answer_tokens(dataset)
     return CardWork(
         prompt_tokens=(1 + base_is_left) * rows * counts.tokens // max(counts.examples, 1),
         # a base seldom ends its answer before the limit
         decoded_tokens=answer + MAX_NEW_TOKENS * base_is_left,
         tokens_per_step=max(rows, TOKENS_PER_STEP),
-        least_seconds=SECONDS_PER_LAYER[device_type] * layers,
+        least_seconds=_least_seconds(config, device_type),
     )
+
+
+def answer_work(plan: AnswerPlan | None, dataset: Dataset, config: Any, device_type: str) -> CardWork | None:
+    """The work of the answers of one evaluation; None if there are none."""
+    if plan is None or not plan.rows:
+        return None
+    return CardWork(
+        prompt_tokens=sum(len(row.prompt.token_ids) for row in plan.rows),
+        decoded_tokens=_answer_tokens(dataset),
+        tokens_per_step=max(len(plan.rows), TOKENS_PER_STEP),
+        least_seconds=_least_seconds(config, device_type),
+    )
+
+
+def _answer_tokens(dataset: Dataset) -> int:
+    """Of the longest of a few answers. Whether the model has learned to end its answers is not known."""
+    counts = dataset.train.store.counts
+    usual = min(MAX_NEW_TOKENS, 2 * math.ceil(counts.trained_tokens / max(counts.examples, 1)))
+    return (usual + MAX_NEW_TOKENS) // 2
+
+
+def _least_seconds(config: Any, device_type: str) -> float:
+    return SECONDS_PER_LAYER[device_type] * getattr(config.get_text_config(), "num_hidden_layers", 0)

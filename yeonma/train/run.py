@@ -73,7 +73,7 @@ from yeonma.train.build import (
     reference_extras,
     units_to_reference,
 )
-from yeonma.train.card_time import card_work
+from yeonma.train.card_time import answer_work, card_work
 from yeonma.train.distributed import Processes, check_same_content, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.label_accuracy import label_trials
@@ -432,6 +432,7 @@ def _train(
         schedule.save_steps,
         sum(int(part.store.unit_lengths[part.units].sum()) for part in dataset.validation.values()),
         work,
+        answer_work(answers, dataset, prepared.config, state.model.device.type),
     )
     card_seconds = 0.0
     clock.enter("training")

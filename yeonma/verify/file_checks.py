@@ -26,10 +26,13 @@ from yeonma.run_folder.entries import FORMER_PLOT, MODEL_FILES, OURS, PRINTED, R
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE, differences
 from yeonma.run_folder.run_log import read_metrics
 
-RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.svg", FORMER_PLOT, "README.md")
+RUN_RECORDS = (
+    *("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "answers.jsonl"),
+    *("loss.svg", FORMER_PLOT, "README.md"),
+)
 """Files that a copy of the adapter alone may lack."""
 _SHA256 = re.compile("[0-9a-f]{64}")
-RESOLVED_SETTINGS = ("base_model", "model_revision", "columns")
+RESOLVED_SETTINGS = ("base_model", "model_revision", "columns", "keep_best", "answer_metrics")
 """Settings of which a run's identity records the resolved value, not the written one."""
 PARTS = ("base", "tokenizer", "template", "columns", "rules", "trained_on")
 """Keys of yeonma.json that are the same in the folder and in every checkpoint of a run."""

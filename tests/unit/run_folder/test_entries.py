@@ -21,6 +21,7 @@ FILES = (
     "manifest.json",
     "metrics.jsonl",
     "trained_rows.jsonl",
+    "answers.jsonl",
     "log.txt",
     "settings.yaml",
     "README.md",

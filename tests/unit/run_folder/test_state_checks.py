@@ -24,6 +24,7 @@ STATE: dict[str, Any] = {
     "evaluation_due": False,
     "carried": {"reward_sum": -0.5},
     "logs": {"metrics.jsonl": {"lines": 4, "sha256": SUM}},
+    "best_score": 0.5,
 }
 NEVER: dict[str, list[Any]] = {
     "step": [0, -1, True, 4.0, "4", None, 2**63, 10**30, 9],  # 9: the run has 8 steps
@@ -42,6 +43,7 @@ NEVER: dict[str, list[Any]] = {
         *({"metrics.jsonl": {"lines": lines, "sha256": SUM}} for lines in (-1, "4", None, 4.0, True)),
         *({"metrics.jsonl": {"lines": 4, "sha256": text}} for text in (None, "", "x" * 64, SUM[1:])),
     ],
+    "best_score": ["x", True, float("nan"), float("inf"), [0.5]],
 }
 
 

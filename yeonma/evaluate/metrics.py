@@ -14,6 +14,7 @@ import numpy as np
 
 from yeonma.data.classification import f1_of_counts, label_counts
 from yeonma.data.text_scores import (
+    Array,
     MetricTokenizer,
     chrf,
     chrf_counts,
@@ -27,7 +28,6 @@ REPETITION_ORDER = 4  # tokens in an n-gram
 RESAMPLES = 2000
 BLOCK_NUMBERS = 4_000_000  # of a resampling, in memory at once
 
-Array = np.ndarray
 Value = Callable[[Array], Array]
 
 

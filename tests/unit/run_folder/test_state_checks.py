@@ -29,7 +29,7 @@ STATE: dict[str, Any] = {
 NEVER: dict[str, list[Any]] = {
     "step": [0, -1, True, 4.0, "4", None, 2**63, 10**30, 9],  # 9: the run has 8 steps
     "schedule": [None, [], "x", 1],
-    "best_loss": ["x", True, float("nan"), float("inf"), 10**400, None],  # None: there is a best step
+    "best_loss": ["x", True, float("nan"), float("inf"), 10**400],
     "best_step": [0, -2, 5, "2", 2.0, True, [2], None],
     "evaluations_without_gain": [-1, None, "0", 0.5],
     "identity": [None, [], "x", [["steps", 8]]],
@@ -61,6 +61,14 @@ def test_a_value_that_no_run_writes_is_an_error(name: str) -> None:
     for value in NEVER[name]:
         with pytest.raises(ValueError):
             RunProgress.from_json(json.dumps({**STATE, name: value}))
+
+
+def test_a_best_step_has_a_loss_or_a_score() -> None:
+    RunProgress.from_json(json.dumps({**STATE, "best_score": None}))
+    RunProgress.from_json(json.dumps({**STATE, "best_loss": None}))  # not finite, but there is a score
+    for missing in (("best_loss", "best_score"), ("best_step",)):
+        with pytest.raises(ValueError):
+            RunProgress.from_json(json.dumps({**STATE, **dict.fromkeys(missing)}))
 
 
 @pytest.mark.parametrize("text", ["[]", "1", "null", "{}", '{"step": 4}', json.dumps({**STATE, "more": 1})])

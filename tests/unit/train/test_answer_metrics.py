@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,42 @@ def test_rows_are_shared_out_over_data_sets() -> None:
     assert _shares([3, 100], 32) == [3, 29]
     assert _shares([3, 0, 4], 32) == [3, 0, 4]
     assert _shares([5, 5], 1) == [1, 0]
+
+
+def test_no_row_is_left_out_of_a_mixture(place: Path, tmp_path: Path) -> None:
+    """Rows of both data sets, each asked with its own template."""
+    other = write_jsonl(
+        tmp_path / "other.jsonl",
+        [{"document": row["title"], "title": row["document"]} for row in articles(14, 1)],
+    )
+    done = run(
+        place,
+        tmp_path / "out",
+        data_path=[
+            {"path": str(place / "rows.jsonl")},
+            {"path": str(other), "template": "{document} = {title}"},
+        ],
+        answer_metrics="exact,json",
+        answer_rows=4,
+        max_steps=1,
+        num_epochs=None,
+    )
+    assert done.status == 2 and done.err.count("its wanted answer is no JSON") == 4
+
+
+@pytest.mark.parametrize("page", ["evaluate.md", "evaluate.ko.md"])
+def test_the_function_of_the_page_works(place: Path, tmp_path: Path, page: str) -> None:
+    text = (Path(__file__).parents[3] / "docs" / page).read_text("utf-8")
+    source = re.search(r"`scores.py`:\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert source is not None
+    (tmp_path / "scores.py").write_text(source[1])
+    metrics = f"exact,chrf,rougeL,{tmp_path / 'scores.py'}:headline"
+    done = run(
+        place, tmp_path / "out", answer_metrics=metrics, keep_best="chrf", max_steps=2, num_epochs=None
+    )
+    assert done.status == 0, done.err
+    assert all(0 <= look["answers/short"] <= 1 for look in done.looks)
+    card = (done.folder / "README.md").read_text("utf-8")
+    assert "| answers | exact | chrf | rougeL | short | marked | step |" in card
+    plot = (done.folder / "loss.svg").read_text("utf-8")
+    assert all(f">{name}</text>" in plot for name in ("exact", "chrf", "rougeL", "short", "marked"))

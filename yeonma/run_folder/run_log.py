@@ -29,7 +29,7 @@ from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
 METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
 THEN_CONTINUE = tr("then run the same command to continue from the last checkpoint")
-VARYING = ("seconds", "peak_memory_bytes")
+VARYING = ("seconds", "drawing_seconds", "scoring_seconds", "peak_memory_bytes")
 """Numbers of a step that differ from run to run. The sum of a log leaves them out, so that checkpoints are equal."""
 
 LogSums = dict[str, dict[str, Any]]

@@ -168,6 +168,20 @@ def gather_bytes(group: Processes, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.cpu() for tensor in gathered]
 
 
+def gather_texts(group: Processes, text: str) -> list[str]:
+    """A text of every process, in order of rank."""
+    if group.count == 1:
+        return [text]
+    content = text.encode()
+    lengths = [
+        int(length.view(torch.int64))
+        for length in gather_bytes(group, torch.tensor([len(content)]).view(torch.uint8))
+    ]
+    padded = bytearray(content.ljust(max(lengths)))
+    parts = gather_bytes(group, torch.frombuffer(padded, dtype=torch.uint8))
+    return [part[:length].numpy().tobytes().decode() for part, length in zip(parts, lengths, strict=True)]
+
+
 def check_same_content(group: Processes, content: str) -> None:
     """Raises UserError in every process if `content`, a description of settings and data, is not the same in all."""
     digest = torch.frombuffer(bytearray(sha256(content.encode()).digest()), dtype=torch.uint8)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,20 @@ class EvalSaveSchedule:
 
 
 @dataclass(frozen=True)
+class StepBatches:
+    """How the batches of a run are made."""
+
+    of: Callable[[np.ndarray, int], Batch]
+    """(a step's units, the number of the step) -> its batch."""
+    ahead: bool = True
+    """Whether a batch is known before the update of the step before. Answers that the model draws are not."""
+    updates: int = 1
+    """The updates that a step makes with its batch."""
+    metrics: Callable[[int], Mapping[str, float]] = lambda step: {}
+    """(a step whose batch is made) -> metrics of its batch, to log beside those of the loss."""
+
+
+@dataclass(frozen=True)
 class RunCallbacks:
     """What the loop reports to. On ranks other than 0 these do nothing."""
 
@@ -62,7 +77,7 @@ class RunCallbacks:
 def run_steps(
     state: TrainState,
     plan: Plan,
-    batch_of: Callable[[np.ndarray], Batch],
+    batches: StepBatches,
     validation: Mapping[str, Batch],
     schedule: EvalSaveSchedule,
     progress: RunProgress,
@@ -72,8 +87,7 @@ def run_steps(
 ) -> RunProgress:
     """Train from `progress` until the end of the plan, early stopping, or a step after which the ranks agreed to stop.
 
-    `batch_of` makes a batch from a step's units; `validation` has the validation rows of each data set. Returns the
-    progress, which the last checkpoint contains.
+    `validation` has the validation rows of each data set. Returns the progress, which the last checkpoint contains.
     """
     stop = state.stop
 
@@ -125,17 +139,17 @@ def run_steps(
             save(progress)
         if stop.is_due():
             return progress
-    ahead = plan.steps(progress.step)
+    ahead = enumerate(plan.steps(progress.step), progress.step + 1)
     prepared: list[NextStep] = []
     """The step to come, if there is one."""
 
     def prepare_next() -> None:
-        units = next(ahead, None)
-        if units is not None:
-            prepared.append(prepare_step(state, batch_of(units)))
+        for step, units in islice(ahead, 1):
+            prepared.append(prepare_step(state, batches.of(units, step)))
 
-    prepare_next()
-    while prepared:
+    if batches.ahead:
+        prepare_next()
+    while progress.step < plan.total_steps:
         if schedule.patience is not None and progress.evaluations_without_gain >= schedule.patience:
             callbacks.log(
                 tr(
@@ -145,9 +159,15 @@ def run_steps(
             )
             break
         started = time.perf_counter()
+        if not prepared:
+            prepare_next()
         now = prepared.pop()
         batch = untrained(now.batch) if progress.step == 0 and state.starts_exactly else now.batch
-        result = train_step(state, batch, now, prepare_next)  # the next one while a GPU computes this one
+        # the next one while a GPU computes this one
+        result = train_step(state, batch, now, prepare_next if batches.ahead else lambda: None)
+        drawn = batches.metrics(progress.step + 1)
+        for _ in range(batches.updates - 1):
+            train_step(state, batch)
         seconds = time.perf_counter() - started
         stop.record_seconds(step=seconds)
         progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())
@@ -164,7 +184,7 @@ def run_steps(
                 trained_tokens=result.trained_tokens,
                 seconds=seconds,
                 peak_memory_bytes=peak_memory_bytes(state.model.device.type),
-                metrics=result.metrics,
+                metrics={**drawn, **result.metrics},
             ),
             batch.unit_rows_U.tolist(),
         )

@@ -20,6 +20,7 @@ from yeonma.config.settings import (
     DataSettings,
     LoraSettings,
     PreferenceSettings,
+    RewardSettings,
     RunConfig,
     StepSettings,
     TokenLoss,
@@ -416,7 +417,7 @@ def _identity(
     weights = Path(continued) / WEIGHTS_FILE if continued else None
     preference = config.preference
     return {
-        "objective": "sft" if preference is None else "dpo",
+        "objective": config.objective,
         "base_model": source.name,
         "model_revision": source.revision,
         "dtype": model.dtype,
@@ -431,9 +432,14 @@ def _identity(
         "train": model.train,
         **(asdict(config.lora) if model.train == "lora" else {}),
         **(asdict(preference) if preference else {}),
+        **(_identity_of_reward(config.reward) if config.reward else {}),
         **{name: value for name, value in asdict(step).items() if name not in left_out},
         **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
     }
+
+
+def _identity_of_reward(reward: RewardSettings) -> dict[str, Any]:
+    return {name: value for name, value in asdict(reward).items() if name != "rollout_batch_size"}
 
 
 def _identity_of_data(data: DataSettings, dataset: Dataset) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.base_content import reading_content
 from yeonma.model.sharding import broadcast_trained
+from yeonma.rewards.rewards import rewards_of
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import RunProgress, checkpoint_path, recover, write_text_atomically
 from yeonma.run_folder.entries import FORMER_PLOT, PRINTED
@@ -72,13 +73,15 @@ from yeonma.train.distributed import Processes, check_same_content, process_grou
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.label_accuracy import label_trials
 from yeonma.train.label_balance import label_balance
-from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, run_steps
+from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, StepBatches, run_steps
 from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
 from yeonma.train.model_card import answers_before, sample_answers, write_card
 from yeonma.train.model_remarks import model_remarks
+from yeonma.train.policy_losses import POLICY_LOSSES
 from yeonma.train.preflight import check_folders, with_adapters_lora
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
 from yeonma.train.restore import restore
+from yeonma.train.rollouts import Rollouts, drawn_batches
 from yeonma.train.run_warnings import run_warnings
 from yeonma.train.sample_scores import sample_answers_of
 from yeonma.train.saved_weights import FolderParts, saved_adapter, saved_model
@@ -378,10 +381,22 @@ def _train(
         return Batch.from_store(store, units, extras.get(store.key))
 
     validation = {name: batch_of(part.units, part.store) for name, part in dataset.validation.items()}
+    batches = StepBatches(lambda units, step: batch_of(units))
+    if config.reward is not None:
+        batches = drawn_batches(
+            Rollouts(
+                policy,
+                prepared.tokenizer,
+                dataset,
+                config.reward,
+                POLICY_LOSSES[config.reward.policy_loss],
+                rewards_of(config.reward.names, config.reward.reward_weights),
+                config.step.seed,
+                group,
+            )
+        )
     rows_by_set = dataset.rows_by_set if len(dataset.sets) > 1 else None
-    steps = partial(
-        run_steps, state, plan, batch_of, validation, schedule, progress, output, saved.checkpoint
-    )
+    steps = partial(run_steps, state, plan, batches, validation, schedule, progress, output, saved.checkpoint)
     stop = state.stop
     stop.record_seconds(save=trained * SAVE_SECONDS_PER_WEIGHT)
     work = card_work(

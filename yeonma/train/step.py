@@ -122,7 +122,7 @@ def train_step(
     Raises UserError, before the update, if the loss or the gradient is not finite.
     """
     objective = state.objective
-    count = batch.trained_weight if objective.per_token else batch.unit_count
+    count = objective.count(batch)
     batch = _with_step_extras(state, batch)
 
     def add_gradients() -> torch.Tensor:
@@ -197,9 +197,7 @@ def evaluate(
         sums_by_set[name], logprob_E = measured
         if trial is not None:
             confusions[name] = trial.confusion(logprob_E)
-    counts = [
-        batch.trained_weight if objective.per_token else batch.unit_count for batch in validation.values()
-    ]
+    counts = [objective.count(batch) for batch in validation.values()]
     totals = [sum(column) for column in zip(*sums_by_set.values(), strict=True)]
     loss, *means = (total / sum(counts) for total in totals)
     losses = {name: sums[0] / count for (name, sums), count in zip(sums_by_set.items(), counts, strict=True)}

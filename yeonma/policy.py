@@ -38,8 +38,8 @@ from yeonma.data.python_rows import is_table, rows_of_table
 from yeonma.data.rows import Row
 from yeonma.errors import Log, UserError, either, first_line
 from yeonma.generation.completion import Answer, Ids, generate
-from yeonma.generation.token_scores import ScoreLog
 from yeonma.generation.sampling import SamplingParams
+from yeonma.generation.token_scores import ScoreLog
 from yeonma.messages import counted, tr
 from yeonma.model import load
 from yeonma.model.adapter_file import read_header

@@ -25,7 +25,7 @@ from yeonma.adapter.found_adapter import (
 from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.columns import Columns, field_text
 from yeonma.data.rows import Row
-from yeonma.data.template import Rendered
+from yeonma.data.template import Rendered, Template
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import UserError
 from yeonma.messages import tr
@@ -76,6 +76,68 @@ class Prompt:
         """The reasoning in the generated `text`, or None."""
         reasoning = self.parts(text).reasoning
         return reasoning if reasoning and not reasoning.isspace() else None
+
+
+@dataclass(frozen=True)
+class TemplateTexts:
+    """How a template's answers stand in generated text, and which answers rows have of their own."""
+
+    template: Template
+    rules: TokenRules
+    tokenizer: Any
+    tokens: AnswerTokens
+
+    def prompt(self, text: Rendered, ids: NDArray[np.int32], shortened: bool = False) -> Prompt:
+        """A rendered row's prompt with these token ids."""
+        is_turn = text.answer_role is not None
+        shape = self.tokens.shape if is_turn else PLAIN
+        is_open = shape.opens(end_of_prompt(ids.tolist(), self.tokenizer))
+        return Prompt(ids, shortened, self._written_frames[text.variant], shape, is_open)
+
+    def reference(self, rendered: Rendered, place: str) -> str | None:
+        """The row's own answer as it is trained, if it has one."""
+        frame = self._written_frames[rendered.variant]
+        if rendered.answer_role is None:
+            return Prompt(_NO_IDS, frame=frame).answer(joined(rendered.answer))
+        if not rendered.answer and rendered.turns[-1].role != "assistant":
+            return None
+        try:
+            with encoder_for(self.tokenizer, self.rules, [rendered]) as encoder:
+                return self._trained_answer(encoder, rendered, place, frame)
+        except UserError:
+            return None
+
+    def _trained_answer(
+        self, encoder: ExampleEncoder, rendered: Rendered, place: str, frame: tuple[str, str]
+    ) -> str:
+        """The answer in the text that the chat template writes for the row's last turn."""
+        chat, shape = encoder.chat, self.tokens.shape
+        assert chat is not None  # the row has turns
+        conversation = chat.conversation(rendered, place, with_answer=True)
+        text = chat.prompt(conversation.before_last, place)
+        answer = chat.answer(conversation, text, place)
+        end = max(answer.content[1], answer.calls[1])
+        prompt = Prompt(_NO_IDS, frame=(frame[0], ""), shape=shape, opens_reasoning=shape.opens(text))
+        after = frame[1].removesuffix(shape.trail)
+        return prompt.answer(answer.text[:end]).removesuffix(after)
+
+    @cached_property
+    def _written_frames(self) -> tuple[tuple[str, str], ...]:
+        """The frame of each variant, as it is trained."""
+        variants = self.template.variants
+        frames = [_around_answer(variant) for variant in variants]
+        rules, trail = self.rules, self.tokens.shape.trail
+        if not any(
+            variant.answer_role and any(frame) for variant, frame in zip(variants, frames, strict=True)
+        ):
+            return tuple([(before, after + trail) for before, after in frames])
+        with chat_of(TextEncoder.of(self.tokenizer), rules.thinking, rules.chat_template_kwargs) as chat:
+            return tuple(
+                [
+                    frame_of(chat, *frame) if variant.answer_role else frame
+                    for variant, frame in zip(variants, frames, strict=True)
+                ]
+            )
 
 
 @dataclass(frozen=True)
@@ -137,17 +199,11 @@ class PromptBuilder:
         self.check_room(max_new_tokens)
         rendered = rendered_prompts(self.adapter, rows, columns)
         return [
-            self._prompt(text, ids, shortened)
+            self.texts.prompt(text, ids, shortened)
             for text, (ids, shortened) in zip(
                 rendered, self._token_ids(rendered, rows, max_new_tokens), strict=True
             )
         ]
-
-    def _prompt(self, text: Rendered, ids: NDArray[np.int32], shortened: bool) -> Prompt:
-        is_turn = text.answer_role is not None
-        shape = self.tokens.shape if is_turn else PLAIN
-        is_open = shape.opens(end_of_prompt(ids.tolist(), self.tokenizer))
-        return Prompt(ids, shortened, self._written_frames[text.variant], shape, is_open)
 
     def text_prompt(self, text: str, place: str = "prompt", max_new_tokens: int = 0) -> Prompt:
         """A prompt of plain text for the model to continue. Special tokens in it stay special. Raises UserError if it
@@ -173,30 +229,7 @@ class PromptBuilder:
             rendered = self.adapter.template.render(row, named)
         except UserError:
             return None
-        frame = self._written_frames[rendered.variant]
-        if rendered.answer_role is None:
-            return Prompt(_NO_IDS, frame=frame).answer(joined(rendered.answer))
-        if not rendered.answer and rendered.turns[-1].role != "assistant":
-            return None
-        try:
-            with encoder_for(self.tokenizer, self.adapter.rules, [rendered]) as encoder:
-                return self._trained_answer(encoder, rendered, row.place, frame)
-        except UserError:
-            return None
-
-    def _trained_answer(
-        self, encoder: ExampleEncoder, rendered: Rendered, place: str, frame: tuple[str, str]
-    ) -> str:
-        """The answer in the text that the chat template writes for the row's last turn."""
-        chat, shape = encoder.chat, self.tokens.shape
-        assert chat is not None  # the row has turns
-        conversation = chat.conversation(rendered, place, with_answer=True)
-        text = chat.prompt(conversation.before_last, place)
-        answer = chat.answer(conversation, text, place)
-        end = max(answer.content[1], answer.calls[1])
-        prompt = Prompt(_NO_IDS, frame=(frame[0], ""), shape=shape, opens_reasoning=shape.opens(text))
-        after = frame[1].removesuffix(shape.trail)
-        return prompt.answer(answer.text[:end]).removesuffix(after)
+        return self.texts.reference(rendered, row.place)
 
     def with_paths(self, row: Row, columns: Columns) -> Row:
         """The row with the values within its columns that training or `columns` name, such as `answers.text`."""
@@ -235,22 +268,9 @@ class PromptBuilder:
         return _around_answer(self.adapter.template.variants[variant])
 
     @cached_property
-    def _written_frames(self) -> tuple[tuple[str, str], ...]:
-        """The frame of each variant, as it is trained."""
-        variants = self.adapter.template.variants
-        frames = [_around_answer(variant) for variant in variants]
-        rules, trail = self.adapter.rules, self.tokens.shape.trail
-        if not any(
-            variant.answer_role and any(frame) for variant, frame in zip(variants, frames, strict=True)
-        ):
-            return tuple([(before, after + trail) for before, after in frames])
-        with chat_of(TextEncoder.of(self.tokenizer), rules.thinking, rules.chat_template_kwargs) as chat:
-            return tuple(
-                [
-                    frame_of(chat, *frame) if variant.answer_role else frame
-                    for variant, frame in zip(variants, frames, strict=True)
-                ]
-            )
+    def texts(self) -> TemplateTexts:
+        """What template and rules make of the text around answers."""
+        return TemplateTexts(self.adapter.template, self.adapter.rules, self.tokenizer, self.tokens)
 
 
 def open_prompt_builder(

@@ -8,11 +8,11 @@ from yeonma.commands.first_checks import ANSWERS, report_folder
 from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import open_rows
+from yeonma.data.text_scores import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.errors import Log, UserError, system_reason
 from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.evaluate.answers import answer_all, candidate_inputs, read_rows, reference_answers
 from yeonma.evaluate.candidates import open_candidates
-from yeonma.evaluate.metrics import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.evaluate.report import Comparison, ComparisonReport, make_report, print_report, to_json
 from yeonma.evaluate.report_page import page
 from yeonma.files import disk_errors_as_user_errors, replace_file

@@ -13,7 +13,7 @@ from yeonma.config.foreign_names import (
     SAME_COMMAND,
     WITHOUT_COUNTERPART,
 )
-from yeonma.config.parse import Setting, config_from_keywords, groups_in, settings_of
+from yeonma.config.parse import Setting, config_from_keywords, settings_of
 from yeonma.config.settings import (
     ADAPTER_SETTINGS,
     DEFAULTS,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from yeonma.config.gpus import GPU_EXAMPLE, gpu_named
 from yeonma.config.layer_ranges import RANGES_EXAMPLE, layer_ranges
 from yeonma.config.loss_sum import SUM_EXAMPLE, LossName, weighted_losses
+from yeonma.config.metric_names import BEST_EXAMPLE
 from yeonma.config.ranges import (
     BATCH,
     BYTES,
@@ -260,12 +261,16 @@ class EvaluationSettings:
 
     eval_steps: int | None = field(default=None, metadata=COUNT)
     """Steps between evaluations. By default, evaluate after every epoch. The model is always evaluated before the first step and after the last."""
-    keep_best: bool = True
-    """Save the adapter with the lowest validation loss instead of the last one."""
+    keep_best: bool | str = field(default=True, metadata={"also": BEST_EXAMPLE})
+    """Save the adapter with the lowest validation loss instead of the last one, or the one that is best by a metric of `answer_metrics`: `exact`, or what your function gives."""
     early_stopping_patience: int | None = field(default=None, metadata=COUNT)
     """Stop after this many evaluations in a row without a lower validation loss."""
     early_stopping_threshold: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """Minimum decrease of the loss that counts as lower."""
+    answer_metrics: list[str] | str | None = None
+    """Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them."""
+    answer_rows: int = field(default=32, metadata=COUNT)
+    """Validation rows to answer at every evaluation for `answer_metrics`."""
     card_rows: int = field(default=5, metadata=NOT_NEGATIVE)
     """Validation rows to answer before and after training, for the model card. 0 turns this off."""
 

@@ -7,105 +7,28 @@ sums over rows, so that resampled rows need only new sums. Shapes: R rows, K sum
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 
 from yeonma.data.classification import f1_of_counts, label_counts
-from yeonma.messages import later, tr
-from yeonma.packages import install
-
-UNSPACED = frozenset(
-    {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO"}
+from yeonma.data.text_scores import (
+    MetricTokenizer,
+    chrf,
+    chrf_counts,
+    has_sacrebleu,
+    rouge,
+    sacrebleu_counts,
 )
-SCRIPT_SHARE = 0.2  # the fraction of letters from which on a script determines the tokenizer
+from yeonma.messages import later, tr
 
 REPETITION_ORDER = 4  # tokens in an n-gram
 RESAMPLES = 2000
 BLOCK_NUMBERS = 4_000_000  # of a resampling, in memory at once
-INSTALL_SACREBLEU = install("sacrebleu")
 
 Array = np.ndarray
-Split = Callable[[str], list[str]]
 Value = Callable[[Array], Array]
-
-
-@dataclass(frozen=True)
-class MetricTokenizer:
-    """The tokenizer of ROUGE, by name and function, and that of sacrebleu for the same texts."""
-
-    name: str
-    split: Split
-    bleu: str
-    note: str = ""
-    """How to get a better tokenizer."""
-
-
-def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
-    """Words in general; characters for scripts without spaces; for Korean, morphemes if kiwipiepy is installed."""
-    scripts = Counter(_script(char) for text in texts for char in unicodedata.normalize("NFC", text))
-    letters = sum(scripts.values()) - scripts[""]
-    if scripts["HANGUL"] > SCRIPT_SHARE * letters:
-        if find_spec("kiwipiepy") is not None:
-            return MetricTokenizer(later("morphemes (kiwipiepy)"), morphemes, "char")
-        note = tr("for ROUGE by morphemes: {install}", install=install("kiwipiepy"))
-        return MetricTokenizer(later("characters"), characters, "char", note)
-    unspaced = sum(scripts[name] for name in UNSPACED)
-    if unspaced > SCRIPT_SHARE * letters:
-        return MetricTokenizer(
-            later("characters"), characters, "zh" if scripts["CJK"] == unspaced else "char"
-        )
-    return MetricTokenizer(later("words"), words, "13a")
-
-
-@cache
-def _script(char: str) -> str:
-    """The script of a letter, by the first word of its Unicode name: LATIN, HANGUL, CJK. Empty for non-letters."""
-    return unicodedata.name(char, " ").split(" ")[0] if char.isalpha() else ""
-
-
-@cache
-def _is_text(char: str) -> bool:
-    return unicodedata.category(char)[0] in "LMN"
-
-
-def words(text: str) -> list[str]:
-    """Runs of letters, marks and digits, in lower case; the visible characters if there are none."""
-    text = unicodedata.normalize("NFC", text).lower()
-    return "".join(char if _is_text(char) else " " for char in text).split() or _visible(text)
-
-
-def characters(text: str) -> list[str]:
-    """Letters, marks and digits, in lower case; the visible characters if there are none."""
-    text = unicodedata.normalize("NFC", text).lower()
-    return [char for char in text if _is_text(char)] or _visible(text)
-
-
-def morphemes(text: str) -> list[str]:
-    """Korean morphemes by kiwipiepy, without punctuation. Foreign words and numbers count as morphemes."""
-    text = unicodedata.normalize("NFC", text)
-    forms = [
-        token.form.lower()
-        for token in _kiwi().tokenize(text)
-        if not token.tag.startswith("S") or token.tag in ("SL", "SH", "SN")
-    ]
-    return forms or characters(text)
-
-
-def _visible(text: str) -> list[str]:
-    return [char for char in text if not char.isspace()]
-
-
-@cache
-def _kiwi() -> Any:
-    from kiwipiepy import Kiwi
-
-    return Kiwi()
 
 
 @dataclass(frozen=True)
@@ -147,17 +70,6 @@ def share(sums: Array) -> Array:
 def perplexity(sums: Array) -> Array:
     with np.errstate(over="ignore"):
         return np.exp(mean(sums))
-
-
-def chrf(sums: Array) -> Array:
-    """chrF2 (Popovic 2015). K = 18: n-grams of 1 to 6 characters in the answer, in the reference, and in both."""
-    hypothesis, reference, both = (sums[..., part::3].astype(float) for part in range(3))
-    counted = (hypothesis > 0) & (reference > 0)
-    orders = np.maximum(counted.sum(axis=-1), 1)
-    precision = np.where(counted, both / np.maximum(hypothesis, 1), 0).sum(axis=-1) / orders
-    recall = np.where(counted, both / np.maximum(reference, 1), 0).sum(axis=-1) / orders
-    denominator = 4 * precision + recall
-    return np.asarray(100 * 5 * precision * recall / np.where(denominator > 0, denominator, 1))
 
 
 def bleu(sums: Array) -> Array:
@@ -217,10 +129,6 @@ NOT_BY_ROW = (PERPLEXITY.key, MACRO_F1.key)
 """Metrics that say nothing about a single row."""
 
 
-def has_sacrebleu() -> bool:
-    return find_spec("sacrebleu") is not None
-
-
 def compute_metrics(
     answers: Sequence[Sequence[ScoredAnswer]], references: Sequence[str | None], tokenizer: MetricTokenizer
 ) -> list[tuple[Metric, list[Array]]]:
@@ -258,7 +166,7 @@ def compute_metrics(
 
     if scored_rows:
         if has_sacrebleu():
-            metrics.append((CHRF, over_all_rows([_chrf_counts(model, scored_references) for model in texts])))
+            metrics.append((CHRF, over_all_rows([chrf_counts(model, scored_references) for model in texts])))
             bleu_metric = Metric(
                 "bleu", "BLEU", "higher", tr("by sacrebleu, tokenizer {name}", name=tokenizer.bleu), bleu
             )
@@ -329,55 +237,10 @@ def repetition(token_ids: Sequence[int], order: int = REPETITION_ORDER) -> float
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def rouge(answer: Sequence[str], reference: Sequence[str]) -> tuple[float, float, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004): F1 of unigrams, bigrams and longest common subsequence, in [0, 1]."""
-    common = _common_subsequence(answer, reference)
-    rouge_l = _f1(common, len(answer), len(reference))
-    rouge_1, rouge_2 = (_ngram_f1(answer, reference, order) for order in (1, 2))
-    return rouge_1, rouge_2, rouge_l
-
-
-def _ngram_f1(answer: Sequence[str], reference: Sequence[str], order: int) -> float:
-    a, b = (
-        Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
-        for tokens in (answer, reference)
-    )
-    return _f1((a & b).total(), a.total(), b.total())
-
-
-def _f1(both: int, answer: int, reference: int) -> float:
-    return 2 * both / (answer + reference) if both else 0.0
-
-
-def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """The length of the longest common subsequence. A row of the dynamic programming table is the bits of one number
-    (Hyyrö 2004, "Bit-parallel LCS-length computation revisited")."""
-    positions: dict[str, int] = {}
-    for position, token in enumerate(a):
-        positions[token] = positions.get(token, 0) | 1 << position
-    all_bits = (1 << len(a)) - 1
-    row = all_bits
-    for token in b:
-        matches = row & positions.get(token, 0)
-        row = (row + matches | row - matches) & all_bits
-    return len(a) - row.bit_count()
-
-
-def _chrf_counts(answers: Sequence[str], references: Sequence[str]) -> Array:
-    from sacrebleu.metrics.chrf import CHRF
-
-    return _counts(CHRF(), answers, references)
-
-
 def _bleu_counts(answers: Sequence[str], references: Sequence[str], tokenizer: str) -> Array:
     from sacrebleu.metrics.bleu import BLEU
 
-    return _counts(BLEU(tokenize=tokenizer, force=True), answers, references)
-
-
-def _counts(metric: Any, answers: Sequence[str], references: Sequence[str]) -> Array:
-    """sacrebleu's statistics per row, as its own significance tests use them."""
-    return _table(metric._extract_corpus_statistics(list(answers), [list(references)]))
+    return sacrebleu_counts(BLEU(tokenize=tokenizer, force=True), answers, references)
 
 
 # Confidence intervals by resampling rows, paired randomisation tests by swapping the answers of two models

@@ -31,21 +31,18 @@ from yeonma.data.classification import (
     label_name,
 )
 from yeonma.data.rows import Row, Rows
+from yeonma.data.text_scores import INSTALL_SACREBLEU, MetricTokenizer, has_sacrebleu, metric_tokenizer
 from yeonma.errors import UserError
 from yeonma.evaluate.answers import CandidateInputs
 from yeonma.evaluate.candidates import Candidate
 from yeonma.evaluate.metrics import (
-    INSTALL_SACREBLEU,
     NOT_BY_ROW,
     RESAMPLES,
     Metric,
-    MetricTokenizer,
     ScoredAnswer,
     compute_metrics,
-    has_sacrebleu,
     holm,
     interval,
-    metric_tokenizer,
     predicted_labels,
     resampled_sums,
     swap_test,

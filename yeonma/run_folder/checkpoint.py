@@ -107,9 +107,14 @@ class RunProgress:
     """The numbers that the objective carries from step to step."""
     logs: LogSums = field(default_factory=dict)
     """Of the lines in the run's logs up to this step. Empty in checkpoints of earlier versions."""
+    best_score: float | None = None
+    """The metric of `best_step`, if `keep_best` names one; not written if it is None."""
 
     def to_json(self) -> str:
-        return json.dumps({JSON_KEYS.get(key, key): value for key, value in asdict(self).items()}, indent=2)
+        values = asdict(self)
+        if self.best_score is None:
+            del values["best_score"]
+        return json.dumps({JSON_KEYS.get(key, key): value for key, value in values.items()}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> RunProgress:

@@ -78,12 +78,16 @@ EARLIER_DEFAULTS = {
 """Settings that runs of earlier versions had, but did not record."""
 CONTENT_OF_BASE = "content of the base model"
 """Key of a run's identity. Runs of earlier versions lack it; they know their base by its name."""
+CONTENT_OF_METRICS = "content of the functions in answer_metrics"
+"""Key of a run's identity: a user's function -> the SHA-256 of its file. A mended function may go on with a run whose
+best step it does not choose."""
 CONTENTS = {
     "content of data_path": later("content of data_path"),
     "content of the validation rows": later("content of the validation rows"),
     "content of the template": later("content of the template"),
     "content of the tokenizer": later("content of the tokenizer"),
     "content of the adapter continued": later("content of the adapter continued"),
+    CONTENT_OF_METRICS: later("content of the functions in answer_metrics"),
 }
 """Other keys of a run's identity whose values are SHA-256 sums."""
 NAMES_OF_BASE = ("base_model", "model_revision")
@@ -232,6 +236,13 @@ def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place:
     """Raises UserError that lists all differences between this run's identity and the recorded one. Returns a remark
     about a base that was moved, or an empty text."""
     found = differences(identity, recorded)
+    if CONTENT_OF_METRICS in found and isinstance(identity.get("keep_best"), bool):
+        del found[CONTENT_OF_METRICS]
+        if not found:
+            return tr(
+                "warning: the functions in answer_metrics have changed since the run began; what they gave before "
+                "stays in metrics.jsonl as it is"
+            )
     if [*found] == [CONTENT_OF_BASE]:
         is_folder = Path(str(identity.get("base_model"))).is_dir()
         cure = (

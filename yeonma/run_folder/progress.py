@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 from rich.status import Status
 from rich.text import Text
 
+from yeonma.config.metric_names import PREFIX
 from yeonma.durations import in_two_units
 from yeonma.errors import Log
 from yeonma.messages import tr
@@ -236,6 +237,8 @@ class Progress:
         )
         for name, loss in record.losses.items():
             self.print_line(tr("  {name}  validation loss {loss:.4f}", name=name, loss=loss))
+        for line in _answer_scores(record.metrics):
+            self.print_line(tr("  answers: {scores}", scores=line))
 
     def print_line(self, text: str) -> None:
         """Prints a line, without markup or wrapping; in a notebook, within the block. A Log."""
@@ -411,6 +414,20 @@ def _label_scores(metrics: Mapping[str, float]) -> str:
     """`  accuracy 0.92  macro F1 0.90` of answers that are labels; empty for others."""
     names = {"accuracy": tr("accuracy"), "macro_f1": tr("macro F1")}
     return "".join(f"  {name} {metrics[key]:.3f}" for key, name in names.items() if key in metrics)
+
+
+def _answer_scores(metrics: Mapping[str, float]) -> list[str]:
+    """`exact 12.5  chrf 40.1` of generated answers, in lines of at most LINE_WIDTH columns; empty if there are none."""
+    lines: list[str] = []
+    for key, value in metrics.items():
+        if not key.startswith(PREFIX):
+            continue
+        score = f"{key.removeprefix(PREFIX)} {value:.4g}"
+        if lines and cell_len(f"{lines[-1]}  {score}") <= LINE_WIDTH - 14:
+            lines[-1] += f"  {score}"
+        else:
+            lines.append(score)
+    return lines
 
 
 def _perplexity(value: float) -> str:

@@ -1,10 +1,11 @@
 """The logs of a run: metrics.jsonl has one object per step and evaluation, trained_rows.jsonl the rows of every step,
 such as `{"step": 12, "rows": [17, 4, 99]}`, counted from 1 as in messages, or by data set in a mixture:
-`{"step": 12, "rows": {"titles.jsonl": [17, 4], "chats.jsonl": [99]}}`.
+`{"step": 12, "rows": {"titles.jsonl": [17, 4], "chats.jsonl": [99]}}`. answers.jsonl, where a run measures answers, has
+one object per evaluation and row.
 
-A run appends to both. A checkpoint records how many lines they have and their SHA-256, so that a resumed run knows
-whether somebody has changed them, and removes exactly the lines after its checkpoint. The rows of a step do not depend
-on the number of processes.
+A run appends to all of them. A checkpoint records how many lines they have and their SHA-256, so that a resumed run
+knows whether somebody has changed them, and removes exactly the lines after its checkpoint. The rows of a step do not
+depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +28,7 @@ from yeonma.files import MOST_BYTES, disk_errors_as_user_errors, kind_of, open_r
 from yeonma.messages import counted, tr
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
-METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
+METRICS, TRAINED_ROWS, ANSWERS = "metrics.jsonl", "trained_rows.jsonl", "answers.jsonl"
 THEN_CONTINUE = tr("then run the same command to continue from the last checkpoint")
 VARYING = ("seconds", "drawing_seconds", "scoring_seconds", "peak_memory_bytes")
 """Numbers of a step that differ from run to run. The sum of a log leaves them out, so that checkpoints are equal."""
@@ -98,6 +99,15 @@ class TrainedRows(LogFile):
         self.append({"step": step, "rows": rows}, tr("a step's rows"))
 
 
+@dataclass(frozen=True)
+class AnswersFile(LogFile):
+    """answers.jsonl, opened by `open_answers`."""
+
+    def write(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        for line in lines:
+            self.append({"step": step, **line}, tr("an answer's line"))
+
+
 def open_metrics(
     path: Path, keep_steps: int | None, keep_evaluation: bool = True, lines: int | None = None
 ) -> MetricsFile:
@@ -121,15 +131,20 @@ def open_trained_rows(path: Path, keep_steps: int, lines: int | None = None) -> 
     )
 
 
+def open_answers(path: Path, lines: int) -> AnswersFile:
+    """Opens `path` for appending, with the first `lines`. Raises UserError for an invalid line among them."""
+    return AnswersFile(*_opened(path, _answers(path), lambda _: True, lines))
+
+
 def check_logs(output: Path, sums: Mapping[str, Mapping[str, Any]], step: int, log: Log) -> None:
     """Whether the logs still begin with the lines that they had when the checkpoint of `step` was saved.
 
     Raises UserError for each that does not, and logs one that is missing. Changes nothing. `sums` is empty in
     checkpoints of earlier versions, which can only be checked line by line.
     """
-    for name, lines_of in ((METRICS, _metrics), (TRAINED_ROWS, _trained_rows)):
+    for name, lines_of in ((METRICS, _metrics), (TRAINED_ROWS, _trained_rows), (ANSWERS, _answers)):
         recorded, path = sums.get(name), output / name
-        if recorded is None and kind_of(path):
+        if recorded is None and name != ANSWERS and kind_of(path):
             for _, values in lines_of(path):
                 if values["step"] > step:
                     break
@@ -216,6 +231,10 @@ def _opened(
 
 def _trained_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return _lines(path, _is_rows, tr("not the rows of a step"))
+
+
+def _answers(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    return _lines(path, lambda values: isinstance(values.get("answer"), str), tr("not an answer to a row"))
 
 
 def _metrics(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

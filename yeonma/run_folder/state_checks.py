@@ -25,7 +25,10 @@ def check_state(state: Mapping[str, Any]) -> None:
     step, best, total = state["step"], state["best_step"], state["identity"].get("steps")
     if best is not None and best > step:
         raise ValueError(tr("the best step, {best}, comes after step {step}", best=best, step=step))
-    if (best is None) != (state["best_loss"] is None):
+    score = state["best_score"]
+    if best is None and score is not None:
+        raise ValueError(tr("it has a best_score and no best_step"))
+    if score is None and (best is None) != (state["best_loss"] is None):
         raise ValueError(tr("it has only one of best_step and best_loss"))
     if type(total) is int and step > total:
         steps = counted(total, "step")
@@ -70,4 +73,5 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "evaluation_due": lambda value: type(value) is bool,
     "carried": lambda value: type(value) is dict and all(map(_is_number, value.values())),
     "logs": _is_log_sums,
+    "best_score": lambda value: value is None or _is_number(value),
 }

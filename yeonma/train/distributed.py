@@ -169,17 +169,16 @@ def gather_bytes(group: Processes, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def gather_texts(group: Processes, text: str) -> list[str]:
-    """A text of every process, in order of rank."""
+    """Gather texts of any length from all processes, in order of rank."""
     if group.count == 1:
         return [text]
-    content = text.encode()
-    lengths = [
-        int(length.view(torch.int64))
-        for length in gather_bytes(group, torch.tensor([len(content)]).view(torch.uint8))
-    ]
-    padded = bytearray(content.ljust(max(lengths)))
-    parts = gather_bytes(group, torch.frombuffer(padded, dtype=torch.uint8))
-    return [part[:length].numpy().tobytes().decode() for part, length in zip(parts, lengths, strict=True)]
+    content = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+    length = torch.tensor([len(text.encode())]).view(torch.uint8)
+    lengths = [int(one.view(torch.int64)) for one in gather_bytes(group, length)]
+    padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+    padded[: len(content)] = content
+    gathered = gather_bytes(group, padded)
+    return [one[:size].numpy().tobytes().decode() for one, size in zip(gathered, lengths, strict=True)]
 
 
 def check_same_content(group: Processes, content: str) -> None:

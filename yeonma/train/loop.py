@@ -14,12 +14,13 @@ import torch
 
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import Plan
-from yeonma.errors import Log
+from yeonma.errors import Log, UserError
 from yeonma.messages import counted, tr
 from yeonma.model.train_mode import train_adapter
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
 from yeonma.run_folder.run_log import LogSums
+from yeonma.train.answer_metrics import AnsweredRows
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.losses import untrained
 from yeonma.train.optimizers import optimizer_tensors
@@ -44,6 +45,8 @@ class EvalSaveSchedule:
     """Consecutive evaluations without a lower loss after which the run stops; None: no early stopping."""
     threshold: float
     """The smallest improvement that counts as a lower loss."""
+    best_metric: str | None = None
+    """The key of the metric whose highest value makes the best step; None: the lowest loss does."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class RunCallbacks:
     saved: Callable[[float], None]
     """Called after each save with its seconds."""
     log: Log
+    answers: Callable[[int, AnsweredRows], None] = lambda step, answered: None
+    """Called before `evaluation` with what the model answered, if answers are measured."""
 
 
 def run_steps(
@@ -84,10 +89,14 @@ def run_steps(
     output: Path,
     adapter: AdapterWriter,
     callbacks: RunCallbacks,
+    answer: Callable[[], AnsweredRows | None] | None = None,
 ) -> RunProgress:
     """Train from `progress` until the end of the plan, early stopping, or a step after which the ranks agreed to stop.
 
-    `validation` has the validation rows of each data set. Returns the progress, which the last checkpoint contains.
+    `validation` has the validation rows of each data set. `answer` has
+    the model answer rows at each evaluation; it returns None where a rank abandoned them. Returns the progress, which
+    the last checkpoint contains. If `answer` raises UserError, a checkpoint is left from which the evaluation is made
+    again.
     """
     stop = state.stop
 
@@ -115,9 +124,20 @@ def run_steps(
         if progress.step == 0:
             batches = {name: untrained(batch) for name, batch in validation.items()}
         record = evaluate(state, batches, progress.step, plan.epoch_at(progress.step))
+        answered: AnsweredRows | None = None
+        if record is not None and answer is not None:
+            try:
+                answered = answer()
+            except UserError:
+                if progress.step:
+                    save(replace(progress, evaluation_due=True))
+                raise
+            record = None if answered is None else answered.added_to(record)
         progress = replace(progress, evaluation_due=record is None)
         if record is None:
             return progress
+        if answered is not None:
+            callbacks.answers(record.step, answered)
         callbacks.evaluation(record)
         if progress.step == 0:  # for comparison only: nothing is trained yet
             return progress
@@ -129,8 +149,13 @@ def run_steps(
         without_gain = 0 if improved else progress.evaluations_without_gain + 1
         progress = replace(progress, evaluations_without_gain=without_gain)
         if record.loss < best:
-            progress = replace(progress, best_loss=record.loss, best_step=progress.step)
-        return progress
+            progress = replace(progress, best_loss=record.loss)
+        is_best = record.loss < best
+        if schedule.best_metric is not None:
+            score = record.metrics[schedule.best_metric]
+            is_best = progress.best_score is None or score > progress.best_score
+            progress = replace(progress, best_score=score) if is_best else progress
+        return replace(progress, best_step=progress.step) if is_best else progress
 
     train_adapter(state.model)
     if progress.step == 0 or progress.evaluation_due:

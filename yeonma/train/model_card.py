@@ -330,7 +330,7 @@ def _answers_of_set(
     rendered = [task.preferred(task.render(one.template, row, one.columns)) for row in rows]
     prompts = prompts_of(part.store, [row.number for row in rows])
     positions = model_positions(policy.transformers_model.config)
-    prompts = _with_room(prompts, rendered, rows, tokenizer, dataset.rules, positions)
+    prompts = with_room(prompts, rendered, rows, tokenizer, dataset.rules, positions)
     tokens = _answer_tokens(policy, tokenizer, dataset, rendered)
     sampling = SamplingParams(
         stop_ids=tokens.stop_ids,
@@ -357,7 +357,7 @@ def _answers_of_set(
     return prompts, rendered, answers
 
 
-def _with_room(
+def with_room(
     prompts: Sequence[NDArray[np.int32]],
     rendered: Sequence[Rendered],
     rows: Sequence[Row],

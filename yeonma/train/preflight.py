@@ -8,7 +8,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from yeonma.bounded.user_functions import check_function
 from yeonma.config.data_sets import DataSetSettings, data_sets, problems_of_set
+from yeonma.config.metric_names import SETTING, MetricNames, check_best, metric_names
 from yeonma.config.settings import (
     DataSettings,
     ModelSettings,
@@ -23,6 +25,7 @@ from yeonma.data.rows import Rows, glance, naming_skip, of_rows
 from yeonma.data.splits import without_slices
 from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
+from yeonma.data.text_scores import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.errors import Problem, UserError, gather
 from yeonma.files import user_path
 from yeonma.messages import tr
@@ -66,7 +69,26 @@ def preflight(config: RunConfig) -> None:
         partial(_check_layers_of, config),
         partial(_check_validation_of, config),
         partial(_check_preference_of, config),
+        partial(check_metrics, config),
     )
+
+
+def check_metrics(config: RunConfig) -> MetricNames:
+    """The metrics of generated answers. Raises UserError for names that are unknown, for files without the function
+    that is named, for a missing package, and if `keep_best` names none of them."""
+    evaluation = config.evaluation
+    names = metric_names(evaluation.answer_metrics)
+
+    def check_package() -> None:
+        if "chrf" in names.of_text and not has_sacrebleu():
+            raise UserError(tr("chrf needs sacrebleu"), place=SETTING, cure=INSTALL_SACREBLEU)
+
+    gather(
+        check_package,
+        partial(check_best, evaluation.keep_best, names),
+        *(partial(check_function, one.file, one.function, SETTING) for one in names.functions),
+    )
+    return names
 
 
 def _check_lora_of(config: RunConfig) -> None:
@@ -103,6 +125,8 @@ def check_no_need_of_validation(config: RunConfig) -> None:
         for name, is_needed in needed.items()
         if is_needed
     ]
+    if metric_names(config.evaluation.answer_metrics):
+        problems.append(Problem(tr("it measures answers to validation rows"), SETTING, cure))
     if problems:
         raise UserError(problems)
 

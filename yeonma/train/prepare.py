@@ -15,9 +15,12 @@ import torch
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.adapter.base_check import check_continued_config, check_continued_content
 from yeonma.batch.plan import Plan, Shares, make_plan
+from yeonma.bounded.user_functions import content_of_file
 from yeonma.config.data_sets import of_data_set
+from yeonma.config.metric_names import best_metric, keeps_best
 from yeonma.config.settings import (
     DataSettings,
+    EvaluationSettings,
     LoraSettings,
     PreferenceSettings,
     RewardSettings,
@@ -41,16 +44,18 @@ from yeonma.model.quantized import check_layers, quantised_layers
 from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
 from yeonma.model.whole_modules import check_not_quantised, whole_modules
-from yeonma.run_folder.output_folder import CONTENT_OF_BASE
+from yeonma.run_folder.output_folder import CONTENT_OF_BASE, CONTENT_OF_METRICS
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.tokenization.new_tokens import add_new_tokens
+from yeonma.train.answer_rows import AnswerPlan, answer_plan
 from yeonma.train.continued_lora import CURE, adapter_lora
 from yeonma.train.full_settings import check_full_base
 from yeonma.train.pair_losses import PreferenceOptions
 from yeonma.train.preference_losses import preference_loss
 from yeonma.train.preflight import (
     METRIC_SCHEDULES,
+    check_metrics,
     check_no_need_of_validation,
     preference_problems,
     task_of,
@@ -80,6 +85,8 @@ class Prepared:
     """None if the number is unknown until the weights are loaded."""
     new_token_ids: tuple[int, ...] = ()
     """Of the tokens that the run, or that of the adapter to continue, added to the tokenizer."""
+    answers: AnswerPlan | None = None
+    """What the run measures on answers at every evaluation."""
     base_content: BaseContent | None = None
     """Part of `identity`; None if the base has not been read."""
 
@@ -109,6 +116,7 @@ def prepare(
     model, step = config.model, config.step
     target = target or target_device(model.device)
     target.dtype(model)
+    check_metrics(config)
     check_optimizer_device(step.optimizer, target.device.type)
     model_config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     published = load.published_weights(model_config, source)
@@ -147,8 +155,12 @@ def prepare(
         check_no_need_of_validation(config)
     plan = plan_of(dataset, step)
     _check_positions(model_config, dataset)
+    answers = answer_plan(config.evaluation, dataset, source, model_config, tokenizer, step.seed)
     identity = _identity(config, source, tokenizer, dataset, plan, continued)
-    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained, new_token_ids)
+    identity |= _identity_of_evaluation(config.evaluation, answers)
+    return Prepared(
+        model_config, tokenizer, dataset, plan, continued, identity, trained, new_token_ids, answers
+    )
 
 
 def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
@@ -412,7 +424,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What the result depends on: rows, tokens, base, and all settings except those for speed and output."""
     model, step = config.model, config.step
-    tokens, evaluation = config.tokens, config.evaluation
+    tokens = config.tokens
     left_out = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
     weights = Path(continued) / WEIGHTS_FILE if continued else None
     preference = config.preference
@@ -434,7 +446,28 @@ def _identity(
         **(asdict(preference) if preference else {}),
         **(_identity_of_reward(config.reward) if config.reward else {}),
         **{name: value for name, value in asdict(step).items() if name not in left_out},
-        **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
+    }
+
+
+def _identity_of_evaluation(evaluation: EvaluationSettings, answers: AnswerPlan | None) -> dict[str, Any]:
+    """Settings of the evaluation, and those of answers only if the run measures some."""
+    of_answers = ("answer_metrics", "answer_rows")
+    identity = {
+        name: value
+        for name, value in asdict(evaluation).items()
+        if name not in ("card_rows", *of_answers)
+    }
+    identity["keep_best"] = best_metric(evaluation.keep_best) or keeps_best(evaluation.keep_best)
+    if answers is None:
+        return identity
+    names = answers.names
+    sums = {str(one): content_of_file(one.file, "answer_metrics") for one in names.functions}
+    return {
+        **identity,
+        "answer_metrics": names.as_list(),
+        "answer_rows": evaluation.answer_rows,
+        **answers.identity(),
+        **({CONTENT_OF_METRICS: sums} if sums else {}),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,9 @@ from rich.console import Console
 from yeonma.adapter.sample_answers import SAMPLE_ANSWERS, as_json
 from yeonma.adapter.samples import Samples, take_samples
 from yeonma.batch.batch import Batch
+from yeonma.bounded.user_functions import UserFunctions
 from yeonma.config.data_sets import data_sets
+from yeonma.config.metric_names import best_metric, keeps_best, key_of
 from yeonma.config.parse import settings_dict, to_yaml
 from yeonma.config.settings import (
     RunConfig,
@@ -47,10 +49,12 @@ from yeonma.run_folder.progress import (
     run_console,
 )
 from yeonma.run_folder.run_log import (
+    ANSWERS,
     METRICS,
     THEN_CONTINUE,
     TRAINED_ROWS,
     LogSums,
+    open_answers,
     open_metrics,
     open_trained_rows,
 )
@@ -59,6 +63,8 @@ from yeonma.run_folder.units import ONE
 from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
 from yeonma.tokenization.dataset import Dataset, cache_folder, describe
 from yeonma.tokenization.store import TokenStore
+from yeonma.train.answer_metrics import AnsweredRows, answer_and_measure
+from yeonma.train.answer_rows import no_label_rows, try_metrics
 from yeonma.train.build import (
     LoadedModel,
     StoreExtras,
@@ -99,10 +105,13 @@ def run_with_callbacks(
     keep: Log,
     between: StepsBetween,
     rows_by_set: Callable[[Sequence[int]], dict[str, list[int]]] | None = None,
+    *,
+    has_answers: bool = False,
 ) -> tuple[RunProgress, float]:
     """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers. `clock` counts
     evaluations and saves, and `keep` gets what is printed. `rows_by_set`: what trained_rows.jsonl has of a step's rows,
-    in a mixture of data sets. Returns about how many seconds the answers of the card will take, too."""
+    in a mixture of data sets. `has_answers`: whether evaluations measure answers. Returns about how many seconds the
+    answers of the card will take, too."""
     run = config.run
     lines = {name: recorded["lines"] for name, recorded in start.logs.items()}
     with (
@@ -110,6 +119,7 @@ def run_with_callbacks(
             output / METRICS, start.step or None, not start.evaluation_due, lines.get(METRICS)
         ) as metrics,
         open_trained_rows(output / TRAINED_ROWS, start.step, lines.get(TRAINED_ROWS)) as trained_rows,
+        open_answers(output / ANSWERS, lines.get(ANSWERS, 0)) if has_answers else nullcontext() as answers,
         open_trackers(run.report_to, run.run_name, output, settings_dict(config), start.step) as trackers,
         Progress(total_steps, start.step, run.logging_steps, console, between=between, keep=keep) as progress,
     ):
@@ -128,15 +138,22 @@ def run_with_callbacks(
             trackers.log(record.step, tracked(record))
 
         def before_save() -> LogSums:
-            metrics.sync()
-            trained_rows.sync()
-            return {METRICS: metrics.sum.as_record(), TRAINED_ROWS: trained_rows.sum.as_record()}
+            logs = {METRICS: metrics, TRAINED_ROWS: trained_rows} | (
+                {} if answers is None else {ANSWERS: answers}
+            )
+            for log in logs.values():
+                log.sync()
+            return {name: log.sum.as_record() for name, log in logs.items()}
+
+        def answered(step: int, rows: AnsweredRows) -> None:
+            if answers is not None:
+                answers.write(step, rows.lines)
 
         def saved(seconds: float) -> None:
             progress.saved(seconds)
             clock.move("saving", seconds)
 
-        done = steps(RunCallbacks(step, evaluation, before_save, saved, progress.print_line))
+        done = steps(RunCallbacks(step, evaluation, before_save, saved, progress.print_line, answered))
         return done, progress.card_seconds()
 
 
@@ -218,6 +235,8 @@ def run_training(
                 state_bytes=folder.state_bytes(config.step.optimizer),
                 noun="model" if model_settings.train == "full" else "adapter",
             )
+        if prepared.answers is not None:
+            try_metrics(prepared.answers, config.evaluation.keep_best)
         stop.check()
         by_tokens = config.step.micro_batch_tokens == "auto"
         earlier_tokens = _tokens_of(start.progress, group) if by_tokens else None
@@ -248,6 +267,8 @@ def run_training(
             trials = label_trials(
                 prepared.dataset, prepared.tokenizer, shares_prompts=support.forest and share_prefix
             )
+            if not trials and prepared.answers is not None and prepared.answers.names.of_labels:
+                raise no_label_rows(prepared.answers.names)
             state = replace(state, label_trials=trials)
         if by_tokens and earlier_tokens is None:  # before the reference, which may take hours
             try_heaviest(state, plan, prepared.dataset.train.store, config.step.optimizer)
@@ -363,12 +384,14 @@ def _train(
         if change := environment_change(progress.environment, current_environment, has_dropout):
             log(change)
     progress = replace(progress, environment=current_environment)
+    best = best_metric(evaluation.keep_best)
     schedule = EvalSaveSchedule(
         eval_steps=evaluation.eval_steps or plan.steps_per_epoch,
         save_steps=run.save_steps or plan.steps_per_epoch,
         save_total_limit=run.save_total_limit,
         patience=evaluation.early_stopping_patience,
         threshold=evaluation.early_stopping_threshold,
+        best_metric=None if best is None else key_of(best),
     )
 
     # rank 0 writes after all ranks have loaded what they continue from; from here on no check refuses the run
@@ -396,7 +419,22 @@ def _train(
             )
         )
     rows_by_set = dataset.rows_by_set if len(dataset.sets) > 1 else None
-    steps = partial(run_steps, state, plan, batches, validation, schedule, progress, output, saved.checkpoint)
+    answers, functions = prepared.answers, UserFunctions()
+    answer = None
+    if answers is not None and answers.rows:
+        answer = partial(answer_and_measure, state, answers, prepared.tokenizer, functions)
+    steps = partial(
+        run_steps,
+        state,
+        plan,
+        batches,
+        validation,
+        schedule,
+        progress,
+        output,
+        saved.checkpoint,
+        answer=answer,
+    )
     stop = state.stop
     stop.record_seconds(save=trained * SAVE_SECONDS_PER_WEIGHT)
     work = card_work(
@@ -414,7 +452,7 @@ def _train(
     )
     card_seconds = 0.0
     clock.enter("training")
-    with stop.between_steps():
+    with stop.between_steps(), functions:
         if group.first:
             progress, card_seconds = run_with_callbacks(
                 config,
@@ -427,6 +465,7 @@ def _train(
                 reporting.printed.keep,
                 between,
                 rows_by_set,
+                has_answers=answer is not None,
             )
         else:
             progress = steps(
@@ -441,7 +480,9 @@ def _train(
         return message, stop.agreed
     stop.check()
     best_step = (
-        progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
+        progress.best_step
+        if progress.best_step is not None and keeps_best(evaluation.keep_best)
+        else progress.step
     )
     if not group.first:
         if state.sharded and config.model.train == "full":  # whose weights are in all processes
@@ -454,15 +495,7 @@ def _train(
             sample_answers_of(policy, dataset, answered, with_base=base_answers is None)
         return None
     if best_step != progress.step:
-        log(
-            tr(
-                "using the {noun} of step {best_step}, which had the lowest validation loss "
-                "({best_loss:.4f})",
-                noun=tr(saved.result.noun),
-                best_step=best_step,
-                best_loss=progress.best_loss,
-            )
-        )
+        log(_best_of(progress, best, tr(saved.result.noun)))
         saved.load(checkpoint_path(output, best_step))
     saved.result.gather()
     folder.install(output, saved.result)
@@ -500,6 +533,24 @@ def _train(
     if exported.text is None:
         log(tr("chat_template.jinja does not contain the training template: {why}", why=exported.why))
     return None
+
+
+def _best_of(progress: RunProgress, metric: str | None, noun: str) -> str:
+    """Which step's weights are the result."""
+    if metric is None:
+        return tr(
+            "using the {noun} of step {best_step}, which had the lowest validation loss ({best_loss:.4f})",
+            noun=noun,
+            best_step=progress.best_step,
+            best_loss=progress.best_loss,
+        )
+    return tr(
+        "using the {noun} of step {best_step}, which had the highest {metric} ({score:.4g})",
+        noun=noun,
+        best_step=progress.best_step,
+        metric=metric,
+        score=progress.best_score,
+    )
 
 
 def _repeat_command(config: RunConfig, verb: str) -> str:

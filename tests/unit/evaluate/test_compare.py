@@ -21,8 +21,8 @@ from tests.comparing import ROWS, TEMPLATE, compare
 from tests.runs import Done, articles, command, model_folder, trained, write_jsonl
 from tests.tokenizers import byte_level, sentencepiece_bpe
 from yeonma import load
+from yeonma.data import text_scores
 from yeonma.evaluate import answers as compare_module
-from yeonma.evaluate import metrics
 from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.model import load as loading
 
@@ -295,7 +295,7 @@ def test_answers_that_ran_out_of_tokens_are_flagged(folders: Folders, data: Path
 def test_missing_sacrebleu_is_reported_and_its_metrics_are_omitted(
     folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_scores, "find_spec", lambda name: None)
     done = compare(tmp_path / "report", folders.adapter, data_path=data)
     assert {"bleu", "chrf"}.isdisjoint(values(report_of(done)))
     assert 'pip install "sacrebleu==2.6.0"' in done.err

@@ -14,7 +14,8 @@ from rich.console import Console
 from tests.comparing import compare
 from tests.runs import Done, model_folder, trained, write_jsonl
 from yeonma.data.classification import NO_LABEL, as_confusion, confusion_matrix, confusion_table, f1_of
-from yeonma.evaluate.metrics import ScoredAnswer, compute_metrics, metric_tokenizer
+from yeonma.data.text_scores import metric_tokenizer
+from yeonma.evaluate.metrics import ScoredAnswer, compute_metrics
 from yeonma.evaluate.report import ComparisonReport, print_report
 
 TEMPLATE = "a word: {word}\n\nits kind: {kind}"

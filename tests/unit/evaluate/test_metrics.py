@@ -9,23 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 
+from yeonma.data import text_scores
+from yeonma.data.text_scores import (
+    characters,
+    chrf,
+    chrf_counts,
+    metric_tokenizer,
+    morphemes,
+    rouge,
+    words,
+)
 from yeonma.evaluate import metrics
 from yeonma.evaluate.metrics import (
     Metric,
     ScoredAnswer,
     bleu,
-    characters,
-    chrf,
     compute_metrics,
     holm,
     interval,
-    metric_tokenizer,
-    morphemes,
     repetition,
     resampled_sums,
-    rouge,
     swap_test,
-    words,
 )
 
 ENGLISH = (
@@ -65,7 +69,7 @@ def test_chrf_and_bleu_equal_sacrebleu_for_any_resampling(pairs: Any) -> None:
     pairs = scrambled(pairs, 30)
     answers, references = [a for a, _ in pairs], [b for _, b in pairs]
     tokenizer = metric_tokenizer(references).bleu
-    tables = metrics._chrf_counts(answers, references), metrics._bleu_counts(answers, references, tokenizer)
+    tables = chrf_counts(answers, references), metrics._bleu_counts(answers, references, tokenizer)
     rng = np.random.default_rng(0)
     for size in (1, 1, 1, 2, 3, 8, len(pairs)):
         rows = rng.integers(0, len(pairs), size)
@@ -96,7 +100,7 @@ def test_common_subsequence_equals_plain_dynamic_programming() -> None:
         for i, x in enumerate(a):
             for j, y in enumerate(b):
                 table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
-        assert metrics._common_subsequence(a, b) == table[-1, -1]
+        assert text_scores._common_subsequence(a, b) == table[-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -122,12 +126,12 @@ def test_korean_uses_morphemes_with_kiwipiepy_and_else_characters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     references = [text for _, text in KOREAN]
-    if metrics.find_spec("kiwipiepy") is not None:
+    if text_scores.find_spec("kiwipiepy") is not None:
         assert metric_tokenizer(references).name == "morphemes (kiwipiepy)"
         # particles are separate morphemes, so the nouns match
         assert rouge(morphemes("도서관이"), morphemes("도서관을"))[0] == 0.5
         assert morphemes("GPU 3대를, 샀다.")[:2] == ["gpu", "3"]
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_scores, "find_spec", lambda name: None)
     tokenizer = metric_tokenizer(references)
     assert (tokenizer.name, tokenizer.bleu) == ("characters", "char")
     assert 'pip install "kiwipiepy==' in tokenizer.note
@@ -194,7 +198,7 @@ def test_rows_without_references_count_only_for_other_metrics() -> None:
 
 
 def test_chrf_and_bleu_are_omitted_without_sacrebleu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_scores, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     results = values([scored_answers("a b")], ["a c"])
     assert {"chrf", "bleu"}.isdisjoint(results)

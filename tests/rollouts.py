@@ -8,7 +8,8 @@ import numpy as np
 
 from tests.models import VOCABULARY
 from yeonma.config.reward_settings import PolicyLossName, RewardSettings
-from yeonma.train.rollouts import DrawnAnswer
+from yeonma.train.policy_losses import POLICY_LOSSES
+from yeonma.train.rollouts import DrawnAnswer, with_advantages
 
 GROUP = 3
 MOST_TOKENS = 9
@@ -27,8 +28,9 @@ def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
     return [np.concatenate([start, draw.integers(3, VOCABULARY, 4)]).astype(np.int32) for _ in range(count)]
 
 
-def answers(rewards: Sequence[Sequence[float]], seed: int = 0) -> list[DrawnAnswer]:
-    """Answers with these rewards, a group a list. Their log-probabilities are of no model."""
+def answers(loss: str, rewards: Sequence[Sequence[float]], seed: int = 0) -> list[DrawnAnswer]:
+    """Answers with these rewards, a group a list, and their advantages in a loss. Their log-probabilities are of no
+    model."""
     draw = np.random.default_rng(seed + 1)
     made = []
     for unit, group in enumerate(rewards):
@@ -39,12 +41,13 @@ def answers(rewards: Sequence[Sequence[float]], seed: int = 0) -> list[DrawnAnsw
                     unit=unit,
                     number=number,
                     row=unit + 1,
+                    seed=0,
                     token_ids=draw.integers(3, VOCABULARY, length).tolist(),
                     logprobs=(np.log(1 / VOCABULARY) + draw.normal(0, 0.3, length)).tolist(),
                     ended=length < MOST_TOKENS,
-                    text="",
+                    answer="",
                     reward=reward,
                     rewards={"exact": reward},
                 )
             )
-    return made
+    return with_advantages(made, POLICY_LOSSES[loss], GROUP)

@@ -47,7 +47,7 @@ def model_of(base: Path) -> Any:
 
 @pytest.mark.parametrize("loss", sorted(TRL))
 def test_same_loss_and_gradients(tmp_path: Path, base: Path, loss: PolicyLossName) -> None:
-    drawn, asked = answers(REWARDS), prompts(len(REWARDS))
+    drawn, asked = answers(loss, REWARDS), prompts(len(REWARDS))
     settings = reward_settings(loss, clip_low=LOW, clip_high=HIGH)
     batch = training_batch(drawn, asked, POLICY_LOSSES[loss], settings)
     assert len(batch) == len(drawn)

@@ -15,7 +15,7 @@ class RewardSettings:
     """Learning from rewards of answers that the model draws itself."""
 
     reward: list[str] | str
-    """What an answer is worth: `exact`, 1 if it is the row's own answer; `regex:PATTERN`, 1 if all of it matches; a list of several."""
+    """What an answer is worth: `exact`, 1 if it is the row's own answer, else 0; `regex:PATTERN`, 1 if all of it matches; `FILE.py:function`, what your function `(row, answer)` returns, a number or a dict of numbers; or a list of several."""
     reward_weights: list[float] | None = None
     """One number for each reward, by which it is multiplied before they are added; 1 by default."""
     group_size: int = field(default=8, metadata={"range": Range(at_least=2, limit=10**4)})
@@ -32,8 +32,3 @@ class RewardSettings:
     """How far it may rise above 1."""
     updates_per_rollout: int = field(default=1, metadata={"range": Range(at_least=1, limit=100)})
     """Updates of a step with the answers that it drew."""
-
-    @property
-    def names(self) -> list[str]:
-        """The rewards, one or several."""
-        return [self.reward] if isinstance(self.reward, str) else self.reward

@@ -346,7 +346,7 @@ GROUPS: Mapping[str, tuple[type, ...]] = {
 DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "sft": {},
     "dpo": {"learning_rate": 1e-5},
-    "grpo": {"learning_rate": 1e-5, "train_on": "last", "num_epochs": 1},
+    "grpo": {"learning_rate": 1e-5, "train_on": "last", "num_epochs": 1, "keep_best": False},
 }
 """Its defaults that differ from those of `yeonma sft`."""
 FULL_LEARNING_RATES: Mapping[object, float] = {2e-4: 2e-5, 1e-5: 1e-6}

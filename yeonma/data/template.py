@@ -475,14 +475,6 @@ def answer_text(rendered: Rendered) -> str:
     return joined(rendered.answer)
 
 
-def wanted_answer(rendered: Rendered) -> str:
-    """The row's own answer, of a turn list its last turn; empty if it has none."""
-    if rendered.answer:
-        return answer_text(rendered)
-    last = rendered.turns[-1]
-    return joined(last.pieces) if last.role == "assistant" else ""
-
-
 def as_rendered_turns(turns: Sequence[Turn], before: int = 0) -> tuple[RenderedTurn, ...]:
     """Turns as text. The field of a turn is named by its number, counted after `before` turns: `turn 1`."""
     return tuple(

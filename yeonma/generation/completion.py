@@ -67,9 +67,9 @@ def generate(
     memory shows early.
 
     `on_answer` is called with a prompt's index and its answer as soon as it has ended; `on_text`, with pieces of the
-    text of a single answer. `seeds`: one for each prompt, in place of the sampling's own. `scores`: one for each prompt,
-    which gets the tokens of its answer. Raises UserError if a prompt and its answer exceed the model's positions, and if a single
-    prompt does not fit into memory.
+    text of a single answer. `seeds`: one for each prompt, in place of the sampling's own. `scores`: one for each
+    prompt, which gets the tokens of its answer. Raises UserError if a prompt and its answer exceed the model's
+    positions, and if a single prompt does not fit into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty")

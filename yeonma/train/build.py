@@ -367,6 +367,7 @@ def build_train_state(
         max_grad_norm=step.max_grad_norm,
         limit=MicroBatchLimit(micro_batching(step), base.device, sharded, by_tokens),
         objective=objective,
+        evaluated_by=None if config.reward is None else TOKEN_LOSSES["nll"],
         group=group,
         stop=stop or Stop(),
         sharded=sharded,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,10 @@ class EvalSaveSchedule:
     """The key of the metric whose highest value makes the best step; None: the lowest loss does."""
 
 
+Drawn = tuple[Mapping[str, float], Sequence[Mapping[str, Any]]]
+"""Metrics of the answers that a step drew, to log beside those of the loss, and the answers."""
+
+
 @dataclass(frozen=True)
 class StepBatches:
     """How the batches of a run are made."""
@@ -59,8 +64,8 @@ class StepBatches:
     """Whether a batch is known before the update of the step before. Answers that the model draws are not."""
     updates: int = 1
     """The updates that a step makes with its batch."""
-    metrics: Callable[[int], Mapping[str, float]] = lambda step: {}
-    """(a step whose batch is made) -> metrics of its batch, to log beside those of the loss."""
+    drawn: Callable[[int], Drawn] = lambda step: ({}, [])
+    """(a step whose batch is made) -> what the model drew for it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class RunCallbacks:
     log: Log
     answers: Callable[[int, AnsweredRows], None] = lambda step, answered: None
     """Called before `evaluation` with what the model answered, if answers are measured."""
+    drawn: Callable[[int, Sequence[Mapping[str, Any]]], None] = lambda step, answers: None
+    """Called before `step` with the answers that it drew."""
 
 
 def run_steps(
@@ -93,10 +100,9 @@ def run_steps(
 ) -> RunProgress:
     """Train from `progress` until the end of the plan, early stopping, or a step after which the ranks agreed to stop.
 
-    `validation` has the validation rows of each data set. `answer` has
-    the model answer rows at each evaluation; it returns None where a rank abandoned them. Returns the progress, which
-    the last checkpoint contains. If `answer` raises UserError, a checkpoint is left from which the evaluation is made
-    again.
+    `validation` has the validation rows of each data set. `answer` has the model answer rows at each evaluation; it
+    returns None where a rank abandoned them. Returns the progress, which the last checkpoint contains. If `answer` or
+    `batches` raises UserError, a checkpoint is left from which the same is tried again.
     """
     stop = state.stop
 
@@ -185,18 +191,24 @@ def run_steps(
             break
         started = time.perf_counter()
         if not prepared:
-            prepare_next()
+            try:
+                prepare_next()
+            except UserError:
+                if progress.step:
+                    save(progress)
+                raise
         now = prepared.pop()
         batch = untrained(now.batch) if progress.step == 0 and state.starts_exactly else now.batch
         # the next one while a GPU computes this one
         result = train_step(state, batch, now, prepare_next if batches.ahead else lambda: None)
-        drawn = batches.metrics(progress.step + 1)
+        drawn_metrics, drawn = batches.drawn(progress.step + 1)
         for _ in range(batches.updates - 1):
             train_step(state, batch)
         seconds = time.perf_counter() - started
         stop.record_seconds(step=seconds)
         progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())
         progress = replace(progress, carried=dict(state.carried))
+        callbacks.drawn(progress.step, drawn)
         callbacks.step(
             StepRecord(
                 step=progress.step,
@@ -209,7 +221,7 @@ def run_steps(
                 trained_tokens=result.trained_tokens,
                 seconds=seconds,
                 peak_memory_bytes=peak_memory_bytes(state.model.device.type),
-                metrics={**drawn, **result.metrics},
+                metrics={**drawn_metrics, **result.metrics},
             ),
             batch.unit_rows_U.tolist(),
         )

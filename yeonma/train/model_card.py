@@ -31,7 +31,7 @@ from yeonma.config.settings import RunConfig
 from yeonma.config.yaml_text import front_matter, write_item
 from yeonma.data.python_rows import is_label
 from yeonma.data.rows import Row
-from yeonma.data.template import Rendered, Template, wanted_answer
+from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
 from yeonma.generation.completion import Answer
@@ -248,7 +248,7 @@ def sample_answers(
                 any(value not in prompt for value in fields.values()),
                 prompt,
                 tuple(prompt_ids.tolist()),
-                tokens.shape.parts(wanted_answer(text)).content,
+                tokens.shape.parts(_reference(text)).content,
                 *both,
             )
             for row, prompt_ids, prompt, text, *both in zip(
@@ -385,6 +385,14 @@ def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: An
     if parts.reasoning and (not content or content.isspace()):
         return tr("(reasoning without an answer: {reasoning})", reasoning=parts.reasoning)
     return content
+
+
+def _reference(rendered: Rendered) -> str:
+    """The row's own answer; empty if it has none."""
+    if rendered.answer:
+        return answer_text(rendered)
+    last = rendered.turns[-1]
+    return "".join(piece.text for piece in last.pieces) if last.role == "assistant" else ""
 
 
 def _fields_of(rendered: Rendered, template: Template) -> dict[str, str]:

@@ -75,8 +75,8 @@ def by_token(tokens_A: NDArray[np.int64], most_tokens: int) -> Rewards:
 
 
 def by_most_tokens(tokens_A: NDArray[np.int64], most_tokens: int) -> Rewards:
-    """Every token counts the same, whatever the lengths of the answers: the sum over an answer's tokens by the most that
-    it may have (Dr. GRPO)."""
+    """Every token counts the same, whatever the lengths of the answers (Dr. GRPO): the loss is the mean over answers of
+    the sum over an answer's tokens, divided by the most that it may have."""
     return np.full(len(tokens_A), 1 / (most_tokens * len(tokens_A)))
 
 

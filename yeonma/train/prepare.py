@@ -44,7 +44,8 @@ from yeonma.model.quantized import check_layers, quantised_layers
 from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
 from yeonma.model.whole_modules import check_not_quantised, whole_modules
-from yeonma.run_folder.output_folder import CONTENT_OF_BASE, CONTENT_OF_METRICS
+from yeonma.rewards.rewards import contents, names_of
+from yeonma.run_folder.output_folder import CONTENT_OF_BASE, CONTENT_OF_METRICS, CONTENT_OF_REWARDS
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.tokenization.new_tokens import add_new_tokens
@@ -453,9 +454,7 @@ def _identity_of_evaluation(evaluation: EvaluationSettings, answers: AnswerPlan 
     """Settings of the evaluation, and those of answers only if the run measures some."""
     of_answers = ("answer_metrics", "answer_rows")
     identity = {
-        name: value
-        for name, value in asdict(evaluation).items()
-        if name not in ("card_rows", *of_answers)
+        name: value for name, value in asdict(evaluation).items() if name not in ("card_rows", *of_answers)
     }
     identity["keep_best"] = best_metric(evaluation.keep_best) or keeps_best(evaluation.keep_best)
     if answers is None:
@@ -472,7 +471,11 @@ def _identity_of_evaluation(evaluation: EvaluationSettings, answers: AnswerPlan 
 
 
 def _identity_of_reward(reward: RewardSettings) -> dict[str, Any]:
-    return {name: value for name, value in asdict(reward).items() if name != "rollout_batch_size"}
+    """The settings, with the content of the user's functions in place of their paths."""
+    settings = {name: value for name, value in asdict(reward).items() if name != "rollout_batch_size"}
+    sums = contents(reward)
+    names = [str(name.function or name.text) for name in names_of(reward)]
+    return {**settings, "reward": names, **({CONTENT_OF_REWARDS: sums} if sums else {})}
 
 
 def _identity_of_data(data: DataSettings, dataset: Dataset) -> dict[str, Any]:

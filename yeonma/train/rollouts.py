@@ -10,38 +10,40 @@ Shapes: P prompts of a step, G answers of a group, A = P x G answers, in order o
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from yeonma.adapter.prompt_builder import TemplateTexts
 from yeonma.batch.batch import Batch
+from yeonma.bounded.user_functions import UserFunctions
 from yeonma.config.reward_settings import RewardSettings
 from yeonma.data.rows import Row
-from yeonma.data.template import wanted_answer
+from yeonma.data.template import Rendered
 from yeonma.errors import UserError
-from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
 from yeonma.generation.token_scores import ScoreLog
 from yeonma.messages import counted, tr
 from yeonma.model.load import eos_tokens
 from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy
-from yeonma.rewards.rewards import Answered, Reward, score
+from yeonma.rewards.rewards import Answered, Reward, rewards_of, score
 from yeonma.tokenization.dataset import Dataset, PreparedSet
-from yeonma.tokenization.example import AnswerTokens, Example, answer_tokens, end_of_prompt
-from yeonma.train.distributed import Processes, gather_texts
+from yeonma.tokenization.example import AnswerTokens, Example, answer_tokens
+from yeonma.train.distributed import Processes, gathered
 from yeonma.train.loop import StepBatches
 from yeonma.train.policy_losses import (
     ADVANTAGE,
+    POLICY_LOSSES,
     SAMPLED_LOGPROB,
     TOKEN_SHARE,
     PolicyLoss,
 )
+from yeonma.train.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,54 @@ class DrawnAnswer:
     """Its place in its group."""
     row: int
     """The row of the prompt, as numbered in the training rows."""
+    seed: int
+    """With which it was drawn."""
     token_ids: list[int]
     """With the token that ended it."""
     logprobs: list[float]
     """Of these tokens, when they were drawn."""
     ended: bool
     """Whether a stop token ended it, rather than `max_new_tokens`."""
-    text: str
-    """Without reasoning."""
+    answer: str
+    """Its text, without reasoning."""
     reward: float
+    """The weighted sum."""
     rewards: dict[str, float]
     """By name, before their weights."""
+    advantage: float = 0.0
+    """What its reward is beside those of others (`PolicyLoss.advantages`)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A training row, and how its prompt is answered."""
+
+    row: Row
+    rendered: Rendered
+    texts: TemplateTexts
+
+    def answered(self, prompt: np.ndarray, text: str) -> Answered:
+        """What rewards read of a generated text."""
+        place = self.row.place
+        answer = self.texts.prompt(self.rendered, prompt).answer(text)
+        return Answered(self.row.values, place, self.texts.reference(self.rendered, place), answer)
+
+
+@dataclass(frozen=True, eq=False)
 class Rollouts:
-    """What answers are drawn with."""
+    """What answers are drawn and scored with."""
 
     policy: Policy
     tokenizer: Any
     dataset: Dataset
     settings: RewardSettings
-    loss: PolicyLoss
     rewards: Sequence[Reward]
     seed: int
     group: Processes
+
+    @property
+    def loss(self) -> PolicyLoss:
+        return POLICY_LOSSES[self.settings.policy_loss]
 
     @cached_property
     def rows(self) -> dict[int, tuple[Row, PreparedSet]]:
@@ -90,20 +115,27 @@ class Rollouts:
         return found
 
     @cached_property
-    def tokens(self) -> AnswerTokens:
-        """What ends an answer, and what the chat template makes the model write around it."""
-        is_turns = self.dataset.template.has_turns
-        eos = eos_tokens(self.policy.transformers_model.generation_config)
-        return answer_tokens(self.tokenizer, self.dataset.rules if is_turns else None, eos)
+    def tokens(self) -> dict[bool, AnswerTokens]:
+        """What ends an answer, for templates without turns and with them."""
+        eos, rules = eos_tokens(self.policy.transformers_model.generation_config), self.dataset.rules
+        kinds = {one.template.has_turns for one in self.dataset.sets}
+        return {kind: answer_tokens(self.tokenizer, rules if kind else None, eos) for kind in sorted(kinds)}
 
-    def answered(self, row: int, prompt: Sequence[int], answer: Answer) -> Answered:
-        """What a reward reads of an answer to a row."""
-        record, one = self.rows[row]
-        rendered = self.dataset.task.render(one.template, record, one.columns)
-        shape = self.tokens.shape
-        parts = shape.parts(answer.text, is_open=shape.opens(end_of_prompt(prompt, self.tokenizer)))
-        wanted = shape.parts(wanted_answer(rendered)).content
-        return Answered(record.values, record.place, wanted, parts.content.removesuffix(shape.trail))
+    @cached_property
+    def texts(self) -> dict[str, TemplateTexts]:
+        """By the name of the data set."""
+        return {
+            one.name: TemplateTexts(
+                one.template, self.dataset.rules, self.tokenizer, self.tokens[one.template.has_turns]
+            )
+            for one in self.dataset.sets
+        }
+
+    def asked(self, number: int) -> Asked:
+        """The row with this number in the joined store."""
+        row, one = self.rows[number]
+        rendered = self.dataset.task.render(one.template, row, one.columns)
+        return Asked(row, rendered, self.texts[one.name])
 
 
 @dataclass(frozen=True)
@@ -116,10 +148,25 @@ class StepRollouts:
     metrics: dict[str, float]
 
 
-def check_room(dataset: Dataset, units: np.ndarray, most_tokens: int, config: Any) -> None:
+def try_rewards(settings: RewardSettings, prepared: Prepared) -> None:
+    """Before weights are loaded: the longest prompt leaves room for an answer, and every reward works on the first row
+    with its own answer. Raises UserError otherwise."""
+    check_room(prepared, settings.max_new_tokens)
+    one = prepared.dataset.sets[0]
+    (row,) = one.train.first_rows(1)
+    rendered = prepared.dataset.task.render(one.template, row, one.columns)
+    tokens = AnswerTokens(())
+    wanted = TemplateTexts(one.template, prepared.dataset.rules, prepared.tokenizer, tokens).reference(
+        rendered, row.place
+    )
+    with UserFunctions() as functions:
+        score(rewards_of(settings, functions), [Answered(row.values, row.place, wanted, wanted or "")])
+
+
+def check_room(prepared: Prepared, most_tokens: int) -> None:
     """Raises UserError if a prompt and an answer of `most_tokens` exceed the model's positions."""
-    positions = model_positions(config)
-    batch = Batch.from_store(dataset.train.store, units)
+    positions = model_positions(prepared.config)
+    batch = Batch.from_store(prepared.dataset.train.store, prepared.dataset.train.units)
     longest = int(batch.prompt_lengths_E.max())
     if positions is not None and longest + most_tokens > positions:
         what = tr(
@@ -133,26 +180,36 @@ def check_room(dataset: Dataset, units: np.ndarray, most_tokens: int, config: An
 
 
 def draw_step(rollouts: Rollouts, units: np.ndarray, step: int) -> StepRollouts:
-    """Draws and scores the answers to the prompts of `units`. Every process gets the same."""
+    """Draws and scores the answers to the prompts of `units`. Every process draws its share of them, and the first one
+    scores all: every process gets the same. Raises UserError, in all of them, if a reward fails."""
     started = time.perf_counter()
     batch = Batch.from_store(rollouts.dataset.train.store, units)
     prompts = [
         ids[:length] for ids, length in zip(batch.token_ids, batch.prompt_lengths_E.tolist(), strict=True)
     ]
-    rows = batch.rows_E.tolist()
-    share = range(rollouts.group.rank, len(prompts), rollouts.group.count)
-    drawn, scoring_seconds = _draw(rollouts, prompts, rows, share, step)
-    texts = gather_texts(rollouts.group, json.dumps([asdict(answer) for answer in drawn]))
-    answers = [DrawnAnswer(**values) for text in texts for values in json.loads(text)]
-    answers.sort(key=lambda answer: (answer.unit, answer.number))
-    seconds = time.perf_counter() - started - scoring_seconds
+    asked = [rollouts.asked(number) for number in batch.rows_E.tolist()]
+    group = rollouts.group
+    shares = gathered(
+        group, lambda: _draw(rollouts, prompts, asked, range(group.rank, len(prompts), group.count), step)
+    )
+    drawn = sorted((one for share in shares for one in share), key=lambda one: (one["unit"], one["number"]))
+    drawing_seconds = time.perf_counter() - started
+    rows = [asked[one["unit"]].answered(prompts[one["unit"]], one.pop("text")) for one in drawn]
+    scores = gathered(group, lambda: score(rollouts.rewards, rows) if group.first else [])[0]
+    answers = [
+        DrawnAnswer(**one, row=number, answer=row.answer, **scored)
+        for one, row, number, scored in zip(
+            drawn, rows, batch.rows_E.repeat(rollouts.settings.group_size).tolist(), scores, strict=True
+        )
+    ]
+    answers = with_advantages(answers, rollouts.loss, rollouts.settings.group_size)
     return StepRollouts(
         answers,
         training_batch(answers, prompts, rollouts.loss, rollouts.settings),
         {
             **_metrics(answers, rollouts.settings.group_size),
-            "drawing_seconds": seconds,
-            "scoring_seconds": scoring_seconds,
+            "drawing_seconds": drawing_seconds,
+            "scoring_seconds": time.perf_counter() - started - drawing_seconds,
         },
     )
 
@@ -170,59 +227,66 @@ def drawn_batches(rollouts: Rollouts) -> StepBatches:
         batch_of,
         ahead=False,
         updates=rollouts.settings.updates_per_rollout,
-        metrics=lambda step: made[step].metrics,
+        drawn=lambda step: (made[step].metrics, [asdict(answer) for answer in made[step].answers]),
     )
 
 
 def _draw(
-    rollouts: Rollouts, prompts: Sequence[np.ndarray], rows: Sequence[int], share: Sequence[int], step: int
-) -> tuple[list[DrawnAnswer], float]:
-    """The answers to this process's share of the prompts, and the seconds that their rewards took."""
+    rollouts: Rollouts, prompts: Sequence[np.ndarray], asked: Sequence[Asked], share: Sequence[int], step: int
+) -> list[dict[str, Any]]:
+    """The answers to some of the prompts, as far as DrawnAnswer is known then."""
     settings = rollouts.settings
-    asked = [(unit, number) for unit in share for number in range(settings.group_size)]
-    scores = [ScoreLog(0) for _ in asked]
-    sampling = SamplingParams(
-        stop_ids=rollouts.tokens.stop_ids,
-        shown_ids=rollouts.tokens.shown_ids,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=1.0,
-    )
-    answers = rollouts.policy.generate_from_ids(
-        [prompts[unit] for unit, _ in asked],
-        rollouts.tokenizer,
-        sampling,
-        batch_size=settings.rollout_batch_size,
-        seeds=[seed_of(rollouts.seed, step, unit, number) for unit, number in asked],
-        scores=scores,
-    )
-    started = time.perf_counter()
-    texts = [
-        rollouts.answered(rows[unit], prompts[unit].tolist(), answer)
-        for (unit, _), answer in zip(asked, answers, strict=True)
-    ]
-    scored = score(rollouts.rewards, texts)
-    seconds = time.perf_counter() - started
-    drawn = [
-        DrawnAnswer(
-            unit=unit,
-            number=number,
-            row=rows[unit],
-            token_ids=[token.token_id for token in log.tokens],
-            logprobs=[float(token.logprob or 0.0) for token in log.tokens],
-            ended=answer.ended,
-            text=text.answer,
-            reward=one.total,
-            rewards=dict(one.parts),
+    drawn: list[dict[str, Any]] = []
+    for tokens in rollouts.tokens.values():
+        wanted = [
+            (unit, number)
+            for unit in share
+            if asked[unit].texts.tokens is tokens
+            for number in range(settings.group_size)
+        ]
+        logs = [ScoreLog(0) for _ in wanted]
+        seeds = [seed_of(rollouts.seed, step, unit, number) for unit, number in wanted]
+        answers = rollouts.policy.generate_from_ids(
+            [prompts[unit] for unit, _ in wanted],
+            rollouts.tokenizer,
+            SamplingParams(
+                stop_ids=tokens.stop_ids,
+                shown_ids=tokens.shown_ids,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=1.0,
+            ),
+            batch_size=settings.rollout_batch_size,
+            seeds=seeds,
+            scores=logs,
         )
-        for (unit, number), log, answer, text, one in zip(asked, scores, answers, texts, scored, strict=True)
-    ]
-    return drawn, seconds
+        drawn += [
+            {
+                "unit": unit,
+                "number": number,
+                "seed": seed,
+                "token_ids": [token.token_id for token in log.tokens],
+                "logprobs": [token.logprob for token in log.tokens],
+                "ended": answer.ended,
+                "text": answer.text,
+            }
+            for (unit, number), seed, log, answer in zip(wanted, seeds, logs, answers, strict=True)
+        ]
+    return drawn
 
 
 def seed_of(seed: int, step: int, unit: int, number: int) -> int:
     """The seed of an answer: a number below 2**63."""
     content = np.array([seed, step, unit, number], dtype="<i8").tobytes()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
+
+
+def with_advantages(
+    answers: Sequence[DrawnAnswer], loss: PolicyLoss, group_size: int
+) -> list[DrawnAnswer]:
+    """The answers of a step with their advantages."""
+    reward_PG = np.array([answer.reward for answer in answers]).reshape(-1, group_size)
+    advantages = loss.advantages(reward_PG).reshape(-1).tolist()
+    return [replace(answer, advantage=value) for answer, value in zip(answers, advantages, strict=True)]
 
 
 def training_batch(
@@ -233,8 +297,7 @@ def training_batch(
 ) -> Batch:
     """The answers as a batch, without those whose advantage is 0: they have no gradient, and cost nothing. What a token
     counts in the loss is as if they were there. A batch of no answers has no units."""
-    reward_PG = np.array([answer.reward for answer in answers]).reshape(-1, settings.group_size)
-    advantage_A = loss.advantages(reward_PG).reshape(-1)
+    advantage_A = np.array([answer.advantage for answer in answers])
     tokens_A = np.array([len(answer.token_ids) for answer in answers], dtype=np.int64)
     share_A = loss.shares(tokens_A, settings.max_new_tokens)
     trained = np.flatnonzero(advantage_A)

@@ -88,6 +88,8 @@ class TrainState:
     """The numbers that the objective carries from step to step."""
     rounded: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
     """The model's weights, if `parameters` are float32 copies of them (`full_weights.py`); else empty."""
+    evaluated_by: Objective | None = None
+    """The objective of evaluations, if it is another: rows have no rewards of their own, but answers."""
     label_trials: Mapping[str, LabelTrial] = field(default_factory=dict)
     """What evaluations measure of the data sets whose answers are the labels of a classification."""
 
@@ -186,7 +188,8 @@ def evaluate(
     None if a rank abandoned the evaluation because the run is about to stop.
     """
     started = time.perf_counter()
-    objective = state.objective
+    objective = state.evaluated_by or state.objective
+    state = replace(state, objective=objective)
     sums_by_set: dict[str, list[float]] = {}
     confusions: dict[str, np.ndarray] = {}
     for name, batch in validation.items():

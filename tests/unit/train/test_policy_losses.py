@@ -24,7 +24,7 @@ LOSSES = sorted(POLICY_LOSSES)
 
 
 def batch_of(loss: str, rewards: list[list[float]], drawn: list[DrawnAnswer] | None = None) -> Batch:
-    drawn = drawn or answers(rewards)
+    drawn = drawn or answers(loss, rewards)
     return training_batch(drawn, prompts(len(rewards)), POLICY_LOSSES[loss], reward_settings(loss))
 
 
@@ -62,7 +62,7 @@ def by_hand(name: str, drawn: list[DrawnAnswer], logprobs: list[list[float]]) ->
 @pytest.mark.parametrize("name", LOSSES)
 def test_formula(name: str) -> None:
     model, parameters = llama_with_lora()
-    drawn, asked = answers(REWARDS), prompts(len(REWARDS))
+    drawn, asked = answers(name, REWARDS), prompts(len(REWARDS))
     with torch.no_grad():  # each answer alone, before the model's attention is replaced
         logprobs = [
             plain_logprobs(model, example_of(answer, asked[answer.unit])).tolist() for answer in drawn
@@ -93,7 +93,7 @@ def test_micro_batches_are_only_speed(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"reinforce++"}))
 def test_groups_of_equal_rewards_cost_nothing_and_count(name: str) -> None:
-    drawn = answers([*REWARDS, EQUAL])
+    drawn = answers(name, [*REWARDS, EQUAL])
     batch = batch_of(name, [*REWARDS, EQUAL], drawn)
     assert len(batch) == 3 * len(REWARDS) and batch.unit_count == len(REWARDS)
     model, parameters = llama_with_lora()
@@ -126,7 +126,7 @@ def test_a_step_without_any_difference_changes_nothing() -> None:
 def test_a_ratio_beyond_its_bounds_has_no_gradient(name: str) -> None:
     """But in CISPO, whose weight is bounded and whose gradient stays."""
     model, parameters = llama_with_lora()
-    far = [replace(answer, logprobs=[-50.0] * len(answer.logprobs)) for answer in answers(REWARDS)]
+    far = [replace(answer, logprobs=[-50.0] * len(answer.logprobs)) for answer in answers(name, REWARDS)]
     batch = batch_of(name, REWARDS, far)
     kept = batch.select_units([1])  # rewards 0.5, 0.25, 2: only the last one is above the mean
     objective = policy_objective(POLICY_LOSSES[name], clip_of(reward_settings(name)))

@@ -249,6 +249,7 @@ def test_pages_of_each_language_show_the_main_commands(readme: Path) -> None:
     assert {
         "sft",
         "dpo",
+        "grpo",
         "inspect",
         "generate",
         "compare",

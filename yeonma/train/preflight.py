@@ -23,7 +23,7 @@ from yeonma.config.settings import (
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Rows, glance, naming_skip, of_rows
 from yeonma.data.splits import without_slices
-from yeonma.data.task import Choice, Task, choose_template, task_for_loss
+from yeonma.data.task import DRAWN, Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
 from yeonma.data.text_scores import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.errors import Problem, UserError, gather
@@ -226,6 +226,8 @@ def _check_data_of(config: RunConfig) -> None:
 
 def task_of(config: RunConfig) -> Task:
     """The kind of data that the settings train on."""
+    if config.reward is not None:
+        return DRAWN
     return task_for_loss(config.preference.loss if config.preference is not None else None)
 
 

@@ -114,7 +114,7 @@ def test_a_step_without_any_difference_changes_nothing() -> None:
     model, parameters = llama_with_lora()
     before = {name: weight.detach().clone() for name, weight in parameters.items()}
     objective = policy_objective(POLICY_LOSSES["grpo"], clip_of(reward_settings("grpo")))
-    state, gradients = step_state(model, parameters, objective, 2)
+    state, _ = step_state(model, parameters, objective, 2)
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=1.0)
     state = replace(state, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
     result = train_step(state, batch_of("grpo", [EQUAL, EQUAL]))
@@ -139,3 +139,19 @@ def test_a_ratio_beyond_its_bounds_has_no_gradient(name: str) -> None:
     assert has_gradient[~positive].all()
     assert has_gradient[positive].all() if name == "cispo" else not has_gradient[positive].any()
     assert metrics[1] == len(logprob_N)  # all outside
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "factor"), [("grpo", "gspo", 1.0), ("dapo", "cispo", 1.0), ("rloo", "dr_grpo", 1.5 * MOST_TOKENS)]
+)
+def test_where_losses_coincide(one: str, other: str, factor: float) -> None:
+    """The gradients of answers that the model itself has just drawn, as docs/rewards.md says."""
+    found = []
+    for name in (one, other):
+        batch = batch_of(name, REWARDS)
+        logprobs = batch.token_extras["sampled_logprob"]
+        logprob_N = torch.tensor(logprobs, requires_grad=True)
+        objective = policy_objective(POLICY_LOSSES[name], clip_of(reward_settings(name)))
+        objective.sums(logprob_N, batch)[0].backward()
+        found.append(logprob_N.grad)
+    torch.testing.assert_close(found[0], factor * found[1])

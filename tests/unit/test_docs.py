@@ -37,6 +37,7 @@ TRANSLATED: tuple[str, ...] = (
     "docs/mixtures",
     "docs/models",
     "docs/preferences",
+    "docs/rewards",
     "docs/python",
     "docs/reasoning",
     "docs/reliability",

@@ -34,7 +34,7 @@ class Answered:
     """What the model answered, without its reasoning."""
 
 
-Scores = Callable[[Sequence[Answered]], list[dict[str, float]]]
+ScoreAnswers = Callable[[Sequence[Answered]], list[dict[str, float]]]
 """Answers -> numbers by name for each of them."""
 
 
@@ -68,7 +68,7 @@ class RewardName:
             )
             raise UserError(tr('no reward "{name}"', name=self.text), place=PLACE, cure=cure)
 
-    def scores(self, functions: UserFunctions) -> Scores:
+    def scores(self, functions: UserFunctions) -> ScoreAnswers:
         """How answers are scored. `functions`: the process of the user's functions."""
         if (function := self.function) is not None:
             return lambda answers: [
@@ -101,7 +101,7 @@ class Reward:
 
     name: str
     """As logs have it."""
-    scores: Scores
+    scores: ScoreAnswers
     weight: float = 1.0
 
 

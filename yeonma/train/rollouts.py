@@ -75,7 +75,7 @@ class DrawnAnswer:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class PromptRow:
     """A training row, and how its prompt is answered."""
 
     row: Row
@@ -131,11 +131,11 @@ class Rollouts:
             for one in self.dataset.sets
         }
 
-    def asked(self, number: int) -> Asked:
+    def prompt_row(self, number: int) -> PromptRow:
         """The row with this number in the joined store."""
         row, one = self.rows[number]
         rendered = self.dataset.task.render(one.template, row, one.columns)
-        return Asked(row, rendered, self.texts[one.name])
+        return PromptRow(row, rendered, self.texts[one.name])
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def draw_step(rollouts: Rollouts, units: np.ndarray, step: int) -> StepRollouts:
     prompts = [
         ids[:length] for ids, length in zip(batch.token_ids, batch.prompt_lengths_E.tolist(), strict=True)
     ]
-    asked = [rollouts.asked(number) for number in batch.rows_E.tolist()]
+    asked = [rollouts.prompt_row(number) for number in batch.rows_E.tolist()]
     group = rollouts.group
     shares = gathered(
         group, lambda: _draw(rollouts, prompts, asked, range(group.rank, len(prompts), group.count), step)
@@ -232,7 +232,11 @@ def drawn_batches(rollouts: Rollouts) -> StepBatches:
 
 
 def _draw(
-    rollouts: Rollouts, prompts: Sequence[np.ndarray], asked: Sequence[Asked], share: Sequence[int], step: int
+    rollouts: Rollouts,
+    prompts: Sequence[np.ndarray],
+    asked: Sequence[PromptRow],
+    share: Sequence[int],
+    step: int,
 ) -> list[dict[str, Any]]:
     """The answers to some of the prompts, as far as DrawnAnswer is known then."""
     settings = rollouts.settings
@@ -280,9 +284,7 @@ def seed_of(seed: int, step: int, unit: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
 
 
-def with_advantages(
-    answers: Sequence[DrawnAnswer], loss: PolicyLoss, group_size: int
-) -> list[DrawnAnswer]:
+def with_advantages(answers: Sequence[DrawnAnswer], loss: PolicyLoss, group_size: int) -> list[DrawnAnswer]:
     """The answers of a step with their advantages."""
     reward_PG = np.array([answer.reward for answer in answers]).reshape(-1, group_size)
     advantages = loss.advantages(reward_PG).reshape(-1).tolist()

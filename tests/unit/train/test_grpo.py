@@ -90,7 +90,9 @@ def test_rollouts(untouched: Done) -> None:
             assert len(answer["token_ids"]) == len(answer["logprobs"]) <= 8
             assert answer["ended"] == (answer["token_ids"][-1] == 2)  # </s>
         trained = {answer["row"] for answer in own if answer["advantage"]}
-        rows = json.loads((untouched.folder / "trained_rows.jsonl").read_text().splitlines()[step["step"] - 1])
+        rows = json.loads(
+            (untouched.folder / "trained_rows.jsonl").read_text().splitlines()[step["step"] - 1]
+        )
         assert set(rows["rows"]) == trained
 
 
@@ -163,7 +165,9 @@ def test_rewards_with_weights(tmp_path: Path, base: Path, data: Path) -> None:
     for answer in drawn(done.folder):
         parts = answer["rewards"]
         assert answer["reward"] == 2 * parts["exact"] + 0.5 * parts["regex"]
-        assert parts["regex"] == float(all(letter in "abcdefghijklmnopqrstuvwxyz" for letter in answer["answer"]))
+        assert parts["regex"] == float(
+            all(letter in "abcdefghijklmnopqrstuvwxyz" for letter in answer["answer"])
+        )
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,6 @@ def test_a_step_without_any_difference_changes_nothing() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_ratio_beyond_its_bounds_has_no_gradient(name: str) -> None:
     """But in CISPO, whose weight is bounded and whose gradient stays."""
-    model, parameters = llama_with_lora()
     far = [replace(answer, logprobs=[-50.0] * len(answer.logprobs)) for answer in answers(name, REWARDS)]
     batch = batch_of(name, REWARDS, far)
     kept = batch.select_units([1])  # rewards 0.5, 0.25, 2: only the last one is above the mean
@@ -142,7 +141,8 @@ def test_a_ratio_beyond_its_bounds_has_no_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "factor"), [("grpo", "gspo", 1.0), ("dapo", "cispo", 1.0), ("rloo", "dr_grpo", 1.5 * MOST_TOKENS)]
+    ("one", "other", "factor"),
+    [("grpo", "gspo", 1.0), ("dapo", "cispo", 1.0), ("rloo", "dr_grpo", 1.5 * MOST_TOKENS)],
 )
 def test_where_losses_coincide(one: str, other: str, factor: float) -> None:
     """The gradients of answers that the model itself has just drawn, as docs/rewards.md says."""

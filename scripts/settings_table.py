@@ -24,7 +24,7 @@ from page_tables import ROOT, write_pages
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 ENGLISH_PAGE, KOREAN_PAGE = "docs/settings.md", "docs/settings.ko.md"
 KOREAN_TEXTS = ROOT / "yeonma" / "config" / "settings.ko.yaml"
-TRAINING_VERBS = ("sft", "dpo")
+TRAINING_VERBS = ("sft", "dpo", "grpo")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Wording:
 # The verbs that read a group. TRAINING_VERBS read all others.
 VERBS = {
     "PreferenceSettings": ("dpo",),
+    "RewardSettings": ("grpo",),
     "InspectSettings": ("inspect",),
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),
@@ -194,9 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
 
     sys.path.insert(0, str(ROOT))
-    from yeonma.config import settings
+    from yeonma.config import reward_settings, settings
 
-    groups = groups_of(settings)
+    groups = groups_of(settings, reward_settings)
     pages = {
         ENGLISH_PAGE: in_chapters(groups, ENGLISH),
         KOREAN_PAGE: in_chapters(groups, translated(groups, KOREAN_TEXTS)),

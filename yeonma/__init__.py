@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_CALLS = ("compare", "dpo", "export", "generate", "inspect", "merge", "push", "sft", "verify")
+_CALLS = ("compare", "dpo", "export", "generate", "grpo", "inspect", "merge", "push", "sft", "verify")
 _HOMES = {
     **dict.fromkeys(_CALLS, "yeonma.python_api.calls"),
     "Policy": "yeonma.policy",

@@ -39,6 +39,7 @@ from yeonma.data.rows import Row
 from yeonma.errors import Log, UserError, either, first_line
 from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
+from yeonma.generation.token_scores import ScoreLog
 from yeonma.messages import counted, tr
 from yeonma.model import load
 from yeonma.model.adapter_file import read_header
@@ -168,8 +169,10 @@ class Policy:
         batch_size: int = GenerateSettings.batch_size,
         on_answer: Callable[[int, Answer], None] | None = None,
         on_text: Callable[[str], None] | None = None,
+        seeds: Sequence[int] | None = None,
+        scores: Sequence[ScoreLog] | None = None,
     ) -> list[Answer]:
-        """Generates answers to prompts of token ids, in the order of the prompts. Callbacks and errors as
+        """Generates answers to prompts of token ids, in the order of the prompts. Parameters and errors as
         `yeonma.generation.completion.generate`."""
         with self.active():
             return generate(
@@ -181,6 +184,8 @@ class Policy:
                 batch_size=batch_size,
                 on_answer=on_answer,
                 on_text=on_text,
+                seeds=seeds,
+                scores=scores,
             )
 
     @overload

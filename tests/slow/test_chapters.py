@@ -7,6 +7,7 @@ the page. Only numbers of tokens depend on the tokenizer, and are not compared.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -176,6 +177,41 @@ def test_a_chapter_prints_what_it_says(
                 check_shown(block.text, printed)
                 checked += 1
     assert checked >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rewards", "rewards.ko"])
+def test_the_chapter_on_rewards_runs(
+    name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files and commands, and every key of metrics.jsonl that it names."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for block in blocks_of(page):
+        if block.file is not None:
+            Path(block.file).write_text(block.text, encoding="utf-8")
+            continue
+        for line in block.text.splitlines():
+            words = shlex.split(line)
+            arguments = [models.get(word, word) for word in words[1:]]
+            done = command(tmp_path, *arguments, *(KNOW_THE_ROWS if words[1] == "sft" else []))
+            assert done.status == 0, done.err
+    steps = [json.loads(line) for line in Path("shorter/metrics.jsonl").read_text().splitlines()]
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    known = {key for step in steps for key in step} | {"reward_NAME"}
+    named = {key for cell in table for key in re.findall(r"`([a-z_A-Z]+)`", cell) if key in known}
+    assert {
+        "reward",
+        "reward_best",
+        "equal_groups",
+        "unfinished",
+        "answer_tokens",
+        "ratio",
+        "clipped",
+    } <= named
+    assert {"reward_right", "reward_short", "reward_regex", "drawing_seconds", "scoring_seconds"} <= known
+    scored = [json.loads(line) for line in Path("solver/answers.jsonl").read_text().splitlines()]
+    assert {"exact"} == {name for line in scored for name in line["scores"]}
 
 
 def test_a_missing_line_is_found() -> None:

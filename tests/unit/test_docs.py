@@ -37,6 +37,7 @@ TRANSLATED: tuple[str, ...] = (
     "docs/mixtures",
     "docs/models",
     "docs/preferences",
+    "docs/rewards",
     "docs/python",
     "docs/reasoning",
     "docs/reliability",
@@ -249,6 +250,7 @@ def test_pages_of_each_language_show_the_main_commands(readme: Path) -> None:
     assert {
         "sft",
         "dpo",
+        "grpo",
         "inspect",
         "generate",
         "compare",

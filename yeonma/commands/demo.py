@@ -21,8 +21,8 @@ from rich.cells import cell_len, set_cell_size
 
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import (
-    PREFERENCE_DEFAULTS,
-    TRAINING,
+    DEFAULTS,
+    GROUPS,
     CompareConfig,
     DemoSettings,
     RunConfig,
@@ -50,7 +50,7 @@ class Demo:
     """One demo: its command, its data among the bundled samples, and its settings."""
 
     verb: str
-    groups: tuple[type, ...] | None
+    groups: tuple[type, ...]
     defaults: Mapping[str, object]
     rows: str
     validation_rows: str
@@ -89,7 +89,7 @@ KOREAN_MODEL = "Qwen/Qwen3-0.6B"
 ENGLISH_ARTICLE = "The old lighthouse on Gull Rock will open as a library in May."
 TITLES = Demo(
     verb="sft",
-    groups=TRAINING,
+    groups=GROUPS["sft"],
     defaults={},
     rows="sample:news_en",
     validation_rows="sample:news_en_validation",
@@ -108,8 +108,8 @@ KOREAN_TITLES = replace(
 )
 PAIRS = Demo(
     verb="dpo",
-    groups=None,
-    defaults=PREFERENCE_DEFAULTS,
+    groups=GROUPS["dpo"],
+    defaults=DEFAULTS["dpo"],
     rows="sample:pairs_en",
     validation_rows="sample:pairs_en_validation",
     template="sample:title_en",

@@ -60,7 +60,7 @@ def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
         from yeonma.inspect.start_verdict import log_verdict
         from yeonma.train.run import run_training
 
-        run_training(config, stop, log_verdict)
+        run_training(config, stop, *([] if config.reward else [log_verdict]))
     return 0
 
 

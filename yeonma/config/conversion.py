@@ -13,11 +13,11 @@ from yeonma.config.foreign_names import (
     SAME_COMMAND,
     WITHOUT_COUNTERPART,
 )
-from yeonma.config.parse import Setting, config_from_keywords, groups_in, settings_of
+from yeonma.config.parse import Setting, config_from_keywords, settings_of
 from yeonma.config.settings import (
     ADAPTER_SETTINGS,
-    PREFERENCE_DEFAULTS,
-    TRAINING,
+    DEFAULTS,
+    GROUPS,
     LrScheduler,
     Optimizer,
     RunConfig,
@@ -141,7 +141,7 @@ class Conversion:
         """Raises UserError for values that a run of ours would refuse."""
         stand_ins = dict.fromkeys(REQUIRED, "-")
         try:
-            config_from_keywords(RunConfig, {**stand_ins, **self.settings}, groups=_groups(self.verb))
+            config_from_keywords(RunConfig, {**stand_ins, **self.settings}, groups=GROUPS[self.verb])
         except UserError as error:
             raise UserError(
                 [
@@ -185,11 +185,7 @@ class Conversion:
 
 def own_settings(verb: str) -> dict[str, Setting]:
     """The settings of `yeonma sft` or `yeonma dpo`, by name."""
-    return settings_of(_groups(verb), (), PREFERENCE_DEFAULTS if verb == "dpo" else {})
-
-
-def _groups(verb: str) -> Sequence[type]:
-    return TRAINING if verb == "sft" else groups_in(RunConfig)
+    return settings_of(GROUPS[verb], (), DEFAULTS[verb])
 
 
 def take_optimizer(run: Conversion, key: str) -> None:

@@ -23,8 +23,9 @@ from yeonma.config.loss_sum import InvalidLoss
 from yeonma.config.ranges import Range
 from yeonma.config.settings import (
     ADAPTER_SETTINGS,
+    DEFAULTS,
     FULL_LEARNING_RATES,
-    PREFERENCE_DEFAULTS,
+    GROUPS,
     InspectConfig,
     RunConfig,
     StepSettings,
@@ -582,8 +583,7 @@ def settings_dict(config: object) -> dict[str, Any]:
 
 def changed_settings(config: RunConfig) -> dict[str, Any]:
     """The settings of a run that differ from the defaults of its command, by name."""
-    verb_defaults = NO_DEFAULTS if config.preference is None else PREFERENCE_DEFAULTS
-    settings = settings_of(groups_in(RunConfig), (), verb_defaults)
+    settings = settings_of(GROUPS[config.objective], (), DEFAULTS[config.objective])
     defaults = {name: setting.default for name, setting in settings.items()}
     if config.model.train == "full":
         defaults["learning_rate"] = FULL_LEARNING_RATES[defaults["learning_rate"]]

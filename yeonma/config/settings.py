@@ -28,6 +28,7 @@ from yeonma.config.ranges import (
     TOKENS,
     Range,
 )
+from yeonma.config.reward_settings import RewardSettings
 
 LrScheduler = Literal[
     "linear",
@@ -311,10 +312,19 @@ class RunConfig:
     step: StepSettings
     preference: PreferenceSettings | None = None
     """None for supervised fine-tuning."""
+    reward: RewardSettings | None = None
+    """None unless the run learns from rewards."""
     evaluation: EvaluationSettings
     run: RunSettings
     given: frozenset[str] = field(default=frozenset(), compare=False)
     """Names of the settings that the user gave; all others have their defaults."""
+
+    @property
+    def objective(self) -> Literal["sft", "dpo", "grpo"]:
+        """The verb whose settings these are."""
+        if self.reward is not None:
+            return "grpo"
+        return "sft" if self.preference is None else "dpo"
 
 
 TRAINING = (
@@ -326,9 +336,19 @@ TRAINING = (
     EvaluationSettings,
     RunSettings,
 )
-"""The groups that `yeonma sft` reads; `yeonma dpo` reads all groups of RunConfig."""
-PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
-"""Defaults of `yeonma dpo` that differ from those of `yeonma sft`."""
+"""The groups that every verb that trains reads."""
+GROUPS: Mapping[str, tuple[type, ...]] = {
+    "sft": TRAINING,
+    "dpo": (*TRAINING, PreferenceSettings),
+    "grpo": (*TRAINING, RewardSettings),
+}
+"""The groups that a verb that trains reads."""
+DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "sft": {},
+    "dpo": {"learning_rate": 1e-5},
+    "grpo": {"learning_rate": 1e-5, "train_on": "last", "num_epochs": 1, "keep_best": False},
+}
+"""Its defaults that differ from those of `yeonma sft`."""
 FULL_LEARNING_RATES: Mapping[object, float] = {2e-4: 2e-5, 1e-5: 1e-6}
 """Default learning rate of a verb -> that of full fine-tuning."""
 

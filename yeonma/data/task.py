@@ -92,6 +92,8 @@ ANSWERS = Task(
     notes=notes_of,
     preferred=lambda rendered: rendered,
 )
+DRAWN = replace(ANSWERS, continues_template=True)
+"""Rows whose prompts the model answers itself."""
 PAIRS = Task(
     name="pairs",
     units=later("pairs"),
@@ -181,8 +183,8 @@ def choose_template(
 ) -> Choice:
     """The template that `--template` gives, or else one that fits the data.
 
-    For preference data it is the template of the `adapter` folder to continue, if it has one and the columns fill it,
-    so that prompts stay as they were trained. Otherwise it is the built-in template that fits the columns.
+    For preferences and rewards it is the template of the `adapter` folder to continue, if it has one and the columns
+    fill it, so that prompts stay as they were trained. Otherwise it is the built-in template that fits the columns.
 
     Raises UserError as `load_template`, and if none or several built-in templates fit.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, SupportsInt
 
@@ -56,6 +56,8 @@ def generate(
     batch_size: int = GenerateSettings.batch_size,
     on_answer: Callable[[int, Answer], None] | None = None,
     on_text: Callable[[str], None] | None = None,
+    seeds: Sequence[int] | None = None,
+    scores: Sequence[ScoreLog] | None = None,
 ) -> list[Answer]:
     """The answers, in the order of the prompts. Prompts are token ids, as from `encode_prompts`.
 
@@ -65,8 +67,9 @@ def generate(
     memory shows early.
 
     `on_answer` is called with a prompt's index and its answer as soon as it has ended; `on_text`, with pieces of the
-    text of a single answer. Raises UserError if a prompt and its answer exceed the model's positions, and if a single
-    prompt does not fit into memory.
+    text of a single answer. `seeds`: one for each prompt, in place of the sampling's own. `scores`: one for each
+    prompt, which gets the tokens of its answer. Raises UserError if a prompt and its answer exceed the model's
+    positions, and if a single prompt does not fit into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty")
@@ -92,13 +95,23 @@ def generate(
         if on_answer is not None:
             on_answer(index, answer)
 
+    def request(index: int) -> DecodeRequest:
+        own = sampling if seeds is None else replace(sampling, seed=seeds[index])
+        if scores is None:
+            return DecodeRequest(token_ids[index], own)
+        scores[index].tokens.clear()  # of an answer that memory had no room for
+        return DecodeRequest(token_ids[index], own, scores=scores[index])
+
     with generation_mode(base):
         if by_forest:
-            _decode_all(base, token_ids, order, sampling, batch_size, token, done)
+            _decode_all(base, token_ids, order, request, batch_size, token, done)
         else:
             for index in order:
+                asked = request(index)
                 try:
-                    ids = answer_alone(base, token_ids[index], sampling, partial(token, index))
+                    ids = answer_alone(
+                        base, asked.prompt, asked.sampling, partial(token, index), scores=asked.scores
+                    )
                 except torch.OutOfMemoryError as error:
                     raise _out_of_memory(len(token_ids[index])) from error
                 done(index, ids)
@@ -109,12 +122,12 @@ def _decode_all(
     model: Any,
     prompts: Sequence[list[int]],
     order: Sequence[int],
-    sampling: SamplingParams,
+    request: Callable[[int], DecodeRequest],
     max_rows: int,
     on_token: Callable[[int, list[int]], bool],
     on_done: Callable[[int, list[int]], None],
 ) -> None:
-    """`decode` the prompts in `order`. If memory runs out, continue with half as many at once."""
+    """`decode` the prompts in `order`, each by its request. If memory runs out, continue with half as many at once."""
     waiting = list(order)
     ended: set[int] = set()
 
@@ -127,8 +140,9 @@ def _decode_all(
 
     while waiting:
         try:
-            requests = [DecodeRequest(prompts[index], sampling) for index in waiting]
-            decode(model, requests, max_rows=max_rows, on_done=done, on_token=token)
+            decode(
+                model, [request(index) for index in waiting], max_rows=max_rows, on_done=done, on_token=token
+            )
         except torch.OutOfMemoryError as error:
             if max_rows == 1 or is_sharded(model):  # its processes must stay in step
                 raise _out_of_memory(max(len(prompts[index]) for index in waiting)) from error

@@ -159,6 +159,12 @@ def dpo(config: RunConfig) -> RunResult:
     return _train("dpo", config)
 
 
+@_call_of()
+def grpo(config: RunConfig) -> RunResult:
+    """Fine-tune a model by rewards of the answers that it draws. Takes data, returns and raises as `sft`."""
+    return _train("grpo", config)
+
+
 def _train(verb: str, config: RunConfig) -> RunResult:
     from yeonma.commands.sft import train
 

@@ -28,6 +28,7 @@ OURS = (
     "metrics.jsonl",
     "trained_rows.jsonl",
     "answers.jsonl",
+    "rollouts.jsonl",
     "loss.svg",
     FORMER_PLOT,
     "README.md",
@@ -64,7 +65,7 @@ PARTIAL_FILES = tuple(
     for name in (RUN, SEAL, "settings.yaml", "README.md", "loss.svg", FORMER_PLOT, "sample_answers.json")
 )
 """Files that are being written, under the hidden names of `replace_file`."""
-WRITTEN_IN_PLACE = ("metrics.jsonl", "trained_rows.jsonl", "answers.jsonl", PRINTED, LOCK)
+WRITTEN_IN_PLACE = ("metrics.jsonl", "trained_rows.jsonl", "answers.jsonl", "rollouts.jsonl", PRINTED, LOCK)
 """Files that are not replaced as a whole, so that a hard link elsewhere would change with them."""
 _CHECKPOINT = re.compile("checkpoint-[1-9][0-9]{0,17}")
 _UNFINISHED = re.compile(r"\.checkpoint-[1-9][0-9]{0,17}\.(partial|removed|former)")

@@ -81,6 +81,8 @@ CONTENT_OF_BASE = "content of the base model"
 CONTENT_OF_METRICS = "content of the functions in answer_metrics"
 """Key of a run's identity: a user's function -> the SHA-256 of its file. A mended function may go on with a run whose
 best step it does not choose."""
+CONTENT_OF_REWARDS = "content of the functions in reward"
+"""Key of a run's identity: the same of the functions that it learns from."""
 CONTENTS = {
     "content of data_path": later("content of data_path"),
     "content of the validation rows": later("content of the validation rows"),
@@ -88,6 +90,7 @@ CONTENTS = {
     "content of the tokenizer": later("content of the tokenizer"),
     "content of the adapter continued": later("content of the adapter continued"),
     CONTENT_OF_METRICS: later("content of the functions in answer_metrics"),
+    CONTENT_OF_REWARDS: later("content of the functions in reward"),
 }
 """Other keys of a run's identity whose values are SHA-256 sums."""
 NAMES_OF_BASE = ("base_model", "model_revision")

@@ -411,8 +411,9 @@ def _size(size_bytes: int) -> str:
 
 
 def _rewards(metrics: Mapping[str, float]) -> list[str]:
-    """`margin 0.12` and `accuracy 0.75` from a pair loss's metrics; empty for other losses."""
-    names = {"reward_margin": tr("margin"), "reward_accuracy": tr("accuracy")}
+    """`margin 0.12` and `accuracy 0.75` from a pair loss's metrics, `reward 0.41` of answers that were drawn; empty for
+    other losses."""
+    names = {"reward_margin": tr("margin"), "reward_accuracy": tr("accuracy"), "reward": tr("reward")}
     return [f"{name} {metrics[key]:.2f}" for key, name in names.items() if key in metrics]
 
 

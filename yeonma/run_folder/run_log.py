@@ -1,7 +1,7 @@
 """The logs of a run: metrics.jsonl has one object per step and evaluation, trained_rows.jsonl the rows of every step,
 such as `{"step": 12, "rows": [17, 4, 99]}`, counted from 1 as in messages, or by data set in a mixture:
 `{"step": 12, "rows": {"titles.jsonl": [17, 4], "chats.jsonl": [99]}}`. answers.jsonl, where a run measures answers, has
-one object per evaluation and row.
+one object per evaluation and row; rollouts.jsonl, where a run learns from rewards, one per answer that a step drew.
 
 A run appends to all of them. A checkpoint records how many lines they have and their SHA-256, so that a resumed run
 knows whether somebody has changed them, and removes exactly the lines after its checkpoint. The rows of a step do not
@@ -28,9 +28,10 @@ from yeonma.files import MOST_BYTES, disk_errors_as_user_errors, kind_of, open_r
 from yeonma.messages import counted, tr
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
-METRICS, TRAINED_ROWS, ANSWERS = "metrics.jsonl", "trained_rows.jsonl", "answers.jsonl"
+METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
+ANSWERS, ROLLOUTS = "answers.jsonl", "rollouts.jsonl"
 THEN_CONTINUE = tr("then run the same command to continue from the last checkpoint")
-VARYING = ("seconds", "peak_memory_bytes")
+VARYING = ("seconds", "drawing_seconds", "scoring_seconds", "peak_memory_bytes")
 """Numbers of a step that differ from run to run. The sum of a log leaves them out, so that checkpoints are equal."""
 
 LogSums = dict[str, dict[str, Any]]
@@ -101,7 +102,7 @@ class TrainedRows(LogFile):
 
 @dataclass(frozen=True)
 class AnswersFile(LogFile):
-    """answers.jsonl, opened by `open_answers`."""
+    """answers.jsonl or rollouts.jsonl, opened by `open_answers`."""
 
     def write(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         for line in lines:
@@ -142,9 +143,14 @@ def check_logs(output: Path, sums: Mapping[str, Mapping[str, Any]], step: int, l
     Raises UserError for each that does not, and logs one that is missing. Changes nothing. `sums` is empty in
     checkpoints of earlier versions, which can only be checked line by line.
     """
-    for name, lines_of in ((METRICS, _metrics), (TRAINED_ROWS, _trained_rows), (ANSWERS, _answers)):
+    for name, lines_of in (
+        (METRICS, _metrics),
+        (TRAINED_ROWS, _trained_rows),
+        (ANSWERS, _answers),
+        (ROLLOUTS, _answers),
+    ):
         recorded, path = sums.get(name), output / name
-        if recorded is None and name != ANSWERS and kind_of(path):
+        if recorded is None and name not in (ANSWERS, ROLLOUTS) and kind_of(path):
             for _, values in lines_of(path):
                 if values["step"] > step:
                     break

@@ -13,7 +13,7 @@ import torch
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
-from yeonma.config.settings import LoraSettings, RunConfig, StepSettings
+from yeonma.config.settings import LoraSettings, RewardSettings, RunConfig, StepSettings
 from yeonma.errors import Log
 from yeonma.language import speaking
 from yeonma.messages import counted, tr
@@ -39,6 +39,7 @@ from yeonma.train.losses import REFERENCE_LOGPROB, TOKEN_LOSSES, Objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.optimizers import make_loraplus_optimizer, make_optimizer
+from yeonma.train.policy_losses import POLICY_LOSSES, Clip, policy_objective
 from yeonma.train.preference_losses import preference_loss, preference_objective
 from yeonma.train.preflight import METRIC_SCHEDULES
 from yeonma.train.prepare import (
@@ -256,11 +257,25 @@ def units_to_reference(prepared: Prepared) -> StoreUnits:
 
 
 def build_objective(config: RunConfig) -> Objective:
-    preference = config.preference
+    preference, reward = config.preference, config.reward
+    if reward is not None:
+        return policy_objective(POLICY_LOSSES[reward.policy_loss], clip_of(reward))
     if preference is None:
         return TOKEN_LOSSES[config.step.token_loss]
     loss, options = preference_loss(preference.loss), preference_options(preference)
     return preference_objective(loss, options, config.tokens.cutoff_len)
+
+
+def updates_of(reward: RewardSettings | None) -> int:
+    """The optimizer's updates in a step."""
+    return 1 if reward is None else reward.updates_per_rollout
+
+
+def clip_of(reward: RewardSettings) -> Clip:
+    """The bounds of a ratio: those of the settings, else those of the loss's paper."""
+    own = POLICY_LOSSES[reward.policy_loss].clip
+    low = own.low if reward.clip_low is None else reward.clip_low
+    return Clip(low, own.high if reward.clip_high is None else reward.clip_high)
 
 
 def reference_extras(
@@ -347,11 +362,12 @@ def build_train_state(
         support=loaded.policy.support,
         parameters=parameters,
         optimizer=optimizer,
-        scheduler=make_schedule(step, optimizer, plan.total_steps),
+        scheduler=make_schedule(step, optimizer, plan.total_steps * updates_of(config.reward)),
         by_metric=step.lr_scheduler in METRIC_SCHEDULES,
         max_grad_norm=step.max_grad_norm,
         limit=MicroBatchLimit(micro_batching(step), base.device, sharded, by_tokens),
         objective=objective,
+        evaluated_by=None if config.reward is None else TOKEN_LOSSES["nll"],
         group=group,
         stop=stop or Stop(),
         sharded=sharded,

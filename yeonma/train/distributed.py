@@ -7,19 +7,20 @@ PyTorch's process group, whose collectives have an ordinary timeout.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from yeonma.errors import UserError
+from yeonma.errors import Problem, UserError
 from yeonma.messages import tr
 from yeonma.model.sharding import is_shard
 from yeonma.model.transfer import to_device
@@ -179,6 +180,20 @@ def gather_texts(group: Processes, text: str) -> list[str]:
     padded[: len(content)] = content
     gathered = gather_bytes(group, padded)
     return [one[:size].numpy().tobytes().decode() for one, size in zip(gathered, lengths, strict=True)]
+
+
+def gathered(group: Processes, compute: Callable[[], Any]) -> list[Any]:
+    """What `compute` returns in every process, in order of rank: values that JSON holds. If it raises UserError in one,
+    all processes raise it."""
+    try:
+        part: dict[str, Any] = {"value": compute()}
+    except UserError as error:
+        part = {"problems": [[str(one.what), str(one.place), str(one.cure)] for one in error.problems]}
+    parts = [json.loads(text) for text in gather_texts(group, json.dumps(part))]
+    problems = [Problem(*problem) for one in parts for problem in one.get("problems", ())]
+    if problems:
+        raise UserError(problems)
+    return [one["value"] for one in parts]
 
 
 def check_same_content(group: Processes, content: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +50,24 @@ class EvalSaveSchedule:
     """The key of the metric whose highest value makes the best step; None: the lowest loss does."""
 
 
+Drawn = tuple[Mapping[str, float], Sequence[Mapping[str, Any]]]
+"""Metrics of the answers that a step drew, to log beside those of the loss, and the answers."""
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """How the batches of a run are made."""
+
+    of: Callable[[np.ndarray, int], Batch]
+    """(a step's units, the number of the step) -> its batch."""
+    ahead: bool = True
+    """Whether a batch is known before the update of the step before. Answers that the model draws are not."""
+    updates: int = 1
+    """The updates that a step makes with its batch."""
+    drawn: Callable[[int], Drawn] = lambda step: ({}, [])
+    """(a step whose batch is made) -> what the model drew for it."""
+
+
 @dataclass(frozen=True)
 class RunCallbacks:
     """What the loop reports to. On ranks other than 0 these do nothing."""
@@ -62,12 +82,14 @@ class RunCallbacks:
     log: Log
     answers: Callable[[int, AnsweredRows], None] = lambda step, answered: None
     """Called before `evaluation` with what the model answered, if answers are measured."""
+    drawn: Callable[[int, Sequence[Mapping[str, Any]]], None] = lambda step, answers: None
+    """Called before `step` with the answers that it drew."""
 
 
 def run_steps(
     state: TrainState,
     plan: Plan,
-    batch_of: Callable[[np.ndarray], Batch],
+    batches: StepBatches,
     validation: Mapping[str, Batch],
     schedule: EvalSaveSchedule,
     progress: RunProgress,
@@ -78,10 +100,9 @@ def run_steps(
 ) -> RunProgress:
     """Train from `progress` until the end of the plan, early stopping, or a step after which the ranks agreed to stop.
 
-    `batch_of` makes a batch from a step's units; `validation` has the validation rows of each data set. `answer` has
-    the model answer rows at each evaluation; it returns None where a rank abandoned them. Returns the progress, which
-    the last checkpoint contains. If `answer` raises UserError, a checkpoint is left from which the evaluation is made
-    again.
+    `validation` has the validation rows of each data set. `answer` has the model answer rows at each evaluation; it
+    returns None where a rank abandoned them. Returns the progress, which the last checkpoint contains. If `answer` or
+    `batches` raises UserError, a checkpoint is left from which the same is tried again.
     """
     stop = state.stop
 
@@ -149,17 +170,17 @@ def run_steps(
             save(progress)
         if stop.is_due():
             return progress
-    ahead = plan.steps(progress.step)
+    ahead = enumerate(plan.steps(progress.step), progress.step + 1)
     prepared: list[NextStep] = []
     """The step to come, if there is one."""
 
     def prepare_next() -> None:
-        units = next(ahead, None)
-        if units is not None:
-            prepared.append(prepare_step(state, batch_of(units)))
+        for step, units in islice(ahead, 1):
+            prepared.append(prepare_step(state, batches.of(units, step)))
 
-    prepare_next()
-    while prepared:
+    if batches.ahead:
+        prepare_next()
+    while progress.step < plan.total_steps:
         if schedule.patience is not None and progress.evaluations_without_gain >= schedule.patience:
             callbacks.log(
                 tr(
@@ -169,13 +190,25 @@ def run_steps(
             )
             break
         started = time.perf_counter()
+        if not prepared:
+            try:
+                prepare_next()
+            except UserError:
+                if progress.step:
+                    save(progress)
+                raise
         now = prepared.pop()
         batch = untrained(now.batch) if progress.step == 0 and state.starts_exactly else now.batch
-        result = train_step(state, batch, now, prepare_next)  # the next one while a GPU computes this one
+        # the next one while a GPU computes this one
+        result = train_step(state, batch, now, prepare_next if batches.ahead else lambda: None)
+        drawn_metrics, drawn = batches.drawn(progress.step + 1)
+        for _ in range(batches.updates - 1):
+            train_step(state, batch)
         seconds = time.perf_counter() - started
         stop.record_seconds(step=seconds)
         progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())
         progress = replace(progress, carried=dict(state.carried))
+        callbacks.drawn(progress.step, drawn)
         callbacks.step(
             StepRecord(
                 step=progress.step,
@@ -188,7 +221,7 @@ def run_steps(
                 trained_tokens=result.trained_tokens,
                 seconds=seconds,
                 peak_memory_bytes=peak_memory_bytes(state.model.device.type),
-                metrics=result.metrics,
+                metrics={**drawn_metrics, **result.metrics},
             ),
             batch.unit_rows_U.tolist(),
         )

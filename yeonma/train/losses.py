@@ -60,6 +60,8 @@ class Objective:
     units."""
     sums: Callable[[Tensor, Batch], Sums]
     """(logprob_N of a micro-batch, the micro-batch) -> sums of the loss and of M metrics."""
+    shares: bool = False
+    """Whether the step divides by nothing, because the batch says what part of the step's loss each token has."""
     metrics: tuple[str, ...] = ()
     """Names of the M metrics."""
     report: Callable[[Mapping[str, float]], dict[str, float]] = dict
@@ -76,6 +78,12 @@ class Objective:
     """Whether `sums` reads the token extra LOG_SQUARE."""
     evaluation: Callable[[Tensor, Batch], Sums] | None = None
     """`sums` of an evaluation, if they are others."""
+
+    def count(self, batch: Batch) -> float:
+        """What a step or an evaluation divides its sums by."""
+        if self.shares:
+            return 1
+        return batch.trained_weight if self.per_token else batch.unit_count
 
 
 def sft_loss(logprob_N: Tensor, weight_N: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from yeonma.config.settings import (
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Rows, glance, naming_skip, of_rows
 from yeonma.data.splits import without_slices
-from yeonma.data.task import Choice, Task, choose_template, task_for_loss
+from yeonma.data.task import DRAWN, Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
 from yeonma.data.text_scores import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.errors import Problem, UserError, gather
@@ -34,6 +34,7 @@ from yeonma.model.layer_names import check_layer_names
 from yeonma.model.published import check_not_packed, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, files_here, find_base
+from yeonma.rewards.rewards import names_of
 from yeonma.run_folder.entries import check_entries
 from yeonma.run_folder.trackers import check_trackers
 from yeonma.tokenization.new_tokens import read_new_tokens
@@ -70,7 +71,55 @@ def preflight(config: RunConfig) -> None:
         partial(_check_validation_of, config),
         partial(_check_preference_of, config),
         partial(check_metrics, config),
+        partial(check_rewards, config),
     )
+
+
+def check_rewards(config: RunConfig) -> None:
+    """Raises UserError for rewards that are none, and for settings that have no effect on learning from them, or that
+    it does not have."""
+    if config.reward is None:
+        return
+    step, tokens, leave = config.step, config.tokens, tr("leave it out")
+    without_effect = tr("learning from rewards does not read it")
+    problems = [
+        Problem(what, name, cure)
+        for name, what, cure, given in (
+            ("token_loss", without_effect, leave, step.token_loss != "nll"),
+            (
+                "train_on_inputs",
+                tr("what is trained are the answers that the model draws"),
+                leave,
+                tokens.train_on_inputs,
+            ),
+            ("row_weights", without_effect, leave, tokens.row_weights is not None),
+            (
+                "train_on",
+                tr("only the last answer of a row is drawn"),
+                tr("leave it out"),
+                tokens.train_on != "last",
+            ),
+            (
+                "micro_batch_tokens",
+                tr("auto looks at the rows' own answers, which are not those that are drawn"),
+                tr("give a number, or micro_batch_size"),
+                step.micro_batch_tokens == "auto",
+            ),
+            (
+                "shard",
+                tr("its processes draw answers of their own, and sharded weights need all processes at once"),
+                tr("leave it out; --quantization nf4 makes the base smaller"),
+                config.model.shard,
+            ),
+        )
+        if given
+    ]
+
+    def check_settings() -> None:
+        if problems:
+            raise UserError(problems)
+
+    gather(check_settings, partial(names_of, config.reward))
 
 
 def check_metrics(config: RunConfig) -> MetricNames:
@@ -177,6 +226,8 @@ def _check_data_of(config: RunConfig) -> None:
 
 def task_of(config: RunConfig) -> Task:
     """The kind of data that the settings train on."""
+    if config.reward is not None:
+        return DRAWN
     return task_for_loss(config.preference.loss if config.preference is not None else None)
 
 

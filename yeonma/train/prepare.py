@@ -23,6 +23,7 @@ from yeonma.config.settings import (
     EvaluationSettings,
     LoraSettings,
     PreferenceSettings,
+    RewardSettings,
     RunConfig,
     StepSettings,
     TokenLoss,
@@ -43,7 +44,8 @@ from yeonma.model.quantized import check_layers, quantised_layers
 from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
 from yeonma.model.whole_modules import check_not_quantised, whole_modules
-from yeonma.run_folder.output_folder import CONTENT_OF_BASE, CONTENT_OF_METRICS
+from yeonma.rewards.rewards import contents, names_of
+from yeonma.run_folder.output_folder import CONTENT_OF_BASE, CONTENT_OF_METRICS, CONTENT_OF_REWARDS
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.tokenization.new_tokens import add_new_tokens
@@ -428,7 +430,7 @@ def _identity(
     weights = Path(continued) / WEIGHTS_FILE if continued else None
     preference = config.preference
     return {
-        "objective": "sft" if preference is None else "dpo",
+        "objective": config.objective,
         "base_model": source.name,
         "model_revision": source.revision,
         "dtype": model.dtype,
@@ -443,6 +445,7 @@ def _identity(
         "train": model.train,
         **(asdict(config.lora) if model.train == "lora" else {}),
         **(asdict(preference) if preference else {}),
+        **(_identity_of_reward(config.reward) if config.reward else {}),
         **{name: value for name, value in asdict(step).items() if name not in left_out},
     }
 
@@ -465,6 +468,14 @@ def _identity_of_evaluation(evaluation: EvaluationSettings, answers: AnswerPlan 
         **answers.identity(),
         **({CONTENT_OF_METRICS: sums} if sums else {}),
     }
+
+
+def _identity_of_reward(reward: RewardSettings) -> dict[str, Any]:
+    """The settings, with the content of the user's functions in place of their paths."""
+    settings = {name: value for name, value in asdict(reward).items() if name != "rollout_batch_size"}
+    sums = contents(reward)
+    names = [str(name.function or name.text) for name in names_of(reward)]
+    return {**settings, "reward": names, **({CONTENT_OF_REWARDS: sums} if sums else {})}
 
 
 def _identity_of_data(data: DataSettings, dataset: Dataset) -> dict[str, Any]:

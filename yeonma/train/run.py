@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.base_content import reading_content
 from yeonma.model.sharding import broadcast_trained
+from yeonma.rewards.rewards import rewards_of
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import RunProgress, checkpoint_path, recover, write_text_atomically
 from yeonma.run_folder.entries import FORMER_PLOT, PRINTED
@@ -50,6 +52,7 @@ from yeonma.run_folder.progress import (
 from yeonma.run_folder.run_log import (
     ANSWERS,
     METRICS,
+    ROLLOUTS,
     THEN_CONTINUE,
     TRAINED_ROWS,
     LogSums,
@@ -78,13 +81,14 @@ from yeonma.train.distributed import Processes, check_same_content, process_grou
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.label_accuracy import label_trials
 from yeonma.train.label_balance import label_balance
-from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, run_steps
+from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, StepBatches, run_steps
 from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
 from yeonma.train.model_card import answers_before, sample_answers, write_card
 from yeonma.train.model_remarks import model_remarks
 from yeonma.train.preflight import check_folders, with_adapters_lora
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
 from yeonma.train.restore import restore
+from yeonma.train.rollouts import Rollouts, drawn_batches, try_rewards
 from yeonma.train.run_warnings import run_warnings
 from yeonma.train.sample_scores import sample_answers_of
 from yeonma.train.saved_weights import FolderParts, saved_adapter, saved_model
@@ -103,12 +107,12 @@ def run_with_callbacks(
     between: StepsBetween,
     rows_by_set: Callable[[Sequence[int]], dict[str, list[int]]] | None = None,
     *,
-    has_answers: bool = False,
+    answer_logs: Sequence[str] = (),
 ) -> tuple[RunProgress, float]:
     """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers. `clock` counts
     evaluations and saves, and `keep` gets what is printed. `rows_by_set`: what trained_rows.jsonl has of a step's rows,
-    in a mixture of data sets. `has_answers`: whether evaluations measure answers. Returns about how many seconds the
-    answers of the card will take, too."""
+    in a mixture of data sets. `answer_logs`: which of ANSWERS and ROLLOUTS the run writes. Returns about how many
+    seconds the answers of the card will take, too."""
     run = config.run
     lines = {name: recorded["lines"] for name, recorded in start.logs.items()}
     with (
@@ -116,10 +120,13 @@ def run_with_callbacks(
             output / METRICS, start.step or None, not start.evaluation_due, lines.get(METRICS)
         ) as metrics,
         open_trained_rows(output / TRAINED_ROWS, start.step, lines.get(TRAINED_ROWS)) as trained_rows,
-        open_answers(output / ANSWERS, lines.get(ANSWERS, 0)) if has_answers else nullcontext() as answers,
         open_trackers(run.report_to, run.run_name, output, settings_dict(config), start.step) as trackers,
         Progress(total_steps, start.step, run.logging_steps, console, between=between, keep=keep) as progress,
+        ExitStack() as files,
     ):
+        answers = {
+            name: files.enter_context(open_answers(output / name, lines.get(name, 0))) for name in answer_logs
+        }
 
         def step(record: StepRecord, rows: list[int]) -> None:
             metrics.write(record)
@@ -135,22 +142,24 @@ def run_with_callbacks(
             trackers.log(record.step, tracked(record))
 
         def before_save() -> LogSums:
-            logs = {METRICS: metrics, TRAINED_ROWS: trained_rows} | (
-                {} if answers is None else {ANSWERS: answers}
-            )
+            logs = {METRICS: metrics, TRAINED_ROWS: trained_rows, **answers}
             for log in logs.values():
                 log.sync()
             return {name: log.sum.as_record() for name, log in logs.items()}
 
         def answered(step: int, rows: AnsweredRows) -> None:
-            if answers is not None:
-                answers.write(step, rows.lines)
+            answers[ANSWERS].write(step, rows.lines)
+
+        def drawn(step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:
+            if rollouts:
+                answers[ROLLOUTS].write(step, rollouts)
 
         def saved(seconds: float) -> None:
             progress.saved(seconds)
             clock.move("saving", seconds)
 
-        done = steps(RunCallbacks(step, evaluation, before_save, saved, progress.print_line, answered))
+        callbacks = RunCallbacks(step, evaluation, before_save, saved, progress.print_line, answered, drawn)
+        done = steps(callbacks)
         return done, progress.card_seconds()
 
 
@@ -234,6 +243,8 @@ def run_training(
             )
         if prepared.answers is not None:
             try_metrics(prepared.answers, config.evaluation.keep_best)
+        if config.reward is not None:
+            try_rewards(config.reward, prepared)
         stop.check()
         by_tokens = config.step.micro_batch_tokens == "auto"
         earlier_tokens = _tokens_of(start.progress, group) if by_tokens else None
@@ -401,16 +412,29 @@ def _train(
         return Batch.from_store(store, units, extras.get(store.key))
 
     validation = {name: batch_of(part.units, part.store) for name, part in dataset.validation.items()}
+    functions = UserFunctions()
+    batches = StepBatches(lambda units, step: batch_of(units))
+    if config.reward is not None:
+        batches = drawn_batches(
+            Rollouts(
+                policy,
+                prepared.tokenizer,
+                dataset,
+                config.reward,
+                rewards_of(config.reward, functions),
+                config.step.seed,
+                group,
+            )
+        )
     rows_by_set = dataset.rows_by_set if len(dataset.sets) > 1 else None
-    answers, functions = prepared.answers, UserFunctions()
-    answer = None
+    answers, answer = prepared.answers, None
     if answers is not None and answers.rows:
         answer = partial(answer_and_measure, state, answers, prepared.tokenizer, functions)
     steps = partial(
         run_steps,
         state,
         plan,
-        batch_of,
+        batches,
         validation,
         schedule,
         progress,
@@ -449,7 +473,10 @@ def _train(
                 reporting.printed.keep,
                 between,
                 rows_by_set,
-                has_answers=answer is not None,
+                answer_logs=[
+                    *([] if answer is None else [ANSWERS]),
+                    *([] if config.reward is None else [ROLLOUTS]),
+                ],
             )
         else:
             progress = steps(

@@ -88,6 +88,8 @@ class TrainState:
     """The numbers that the objective carries from step to step."""
     rounded: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
     """The model's weights, if `parameters` are float32 copies of them (`full_weights.py`); else empty."""
+    evaluated_by: Objective | None = None
+    """The objective of evaluations, if it is another: rows have no rewards of their own, but answers."""
     label_trials: Mapping[str, LabelTrial] = field(default_factory=dict)
     """What evaluations measure of the data sets whose answers are the labels of a classification."""
 
@@ -122,7 +124,7 @@ def train_step(
     Raises UserError, before the update, if the loss or the gradient is not finite.
     """
     objective = state.objective
-    count = batch.trained_weight if objective.per_token else batch.unit_count
+    count = objective.count(batch)
     batch = _with_step_extras(state, batch)
 
     def add_gradients() -> torch.Tensor:
@@ -186,7 +188,8 @@ def evaluate(
     None if a rank abandoned the evaluation because the run is about to stop.
     """
     started = time.perf_counter()
-    objective = state.objective
+    objective = state.evaluated_by or state.objective
+    state = replace(state, objective=objective)
     sums_by_set: dict[str, list[float]] = {}
     confusions: dict[str, np.ndarray] = {}
     for name, batch in validation.items():
@@ -197,9 +200,7 @@ def evaluate(
         sums_by_set[name], logprob_E = measured
         if trial is not None:
             confusions[name] = trial.confusion(logprob_E)
-    counts = [
-        batch.trained_weight if objective.per_token else batch.unit_count for batch in validation.values()
-    ]
+    counts = [objective.count(batch) for batch in validation.values()]
     totals = [sum(column) for column in zip(*sums_by_set.values(), strict=True)]
     loss, *means = (total / sum(counts) for total in totals)
     losses = {name: sums[0] / count for (name, sums), count in zip(sums_by_set.items(), counts, strict=True)}

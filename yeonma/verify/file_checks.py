@@ -16,7 +16,7 @@ from typing import Any, Literal
 from yeonma.adapter.adapter_folder import BASE_CONTENT, TRAINED, is_full
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
-from yeonma.config.settings import TRAINING, RunConfig
+from yeonma.config.settings import GROUPS, RunConfig
 from yeonma.errors import Problem, UserError, system_reason
 from yeonma.files import file_hash, read_file
 from yeonma.messages import counted, later, tr
@@ -264,7 +264,7 @@ def _settings_problems(path: Path, identity: Mapping[str, Any]) -> list[Problem]
     """settings.yaml must have the values that run.json records of the settings that the result depends on."""
     if not path.is_file():
         return [Problem(tr("the file is missing"), str(path), RESTORE)]
-    groups = TRAINING if identity.get("objective") == "sft" else None
+    groups = GROUPS.get(str(identity.get("objective")), GROUPS["dpo"])
     try:
         reading = read_config(RunConfig, ["--config", str(path)], verb="sft", groups=groups)
     except UserError as error:

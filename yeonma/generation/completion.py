@@ -56,6 +56,7 @@ def generate(
     batch_size: int = GenerateSettings.batch_size,
     on_answer: Callable[[int, Answer], None] | None = None,
     on_text: Callable[[str], None] | None = None,
+    is_over: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> list[Answer]:
     """The answers, in the order of the prompts. Prompts are token ids, as from `encode_prompts`.
 
@@ -65,8 +66,9 @@ def generate(
     memory shows early.
 
     `on_answer` is called with a prompt's index and its answer as soon as it has ended; `on_text`, with pieces of the
-    text of a single answer. Raises UserError if a prompt and its answer exceed the model's positions, and if a single
-    prompt does not fit into memory.
+    text of a single answer. `is_over` is asked with a prompt's index and the ids of its answer so far, after every
+    token that does not end it; it returns True to end it there. Raises UserError if a prompt and its answer exceed the
+    model's positions, and if a single prompt does not fit into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty")
@@ -83,7 +85,7 @@ def generate(
     def token(index: int, ids: list[int]) -> bool:
         if stream is not None:
             stream.add(ids)
-        return False
+        return is_over is not None and is_over(index, ids)
 
     def done(index: int, ids: list[int]) -> None:
         answers[index] = answer = _answer(tokenizer, token_ids[index], ids, sampling)

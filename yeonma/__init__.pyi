@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from yeonma.data.template import Template as Template
 from yeonma.errors import UserError as UserError
 from yeonma.policy import Policy as Policy
-from yeonma.python_api.results import (CompareResult, ExportResult, GenerateResult, InspectResult, MergeResult, PushResult, RunResult, VerifyResult)
+from yeonma.python_api.results import (CompareResult, EvalResult, ExportResult, GenerateResult, InspectResult, MergeResult, PushResult, RunResult, VerifyResult)
 from yeonma.train.interrupt import Stopped as Stopped
 
 StrPath: TypeAlias = str | PathLike[str]
@@ -283,6 +283,56 @@ def dpo(
         report_to: Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed. (a list such as [tensorboard, wandb] or one of tensorboard, wandb, trackio, mlflow, none; default none)
         run_name: Name of the run in the trackers. By default, the name of `output_dir`.
         nproc: Number of processes to start on this machine. Under torchrun, torchrun decides. (a whole number of at least 1; default 1)
+        config: YAML file of settings. Keywords win over it.
+    """
+
+def evaluate(
+    adapter_dir: StrPath,
+    *,
+    tasks: list[str],
+    include_path: StrPath | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
+    system_instruction: str | None = None,
+    gen_kwargs: dict[str, bool | int | float | str] | None = None,
+    base: bool = True,
+    output: StrPath | None = None,
+    confirm_run_unsafe_code: bool = False,
+    batch_size: int = 32,
+    base_model: StrPath | None = None,
+    trust_remote_code: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    quantization: Literal["auto", "none", "int8", "nf4", "fp8"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    config: StrPath | None = None,
+) -> EvalResult:
+    """Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base: `yeonma eval`, named so because Python
+    has an `eval` of its own.
+
+    Returns the scores with their differences and intervals. Raises UserError, where possible before weights are loaded.
+    After an interrupt the same call goes on from the answers so far.
+
+    Settings:
+        adapter_dir: Output folder of a run, or one of its checkpoints. (required)
+        tasks: Tasks and groups of lm-evaluation-harness: `kmmlu,gsm8k` or `kmmlu gsm8k`, patterns such as `kmmlu_*`, or task files (.yaml). Their data come from the hub. (a list such as [a, b]; required)
+        include_path: Folder with task files (.yaml) of your own.
+        num_fewshot: Number of examples before each question. By default, each task's own. (a whole number of at least 0)
+        limit: Ask only the first questions of each task: a count (1 or more) or a fraction (below 1). (a number above 0)
+        apply_chat_template: Ask through the chat template of the base model. (true or false; default False)
+        fewshot_as_multiturn: With `apply_chat_template`, give the examples as turns of a conversation instead of in one user turn. (true or false; default True)
+        system_instruction: System message, or text before each question.
+        gen_kwargs: Settings of generated answers, in place of the tasks' own: `{max_gen_toks: 512}`. (a mapping such as {a: 1}, with a space after each colon)
+        base: Ask the base model the same questions, and show the difference. When off, only the fine-tuned model is asked. (true or false; default True)
+        output: File for the results, as JSON. By default, eval.json in the run's folder; that of a checkpoint is eval-checkpoint-10.json beside it.
+        confirm_run_unsafe_code: Run tasks that execute the code which the model writes. When off, they are refused. (true or false; default False)
+        batch_size: Generated answers at once. Affects memory and speed, not the answers. (a whole number of at least 1; default 32)
+        base_model: Name or folder of the base model, if it has moved since training.
+        trust_remote_code: Allow running Python code that comes with a model. When off, such a model is refused. (true or false; default False)
+        dtype: Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU. (one of auto, float32, bfloat16, float16; default auto)
+        quantization: Quantisation of the frozen weights, as for training. auto: as in training. (one of auto, none, int8, nf4, fp8; default auto)
+        device: Device to run on. auto: the GPU if there is one. (one of auto, cpu, cuda; default auto)
         config: YAML file of settings. Keywords win over it.
     """
 

@@ -16,6 +16,10 @@ from tests.runs import WORDS, characters, write_jsonl
 ITEMS = 10
 OPTIONS = ("own_options", "own_bare", "own_long")
 """Multiple choice: with examples, without any context, and with contexts that are longer than the model's positions."""
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 TASKS = (*OPTIONS, "own_texts", "own_answers", "own_long_answers")
 
 _MEANS = """\

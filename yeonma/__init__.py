@@ -55,8 +55,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`evaluate`, `export`, `inspect` and `verify` are folders of modules, too. As attributes they are the calls: Python would set
-    the folder's module in their place as soon as one of its modules is imported."""
+    """`evaluate`, `export`, `inspect` and `verify` are folders of modules, too. As attributes they are calls: Python
+    would set the folder's module in their place as soon as one of its modules is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _CALLS or not isinstance(value, ModuleType):

@@ -308,7 +308,7 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     config: StrPath | None = None,
 ) -> EvalResult:
-    """Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base: `yeonma eval`, named so because Python
+    """Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base. The command is `yeonma eval`; Python
     has an `eval` of its own.
 
     Returns the scores with their differences and intervals. Raises UserError, where possible before weights are loaded.

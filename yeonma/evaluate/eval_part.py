@@ -149,17 +149,16 @@ def eval_reports(adapters: Iterable[tuple[str, str | None]]) -> list[dict[str, A
     for name, folder in adapters:
         if folder is None:
             continue
-        path = results_of(Path(folder))
         try:
-            report = json.loads(path.read_text("utf-8"))
-            is_of_weights = report["weights"] == weights_hash(Path(folder))
-            is_readable = report["format"] == FORMAT and is_of_weights and bool(report["scores"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if is_readable:
+            report = json.loads(results_of(Path(folder)).read_text("utf-8"))
             kept = {key: value for key, value in report.items() if key != "tasks"}
-            kept["tasks"] = dict.fromkeys(report["tasks"])
-            found.append({"model": name, **kept})
+            kept |= {"model": name, "tasks": dict.fromkeys(report["tasks"])}
+            is_current = report["format"] == FORMAT and report["weights"] == weights_hash(Path(folder))
+            is_shown = is_current and any(_shown(kept)) and bool(list(eval_html([kept])))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # there is none, or it is damaged
+        if is_shown:
+            found.append(kept)
     return found
 
 
@@ -182,14 +181,17 @@ def _heading(report: EvalReport) -> str:
 
 def eval_html(reports: Sequence[EvalReport]) -> Iterator[str]:
     """The tables of these results as sections of the page; none without results."""
-    for report in reports:
-        yield f"<section><h2>{html(_heading(report))}</h2><table><thead><tr>"
+    for number, report in enumerate(reports):
         names = [tr(model["name"]) for model in report["models"]]
         heads = [tr("task"), tr("metric"), *names, *([tr("change"), "p"] if len(names) == 2 else [])]
-        yield "".join(f"<th>{html(head)}</th>" for head in heads) + "</tr></thead><tbody>"
+        yield f'<h2 id="benchmarks{number}">{html(_heading(report))}</h2>'
+        yield f'<div class="wide" tabindex="0" role="region" aria-labelledby="benchmarks{number}"><table>'
+        cells = "".join(f'<th scope="col">{html(head)}</th>' for head in heads)
+        yield f"<thead><tr>{cells}</tr></thead><tbody>"
         for entry in _shown(report):
-            cells = [entry["name"], metric_name(entry), *_cells(entry, " ")]
-            yield "<tr>" + "".join(f"<td>{html(cell)}</td>" for cell in cells) + "</tr>"
-        yield "</tbody></table>"
-        yield from (f'<p class="dim">{html(sentence)}</p>' for sentence in _sentences(report))
-        yield "</section>"
+            head = f'<th scope="row">{html(entry["name"])}</th>'
+            cells = "".join(f"<td>{html(cell)}</td>" for cell in (metric_name(entry), *_cells(entry, " ")))
+            yield f"<tr>{head}{cells}</tr>"
+        yield "</tbody></table></div><ul>"
+        yield from (f"<li>{html(sentence)}</li>" for sentence in _sentences(report))
+        yield "</ul>"

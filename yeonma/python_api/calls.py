@@ -221,7 +221,7 @@ def compare(config: CompareConfig) -> CompareResult:
 
 @_call_of("adapter_dir", omitted=("json",), verb_name="eval")
 def evaluate(config: EvalSettings) -> EvalResult:
-    """Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base: `yeonma eval`, named so because Python
+    """Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base. The command is `yeonma eval`; Python
     has an `eval` of its own.
 
     Returns the scores with their differences and intervals. Raises UserError, where possible before weights are loaded.

@@ -65,6 +65,7 @@ VERBS = {
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),
     "CompareSettings": ("compare",),
+    "EvalSettings": ("eval",),
     "AnswerSettings": ("generate", "chat", "compare"),
     "MergeSettings": ("merge",),
     "ExportSettings": ("export",),

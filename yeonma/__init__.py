@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_CALLS = ("compare", "dpo", "export", "generate", "grpo", "inspect", "merge", "push", "sft", "verify")
+_CALLS = (
+    "compare",
+    "dpo",
+    "evaluate",
+    "export",
+    "generate",
+    "grpo",
+    "inspect",
+    "merge",
+    "push",
+    "sft",
+    "verify",
+)
 _HOMES = {
     **dict.fromkeys(_CALLS, "yeonma.python_api.calls"),
     "Policy": "yeonma.policy",
@@ -55,8 +67,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`inspect`, `export` and `verify` are folders of modules, too. As attributes they are the calls: Python would set
-    the folder's module in their place as soon as one of its modules is imported."""
+    """`evaluate`, `export`, `inspect` and `verify` are folders of modules, too. As attributes they are calls: Python
+    would set the folder's module in their place as soon as one of its modules is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _CALLS or not isinstance(value, ModuleType):

@@ -23,6 +23,7 @@ from yeonma.config.settings import (
     ConvertSettings,
     DemoSettings,
     DoctorSettings,
+    EvalSettings,
     ExportSettings,
     GenerateConfig,
     InspectConfig,
@@ -154,6 +155,15 @@ VERBS = {
         important=("template", "output_dir", "max_new_tokens", "data_split"),
         example=f"yeonma compare --models {BASE} titles \\\n    --data_path test.jsonl --output_dir report",
         check="check_compare",
+    ),
+    "eval": Verb(
+        "Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base.",
+        "yeonma.commands.eval:run",
+        EvalSettings,
+        "adapter_dir",
+        important=("num_fewshot", "limit", "apply_chat_template", "include_path", "base", "output"),
+        example="yeonma eval titles --tasks haerae,kobest --limit 100",
+        check="check_eval",
     ),
     "verify": Verb(
         "Check the folder of a run for damage and mismatches.",

@@ -15,6 +15,7 @@ TESTED = {
     "gguf": "0.19.0",
     "kiwipiepy": "0.24.1",
     "llguidance": "1.9.1",
+    "lm_eval": "0.4.13",
     "mistral-common": "1.13.1",
     "mlflow": "3.18.0",
     "openpyxl": "3.1.5",

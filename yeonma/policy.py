@@ -58,7 +58,14 @@ from yeonma.model.gradient_check import check_input_gradients
 from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
 from yeonma.model.language_part import build_empty
-from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprobs, plain_head
+from yeonma.model.logprobs import (
+    CUDA_CHUNK_BYTES,
+    ForestSupport,
+    TokenScores,
+    batch_logprobs,
+    example_scores,
+    plain_head,
+)
 from yeonma.model.memory_trace import Blueprint
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.published import published_in
@@ -160,6 +167,15 @@ class Policy:
         with self.active(), attention(model, FOREST) if self.support.forest else nullcontext():
             return batch_logprobs(model, self.support, batch, share_prefix=share_prefix)
 
+    def token_scores(
+        self, token_ids: Sequence[np.ndarray], scored: Sequence[int], units: Sequence[int], *, top: int = 1
+    ) -> list[TokenScores]:
+        """For each sequence, the scores of its last `scored` tokens and the `top` most likely ones in their places,
+        without gradients. The whole goes through the model at once; `units` as in `lay_out`."""
+        model, support = self.transformers_model, self.support
+        with self.active(), attention(model, FOREST) if support.forest else nullcontext():
+            return example_scores(model, support, token_ids, top, scored=scored, units=units)
+
     def generate_from_ids(
         self,
         prompts: Sequence[Ids],
@@ -171,6 +187,7 @@ class Policy:
         on_text: Callable[[str], None] | None = None,
         seeds: Sequence[int] | None = None,
         scores: Sequence[ScoreLog] | None = None,
+        is_over: Callable[[int, Sequence[int]], bool] | None = None,
     ) -> list[Answer]:
         """Generates answers to prompts of token ids, in the order of the prompts. Parameters and errors as
         `yeonma.generation.completion.generate`."""
@@ -186,6 +203,7 @@ class Policy:
                 on_text=on_text,
                 seeds=seeds,
                 scores=scores,
+                is_over=is_over,
             )
 
     @overload

@@ -38,6 +38,7 @@ TESTED_ELSEWHERE = {
     "demo": "tests/slow/test_wheel.py and tests/slow/test_demo.py",
     "torchrun": "tests/slow/test_processes.py",
     "push": "tests/unit/export/test_hub_push.py",
+    "eval": "tests/slow/test_eval.py",
     "export": "tests/slow/test_gguf.py",
     "serve": "below, and tests/unit/serve/test_serve.py",
 }

@@ -56,6 +56,7 @@ def lay_out(
     units: Sequence[int] | np.ndarray | None = None,
     input_keys: Sequence[np.ndarray] | None = None,
     rotary_lengths: Sequence[int] | None = None,
+    last_is_input: bool = True,
 ) -> Forest:
     """The forest of one micro-batch's examples. Without `share_prefix`, every example is a segment of its own.
 
@@ -69,8 +70,13 @@ def lay_out(
     frequencies depend on it. Examples with different frequencies share nothing.
 
     `trained[i][t]` says whether example i is trained to predict its token t. The first token of an example is never
-    trained, because no token precedes it.
+    trained, because no token precedes it. Without `last_is_input`, the last token of every example is predicted only
+    and has no place in the forest; all else is that of the examples without it.
     """
+    predicted_ids = token_ids
+    if not last_is_input:
+        token_ids = [ids[:-1] for ids in token_ids]
+        input_keys = None if input_keys is None else [keys[:-1] for keys in input_keys]
     inputs = [
         _model_inputs(ids, None if input_keys is None else input_keys[i]) for i, ids in enumerate(token_ids)
     ]
@@ -109,7 +115,7 @@ def lay_out(
                 paths[member].append(flat)
             if not is_alone:
                 pending.append((first, last, stop, len(segments) - 1))
-    source, target, answer = _trained_pairs(token_ids, trained, paths)
+    source, target, answer = _trained_pairs(predicted_ids, trained, paths)
     pairs, pair_N = np.unique(np.stack([source, target]), axis=1, return_inverse=True)
     return Forest(
         token_ids_T=np.concatenate(chunks).astype(np.int64),

@@ -21,6 +21,7 @@ from yeonma.config.settings import (
     ChatConfig,
     CompareConfig,
     CompareSettings,
+    EvalSettings,
     ExportSettings,
     GenerateConfig,
     GenerateSettings,
@@ -32,6 +33,7 @@ from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, glance
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import UserError, gather
+from yeonma.evaluate.harness_settings import check_harness, include_folder, task_names
 from yeonma.files import existing_folder, new_output_folder, output_file, user_path
 from yeonma.messages import tr
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
@@ -151,6 +153,33 @@ def check_compare(config: CompareConfig) -> None:
         open_data,
         *(partial(_check_model, spec.strip(), settings) for spec in settings.models if spec.strip()),
     )
+
+
+def check_eval(settings: EvalSettings) -> None:
+    """Raises UserError for a folder that is no adapter, a base that is not apart from it, a device that is not there,
+    a file that cannot be written, task files that are not there, and if lm-evaluation-harness is not installed."""
+
+    def find() -> None:
+        found = find_adapter(
+            settings.adapter_dir,
+            base_model=settings.base_model,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if settings.base and found.adapter.is_whole:
+            what = tr("this model has no adapter that could be left out to ask its base")
+            raise UserError(what, place=str(found.adapter.path), cure=tr("give --base false"))
+        kind = settings.quantization
+        check_installed(found.adapter.quantization if kind == "auto" else kind)
+
+    def check_output() -> None:
+        if settings.output is not None:
+            output_file(settings.output, "--output", None)
+
+    def check_tasks() -> None:
+        task_names(settings)
+        include_folder(settings)
+
+    gather(check_harness, check_tasks, check_output, partial(check_device, settings.device), find)
 
 
 def check_verify(settings: VerifySettings) -> None:

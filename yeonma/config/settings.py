@@ -494,6 +494,50 @@ class CompareSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Which benchmarks to run, and how; the names are those of lm-evaluation-harness."""
+
+    adapter_dir: str
+    """Output folder of a run, or one of its checkpoints."""
+    tasks: list[str]
+    """Tasks and groups of lm-evaluation-harness: `kmmlu,gsm8k` or `kmmlu gsm8k`, patterns such as `kmmlu_*`, or task files (.yaml). Their data come from the hub."""
+    include_path: str | None = None
+    """Folder with task files (.yaml) of your own."""
+    num_fewshot: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    """Number of examples before each question. By default, each task's own."""
+    limit: float | None = field(default=None, metadata=POSITIVE)
+    """Ask only the first questions of each task: a count (1 or more) or a fraction (below 1)."""
+    apply_chat_template: bool = False
+    """Ask through the chat template of the base model."""
+    fewshot_as_multiturn: bool = True
+    """With `apply_chat_template`, give the examples as turns of a conversation instead of in one user turn."""
+    system_instruction: str | None = None
+    """System message, or text before each question."""
+    gen_kwargs: dict[str, bool | int | float | str] | None = None
+    """Settings of generated answers, in place of the tasks' own: `{max_gen_toks: 512}`."""
+    base: bool = True
+    """Ask the base model the same questions, and show the difference. When off, only the fine-tuned model is asked."""
+    output: str | None = None
+    """File for the results, as JSON. By default, eval.json in the run's folder; that of a checkpoint is eval-checkpoint-10.json beside it."""
+    confirm_run_unsafe_code: bool = False
+    """Run tasks that execute the code which the model writes. When off, they are refused."""
+    batch_size: int = field(default=32, metadata=BATCH)
+    """Generated answers at once. Affects memory and speed, not the answers."""
+    base_model: str | None = None
+    """Name or folder of the base model, if it has moved since training."""
+    trust_remote_code: bool = False
+    """Allow running Python code that comes with a model. When off, such a model is refused."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
+    quantization: QuantizationOrAuto = "auto"
+    """Quantisation of the frozen weights, as for training. auto: as in training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to run on. auto: the GPU if there is one."""
+    json: bool = False
+    """Print the scores as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerSettings:
     """How answers are generated."""
 

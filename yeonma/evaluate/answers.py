@@ -6,10 +6,8 @@ memory; otherwise one model is loaded at a time. A model is not loaded if all of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import islice
 from typing import Any
 
@@ -21,7 +19,7 @@ from yeonma.batch.batch import Batch
 from yeonma.config.settings import AnswerSettings, CompareSettings
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import Log, Problem, UserError
-from yeonma.evaluate.answer_cache import AnswerCache
+from yeonma.evaluate.answer_cache import AnswerCache, cache_key
 from yeonma.evaluate.candidates import Candidate, check_candidate_content, columns_for, identity_of
 from yeonma.evaluate.metrics import ScoredAnswer
 from yeonma.generation.completion import Answer
@@ -59,18 +57,14 @@ class CandidateInputs:
         token_ids = self.prompts[row].token_ids.tolist()
         stop_ids = self.candidate.prompt_builder.stop_ids
         limits = options.max_new_tokens, options.repetition_penalty
-        return _key("answer", self.identity, token_ids, stop_ids, *limits, sampling)
+        return cache_key("answer", self.identity, token_ids, stop_ids, *limits, sampling)
 
     def loss_key(self, row: int) -> str:
         examples = [
             [example.token_ids.tolist(), np.flatnonzero(example.trained).tolist()]
             for example in self.examples[row]
         ]
-        return _key("loss", self.identity, examples)
-
-
-def _key(*parts: object) -> str:
-    return sha256(json.dumps(parts).encode()).hexdigest()
+        return cache_key("loss", self.identity, examples)
 
 
 def read_rows(source: Rows, limit: int | None) -> list[Row]:

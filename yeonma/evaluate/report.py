@@ -35,6 +35,7 @@ from yeonma.data.text_scores import INSTALL_SACREBLEU, MetricTokenizer, has_sacr
 from yeonma.errors import UserError
 from yeonma.evaluate.answers import CandidateInputs
 from yeonma.evaluate.candidates import Candidate
+from yeonma.evaluate.eval_part import eval_reports, print_eval_reports
 from yeonma.evaluate.metrics import (
     NOT_BY_ROW,
     RESAMPLES,
@@ -79,6 +80,7 @@ def make_report(
     metrics = compute_metrics(comparison.answers, references, tokenizer)
     entries = _metric_entries(metrics, options.seed)
     names = [inputs.candidate.name for inputs in comparison.inputs]
+    benchmarks = eval_reports([(each.candidate.name, each.candidate.adapter) for each in comparison.inputs])
     return {
         "format": FORMAT,
         "yeonma": __version__,
@@ -97,6 +99,7 @@ def make_report(
         "metrics": entries,
         "labels": _labels(comparison),
         "rows": _row_entries(comparison, metrics),
+        **({"benchmarks": benchmarks} if benchmarks else {}),
     }
 
 
@@ -320,6 +323,7 @@ def print_report(console: Console, report: ComparisonReport) -> None:
     _print_rows(console, report)
     _print_table(console, report)
     _print_confusions(console, report)
+    print_eval_reports(console, report.get("benchmarks", []))
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from yeonma import svg
 from yeonma.data.classification import confusion_table, f1_of, label_name
+from yeonma.evaluate.eval_part import eval_html
 from yeonma.evaluate.report import (
     ARROWS,
     ComparisonReport,
@@ -83,6 +84,7 @@ def page(report: ComparisonReport) -> str:
             *_table(report, names),
             *_label_tables(report, names),
             *_plots(report, names),
+            *eval_html(report.get("benchmarks", [])),
             *_about(report),
             "</main>",
             f'<script type="application/json" id="data">{embedded(_for_script(report))}</script>',

@@ -58,6 +58,7 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     seeds: Sequence[int] | None = None,
     scores: Sequence[ScoreLog] | None = None,
+    is_over: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> list[Answer]:
     """The answers, in the order of the prompts. Prompts are token ids, as from `encode_prompts`.
 
@@ -67,9 +68,10 @@ def generate(
     memory shows early.
 
     `on_answer` is called with a prompt's index and its answer as soon as it has ended; `on_text`, with pieces of the
-    text of a single answer. `seeds`: one for each prompt, in place of the sampling's own. `scores`: one for each
-    prompt, which gets the tokens of its answer. Raises UserError if a prompt and its answer exceed the model's
-    positions, and if a single prompt does not fit into memory.
+    text of a single answer. `is_over` is asked with a prompt's index and the ids of its answer so far, after every
+    token that does not end it; it returns True to end it there. `seeds`: one for each prompt, in place of the
+    sampling's own. `scores`: one for each prompt, which gets the tokens of its answer. Raises UserError if a prompt and
+    its answer exceed the model's positions, and if a single prompt does not fit into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty")
@@ -86,7 +88,7 @@ def generate(
     def token(index: int, ids: list[int]) -> bool:
         if stream is not None:
             stream.add(ids)
-        return False
+        return is_over is not None and is_over(index, ids)
 
     def done(index: int, ids: list[int]) -> None:
         answers[index] = answer = _answer(tokenizer, token_ids[index], ids, sampling)

@@ -201,15 +201,38 @@ class TokenScores:
 
 
 def example_scores(
-    model: Any, support: ForestSupport, token_ids: Sequence[np.ndarray], top: int
+    model: Any,
+    support: ForestSupport,
+    token_ids: Sequence[np.ndarray],
+    top: int,
+    *,
+    scored: Sequence[int] | None = None,
+    units: Sequence[int] | None = None,
 ) -> list[TokenScores]:
     """The scores of all tokens but the first, for each sequence, without gradients: over one forest if `support` allows
-    it, otherwise sequence by sequence. The log-probabilities are those of training."""
+    it, otherwise sequence by sequence. The log-probabilities are those of training.
+
+    `scored`: of each sequence only so many tokens at its end; its last token is then predicted only, as in a forward
+    pass over the tokens before it. `units` as in `lay_out`.
+    """
+    counts = [len(ids) - 1 for ids in token_ids] if scored is None else list(scored)
     with torch.no_grad():
         if not support.forest:
-            return [_sequence_scores(model, ids, top) for ids in token_ids]
-        trained = [np.arange(len(ids)) > 0 for ids in token_ids]
-        forest = lay_out(token_ids, trained, rotary_lengths=rotary_lengths(model, token_ids))
+            return [
+                _sequence_scores(model, ids, top).at(slice(len(ids) - 1 - count, None))
+                for ids, count in zip(token_ids, counts, strict=True)
+            ]
+        trained = [
+            np.arange(len(ids)) >= len(ids) - count for ids, count in zip(token_ids, counts, strict=True)
+        ]
+        inputs = list(token_ids) if scored is None else [ids[:-1] for ids in token_ids]
+        forest = lay_out(
+            token_ids,
+            trained,
+            units=units,
+            rotary_lengths=rotary_lengths(model, inputs),
+            last_is_input=scored is None,
+        )
         device = model.device
         source_U = to_device(forest.source_U, device)
         target_U = to_device(forest.target_U, device)

@@ -17,6 +17,7 @@ from yeonma.cli import VERBS
 from yeonma.config.parse import ParsedConfig, config_from_keywords
 from yeonma.config.settings import (
     CompareConfig,
+    EvalSettings,
     ExportSettings,
     GenerateConfig,
     InspectConfig,
@@ -33,6 +34,7 @@ from yeonma.platforms import check_platform
 from yeonma.python_api.keyword_form import in_keyword_form
 from yeonma.python_api.results import (
     CompareResult,
+    EvalResult,
     ExportResult,
     GenerateResult,
     InspectResult,
@@ -69,12 +71,15 @@ CALLS: dict[str, PythonCall] = {}
 
 
 def _call_of(
-    *positional: str, omitted: tuple[str, ...] = ()
+    *positional: str, omitted: tuple[str, ...] = (), verb_name: str = ""
 ) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
-    """Makes a function of a config a function of keywords, with the signature and docstring of all settings."""
+    """Makes a function of a config a function of keywords, with the signature and docstring of all settings.
+
+    `verb_name`: of the command, if it is not the function's.
+    """
 
     def decorate(function: Callable[[Any], Result]) -> Callable[..., Result]:
-        verb = VERBS[function.__name__]
+        verb = VERBS[verb_name or function.__name__]
         form = CallForm(verb, positional, omitted)
         about = inspect_module.cleandoc(function.__doc__ or "")
 
@@ -218,6 +223,24 @@ def compare(config: CompareConfig) -> CompareResult:
         )
         raise Stopped(what, INTERRUPTED) from None
     return CompareResult(folder, report)
+
+
+@_call_of("adapter_dir", omitted=("json",), verb_name="eval")
+def evaluate(config: EvalSettings) -> EvalResult:
+    """Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base. The command is `yeonma eval`; Python
+    has an `eval` of its own.
+
+    Returns the scores with their differences and intervals. Raises UserError, where possible before weights are loaded.
+    After an interrupt the same call goes on from the answers so far.
+    """
+    from yeonma.commands.eval import evaluate as evaluate_model
+    from yeonma.evaluate.eval_part import eval_file
+
+    try:
+        report = evaluate_model(config, log_line)
+    except KeyboardInterrupt:
+        raise Stopped(tr("interrupted; the same call goes on from the answers so far"), INTERRUPTED) from None
+    return EvalResult(eval_file(config), report)
 
 
 # ---------------------------------------------------------------------------- folders

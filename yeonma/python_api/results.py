@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from yeonma.config.settings import InspectSettings
+    from yeonma.evaluate.eval_part import EvalReport
     from yeonma.evaluate.report import ComparisonReport
     from yeonma.export.merged_model import Agreement
     from yeonma.inspect.audit import Audit
@@ -231,6 +232,34 @@ class CompareResult:
             out=out.getvalue().rstrip(),
             web_page=many_lines(str(self.web_page)),
         )
+
+    def _repr_html_(self) -> str:
+        return _pre(repr(self))
+
+
+@dataclass(frozen=True, repr=False)
+class EvalResult:
+    """The benchmarks of a fine-tuned model and its base."""
+
+    path: Path
+    report: EvalReport
+    """The content of that file: eval.json."""
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """Each metric of each task and group, with its values in the order of the models, and the difference."""
+        return list(self.report["scores"])
+
+    def items(self, task: str) -> list[dict[str, Any]]:
+        """Each question of a task, with the scores and responses of both models."""
+        return list(self.report["tasks"][task]["items"])
+
+    def __repr__(self) -> str:
+        from yeonma.evaluate.eval_part import print_eval
+
+        console, out = text_console()
+        print_eval(console, self.report)
+        return out.getvalue().strip("\n")
 
     def _repr_html_(self) -> str:
         return _pre(repr(self))

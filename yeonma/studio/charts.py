@@ -61,7 +61,9 @@ def _chart(title: str, lines: Sequence[Line], shown: Callable[[float], str]) -> 
         elements.append(svg.line(places, class_=name, stroke="currentColor", stroke_width=1.5))
         if len(line) < 60:
             elements.append(svg.dots(places, 5, class_=name, stroke="currentColor"))
-        last = tr("{name} {value}", name=words[name], value=shown(line[-1][1]))
+        last = shown(line[-1][1])
+        if len(lines) > 1:
+            last = tr("{name} {value}", name=words[name], value=last)
         keys.append(f'<span class="key {name}">{html(last)}</span>')
         descriptions.append(
             tr("{name} {first} to {last}", name=words[name], first=shown(line[0][1]), last=shown(line[-1][1]))

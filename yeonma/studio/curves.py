@@ -100,7 +100,7 @@ def _lines_at_places(file: FileIO, size: int, places: int) -> Iterator[bytes]:
     """Lines at even places from the first line on, and all lines of the end."""
     for place in range(places):
         yield from _whole_lines(file, place * size // places, PLACE_BYTES)
-    yield from _whole_lines(file, size - TAIL_BYTES, TAIL_BYTES)
+    yield from _whole_lines(file, max(0, size - TAIL_BYTES), TAIL_BYTES)
 
 
 def _whole_lines(file: FileIO, start: int, length: int) -> list[bytes]:

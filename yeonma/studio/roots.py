@@ -14,7 +14,7 @@ from pathlib import Path
 
 from yeonma.data.readers import ENDINGS, ending_of
 from yeonma.errors import UserError, system_reason
-from yeonma.files import existing_folder, user_path
+from yeonma.files import default_cache_dir, existing_folder, user_path
 from yeonma.messages import tr
 from yeonma.run_folder.entries import RUN, is_checkpoint
 
@@ -93,9 +93,10 @@ class Roots:
         found, names = Found(), 0
         waiting = deque((folder, 0) for folder in self.folders)
         seen: set[Path] = set()
+        cache = default_cache_dir().resolve()  # token stores look like data
         while waiting:
             folder, depth = waiting.popleft()
-            if folder in seen:
+            if folder in seen or folder == cache:
                 continue
             seen.add(folder)
             files, folders = _entries(folder)

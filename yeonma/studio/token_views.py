@@ -134,9 +134,9 @@ class TokenViews:
     _lock: Lock = field(default_factory=Lock)
     _worker: _Worker | None = None
 
-    def look(self, words: Sequence[str], show: str, page: int, seconds: float = FIRST_SECONDS) -> TokenPage:
-        """A page of rows for the words of `yeonma inspect`. Starts tokenising, and after `seconds` says that it is
-        under way."""
+    def look(self, words: Sequence[str], show: str, page: int, seconds: float | None = None) -> TokenPage:
+        """A page of rows for the words of `yeonma inspect`. Starts tokenising, and after `seconds`, by default
+        FIRST_SECONDS, says that it is under way."""
         with self._lock:
             worker = self._worker
             is_old = worker is not None and (
@@ -151,7 +151,7 @@ class TokenViews:
             if worker is None:
                 worker = self._worker = _Worker(words, self.folder)
             worker.used = monotonic()
-            worker.get_ready(seconds)
+            worker.get_ready(FIRST_SECONDS if seconds is None else seconds)
             if worker.problem:
                 return TokenPage(problem=worker.problem)
             if not worker.is_ready:

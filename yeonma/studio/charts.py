@@ -14,7 +14,7 @@ SPARK_WIDTH, SPARK_HEIGHT = 180, 36
 STRETCHES = 150
 """Stretches of steps, of which the lowest and the highest number are drawn."""
 
-Line = tuple[str, Sequence[svg.Point]]
+ChartLine = tuple[str, Sequence[svg.Point]]
 """CSS class of its colour, and its points."""
 
 
@@ -43,7 +43,7 @@ def _four_digits(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _chart(title: str, lines: Sequence[Line], shown: Callable[[float], str]) -> str:
+def _chart(title: str, lines: Sequence[ChartLine], shown: Callable[[float], str]) -> str:
     """One figure; empty without points. shown: a number as text."""
     points = [point for _, line in lines for point in line]
     if not points:

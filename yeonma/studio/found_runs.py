@@ -23,8 +23,8 @@ from yeonma.run_folder.lock import is_locked, lock_holder
 from yeonma.run_folder.printed_log import ENDED_BY, FAILED
 from yeonma.run_folder.run_log import METRICS
 
-State = Literal["running", "stopped", "finished", "failed"]
-STATES: dict[State, str] = {
+FoundState = Literal["running", "stopped", "finished", "failed"]
+STATES: dict[FoundState, str] = {
     "running": later("running"),
     "stopped": later("stopped"),
     "finished": later("finished"),
@@ -42,7 +42,7 @@ class FoundRun:
     """A run's folder as it is now."""
 
     folder: Path
-    state: State
+    state: FoundState
     message: str
     """Why it failed; empty for any other state."""
     process: int | None
@@ -68,7 +68,7 @@ def read_run(folder: Path) -> FoundRun:
     moment."""
     identity, finished = _record(folder)
     process = _running_process(folder)
-    state: State = "stopped"
+    state: FoundState = "stopped"
     message = ""
     if process is not None or is_locked(folder):
         state = "running"

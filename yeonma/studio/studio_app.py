@@ -39,7 +39,7 @@ MOST_STREAMS = 64
 """Pages of runs that are kept up to date at once."""
 
 log = logging.getLogger("yeonma.studio")
-Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
+StudioLifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Studio:
             return False
 
 
-def make_studio_app(studio: Studio, lifespan: Lifespan | None = None) -> Starlette:
+def make_studio_app(studio: Studio, lifespan: StudioLifespan | None = None) -> Starlette:
     """The pages. Access to them is checked before (`Access.guard`)."""
 
     def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:

@@ -44,7 +44,7 @@ class TokenPage:
     html: str = ""
 
 
-class _Worker:
+class _TokenProcess:
     """One process. Not for several threads at once."""
 
     def __init__(self, words: Sequence[str], folder: Path) -> None:
@@ -132,7 +132,7 @@ class TokenViews:
     folder: Path
     """The working directory of the process, from which relative paths count."""
     _lock: Lock = field(default_factory=Lock)
-    _worker: _Worker | None = None
+    _worker: _TokenProcess | None = None
 
     def look(self, words: Sequence[str], show: str, page: int, seconds: float | None = None) -> TokenPage:
         """A page of rows for the words of `yeonma inspect`. Starts tokenising, and after `seconds`, by default
@@ -149,7 +149,7 @@ class TokenViews:
                 worker.end()
                 worker = None
             if worker is None:
-                worker = self._worker = _Worker(words, self.folder)
+                worker = self._worker = _TokenProcess(words, self.folder)
             worker.used = monotonic()
             worker.get_ready(FIRST_SECONDS if seconds is None else seconds)
             if worker.problem:

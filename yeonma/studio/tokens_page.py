@@ -21,7 +21,7 @@ from yeonma.studio.studio_page import TOKENS_PATH, copied_text, document
 from yeonma.studio.token_views import ROWS_A_PAGE, TokenPage, TokenViews
 
 Show = Literal["all", "longest", "shortened", "left_out"]
-Objective = Literal["sft", "dpo"]
+TrainingVerb = Literal["sft", "dpo"]
 SAMPLES = ("sample:news_en", "sample:news_ko", "sample:pairs_en")
 SAMPLE_TEMPLATES = ("sample:title_en",)
 CUTOFF = 2048
@@ -37,7 +37,7 @@ class TokenChoice:
     data_path: str = ""
     template: str = ""
     base_model: str = ""
-    objective: Objective = "sft"
+    objective: TrainingVerb = "sft"
     cutoff_len: int = CUTOFF
     show: Show = "all"
     page: int = 1
@@ -46,7 +46,7 @@ class TokenChoice:
     def of(query: Mapping[str, str]) -> TokenChoice:
         """What is no choice of the form counts as not given."""
         show = next((one for one in get_args(Show) if one == query.get("show")), "all")
-        objective = next((one for one in get_args(Objective) if one == query.get("objective")), "sft")
+        objective = next((one for one in get_args(TrainingVerb) if one == query.get("objective")), "sft")
         texts = {name: query.get(name, "").strip()[:4096] for name in ("data_path", "template", "base_model")}
         return TokenChoice(
             **texts,

@@ -38,11 +38,12 @@ class StartTile:
 
 def start_tiles() -> list[StartTile]:
     news = f"sample:news_{language()}"
+    title = "title" if language() == "ko" else "sample:title_en"
     return [
         StartTile(
             tr("Titles"),
             tr("A text in, a title out. Opens with the bundled news articles."),
-            {"data_path": news, "template": "title"},
+            {"data_path": news, "template": title},
         ),
         StartTile(
             tr("Classifier"),

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from yeonma.config.parse import config_text
@@ -22,6 +24,7 @@ from yeonma.errors import UserError, system_reason
 from yeonma.messages import tr
 from yeonma.serve.listen import KEY
 from yeonma.studio.found_runs import FoundRun
+from yeonma.train.interrupt import REASONS
 
 SETTINGS = "settings.yaml"
 CODE_SETTINGS = ("trust_remote_code",)
@@ -107,6 +110,8 @@ class _Resumed:
 
     process: subprocess.Popen[bytes]
     printed: IO[bytes]
+    began: float
+    """As time.time()."""
 
     def printed_lines(self, most: int = 20) -> list[str]:
         size = self.printed.seek(0, os.SEEK_END)
@@ -119,6 +124,8 @@ class RunControl:
     """What was asked of runs since the studio began."""
 
     allow_code: bool
+    _lock: Lock = field(default_factory=Lock)
+    """Two requests at once must not send two signals."""
     _stopping: dict[str, int] = field(default_factory=dict)
     """Key of a run -> its process, which has been asked to stop. A second signal would end it without a checkpoint."""
     _resumed: dict[str, _Resumed] = field(default_factory=dict)
@@ -133,28 +140,34 @@ class RunControl:
                     cure=tr("stop it there, with Ctrl-C"),
                 )
             return
-        if self._stopping.get(run.key) == run.process:
-            return
-        try:
-            os.kill(run.process, signal.SIGTERM)
-        except ProcessLookupError:
-            return
-        except OSError as error:
-            raise UserError(
-                tr("it cannot be stopped from here: {reason}", reason=system_reason(error)),
-                place=str(run.folder),
-                cure=tr("stop it where it was started, with Ctrl-C"),
-            ) from None
-        self._stopping[run.key] = run.process
+        with self._lock:
+            if self._stopping.get(run.key) == run.process:
+                return
+            try:
+                os.kill(run.process, signal.SIGTERM)
+            except ProcessLookupError:
+                return
+            except OSError as error:
+                raise UserError(
+                    tr("it cannot be stopped from here: {reason}", reason=system_reason(error)),
+                    place=str(run.folder),
+                    cure=tr("stop it where it was started, with Ctrl-C"),
+                ) from None
+            self._stopping[run.key] = run.process
 
     def is_stopping(self, run: FoundRun) -> bool:
         return run.process is not None and self._stopping.get(run.key) == run.process
 
     def resume(self, run: FoundRun) -> None:
         """Starts the command that continues a run. Raises UserError if that is not possible."""
-        if run.state in ("running", "finished") or self.is_starting(run):
+        if run.state in ("running", "finished"):
             return
         command = resume_command(run, allow_code=self.allow_code)
+        with self._lock:
+            if not self.is_starting(run):
+                self._start(run, command)
+
+    def _start(self, run: FoundRun, command: ResumeCommand) -> None:
         environment = {name: value for name, value in os.environ.items() if name != KEY}
         environment["PYTHONSAFEPATH"] = "1"  # no module of the folder that the command is run in
         printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended and was seen)
@@ -177,7 +190,7 @@ class RunControl:
             ) from None
         if (earlier := self._resumed.pop(run.key, None)) is not None:
             earlier.printed.close()
-        self._resumed[run.key] = _Resumed(process, printed)
+        self._resumed[run.key] = _Resumed(process, printed, time.time())
 
     def is_starting(self, run: FoundRun) -> bool:
         """Whether a process that was started here lives; it holds the folder after some seconds."""
@@ -185,9 +198,12 @@ class RunControl:
         return resumed is not None and resumed.process.poll() is None
 
     def failure(self, run: FoundRun) -> tuple[int, list[str]] | None:
-        """Status and last lines of a command that was started here and refused the run; None if there is none."""
+        """Status and last lines of a command that was started here and failed before it wrote into the folder, which has
+        all later failures in its log; None if there is none."""
         resumed = self._resumed.get(run.key)
-        if resumed is None or run.state in ("running", "finished"):
+        if resumed is None or run.state in ("running", "finished") or run.changed > resumed.began:
             return None
         status = resumed.process.poll()
-        return (status, resumed.printed_lines()) if status == 2 else None
+        if status is None or status in (0, *REASONS):
+            return None
+        return status, resumed.printed_lines()

@@ -108,6 +108,8 @@ def make_studio_app(studio: Studio, lifespan: StudioLifespan | None = None) -> S
 
     async def events(request: Request) -> Response:
         run = await run_in_threadpool(studio.run, request.path_params["key"])
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
         if studio.streams >= MOST_STREAMS:
             raise HTTPException(503, tr("Too many pages of runs are open: close some of them."))
         return StreamingResponse(_changes(studio, run.folder), media_type="text/event-stream")

@@ -76,7 +76,8 @@ class _TokenProcess:
     def _read(self, descriptor: int) -> None:
         with os.fdopen(descriptor, encoding="utf-8") as lines:
             for line in lines:
-                self.answers.put(json.loads(line))
+                if line.endswith("\n"):  # or it was ended within a line
+                    self.answers.put(json.loads(line))
         self.answers.put(_ENDED)
 
     def get_ready(self, seconds: float) -> None:

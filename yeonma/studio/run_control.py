@@ -198,8 +198,8 @@ class RunControl:
         return resumed is not None and resumed.process.poll() is None
 
     def failure(self, run: FoundRun) -> tuple[int, list[str]] | None:
-        """Status and last lines of a command that was started here and failed before it wrote into the folder, which has
-        all later failures in its log; None if there is none."""
+        """Status and last lines of a command that was started here and failed before it wrote into the folder; later
+        failures are in the run's log. None if there is none."""
         resumed = self._resumed.get(run.key)
         if resumed is None or run.state in ("running", "finished") or run.changed > resumed.began:
             return None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from yeonma.config.parse import read_config
 from yeonma.config.settings import InspectConfig, RunConfig
+from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.inspect.inspect_page import legend_html, view_html
 from yeonma.inspect.row_views import RowSelection, views_of
@@ -27,6 +29,9 @@ from yeonma.tokenization.dataset import Dataset, prepare_dataset
 from yeonma.tokenization.new_tokens import add_new_tokens
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.preflight import check_folders, preflight, task_of
+
+PAGES_AHEAD = 50
+"""Of rows in another order than the file's, so many pages are read at once."""
 
 Send = Callable[[Mapping[str, Any]], None]
 
@@ -45,11 +50,12 @@ def main() -> None:
         except UserError as error:
             send({"problem": str(error)})
             return
+        sought = SoughtRows(dataset.sets[0].train.rows)
         send({"ready": about(dataset), "legend": legend_html()})
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                send(rows_page(dataset, tokenizer, request["show"], request["page"], request["size"]))
+                send(rows_page(dataset, tokenizer, sought, request["show"], request["page"], request["size"]))
             except UserError as error:  # the data file has changed meanwhile
                 send({"problem": str(error)})
 
@@ -59,7 +65,7 @@ def prepared(words: Sequence[str], log: Callable[[str], None]) -> tuple[Dataset,
     config = read_config(InspectConfig, words, verb="inspect", not_required=("output_dir",)).config
     training: RunConfig = config.training
     if config.inspect.objective == "sft":
-        training = RunConfig(**{**vars(training), "preference": None})
+        training = replace(training, preference=None)
     preflight(training)
     source, continued = check_folders(training.model, training.run)
     load.load_config(source)
@@ -121,12 +127,52 @@ def numbers_to_show(store: TokenStore, show: str) -> NDArray[np.int64]:
     return np.arange(1, store.counts.rows + 1)
 
 
-def rows_page(dataset: Dataset, tokenizer: Any, show: str, page: int, size: int) -> dict[str, Any]:
+@dataclass
+class SoughtRows:
+    """Rows by their numbers from a source that can only be read from its beginning.
+
+    Reading goes on where it stood if it can, and what is asked for ahead is kept on the way, so that paging through a
+    long file does not read it anew for every page.
+    """
+
+    rows: Rows
+    _reading: Iterator[Row] = field(default_factory=lambda: iter(()))
+    _at: int = 0
+    """The number of the row that was read last."""
+    _kept: dict[int, Row] = field(default_factory=dict)
+
+    def of(self, numbers: Sequence[int], ahead: Sequence[int] = ()) -> list[Row]:
+        """In their own order. `ahead`: numbers that will be asked for next."""
+        missing = [number for number in numbers if number not in self._kept]
+        if missing:
+            if self._at == 0 or min(missing) <= self._at:
+                self._reading, self._at = iter(self.rows), 0
+            wanted = {*numbers, *ahead}
+            last = max(wanted)
+            self._kept = {number: row for number, row in self._kept.items() if number in wanted}
+            for row in self._reading:
+                self._at = row.number
+                if row.number in wanted:
+                    self._kept[row.number] = row
+                if row.number >= last:
+                    break
+        return [self._kept[number] for number in sorted(numbers) if number in self._kept]
+
+
+def rows_page(
+    dataset: Dataset, tokenizer: Any, sought: SoughtRows, show: str, page: int, size: int
+) -> dict[str, Any]:
     """One page, counted from 1, with the number of rows that there are to show."""
-    numbers = numbers_to_show(dataset.sets[0].train.store, show)
+    one = dataset.sets[0]
+    numbers = numbers_to_show(one.train.store, show)
     start = (page - 1) * size
     chosen = numbers[start : start + size].tolist()
-    views = list(views_of(dataset, tokenizer, RowSelection(frozenset(chosen))))
+    # rows in their order need no more than reading on
+    ahead = [] if show == "all" else numbers[start + size : start + size * PAGES_AHEAD].tolist()
+    rows = sought.of(chosen, ahead)
+    part = replace(one.train, rows=replace(one.train.rows, read=lambda: iter(rows)))
+    few = replace(dataset, sets=(replace(one, train=part),))
+    views = list(views_of(few, tokenizer, RowSelection(frozenset(chosen))))
     if show == "longest":
         views.sort(key=lambda view: chosen.index(view.row))
     return {"rows": len(numbers), "html": "\n".join(map(view_html, views))}

@@ -72,6 +72,7 @@ VERBS = {
     "VerifySettings": ("verify",),
     "PushSettings": ("push",),
     "ServeSettings": ("serve",),
+    "StudioSettings": ("studio",),
     "DemoSettings": ("demo",),
     "ConvertSettings": ("convert",),
     "DoctorSettings": ("doctor",),

@@ -32,6 +32,7 @@ from yeonma.config.settings import (
     PushSettings,
     RunConfig,
     ServeSettings,
+    StudioSettings,
     VerifySettings,
 )
 from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
@@ -199,6 +200,12 @@ VERBS = {
         "adapter_dirs",
         important=("host", "port", "engine", "max_new_tokens", "batch_size", "api_key"),
         example="yeonma serve titles --port 8000",
+    ),
+    "studio": Verb(
+        "Look at runs and at rows in the browser.",
+        "yeonma.commands.studio:run",
+        StudioSettings,
+        example="yeonma studio --root runs data",
     ),
     "convert": Verb(
         "Turn a settings file of LLaMA-Factory or Axolotl into one of Yeonma.",

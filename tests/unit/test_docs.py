@@ -44,6 +44,7 @@ TRANSLATED: tuple[str, ...] = (
     "docs/scale",
     "docs/serve-and-export",
     "docs/settings",
+    "docs/studio",
     "docs/tools",
     "docs/tutorial",
 )

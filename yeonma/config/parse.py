@@ -201,7 +201,8 @@ def _with_further_words(setting: Setting | None, text: str, remaining: list[str]
     These words are removed from `remaining`.
     """
     of_paths = setting is not None and takes_paths(setting)
-    if setting is None or not (setting.hint == list[str] or of_paths) or text.startswith("["):
+    of_texts = setting is not None and set(setting.members) <= {list[str], NoneType}
+    if setting is None or not (of_texts or of_paths) or text.startswith("["):
         return text
     words = [text]
     while remaining and not _looks_like_option(remaining[0]):

@@ -723,6 +723,22 @@ class ServeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudioSettings:
+    """Look at runs and at rows in the browser."""
+
+    root: list[str] | None = None
+    """Folders that the studio may look into: `--root runs data`. By default, the working directory."""
+    host: str = "127.0.0.1"
+    """Address to listen on. An address that other machines can reach, such as 0.0.0.0, requires $YEONMA_API_KEY."""
+    port: int = field(default=8765, metadata=PORT)
+    """Port to listen on. 0 picks a free port and prints it."""
+    lang: Literal["auto", "en", "ko"] = "auto"
+    """Language of the pages. auto: that of the terminal, as for help."""
+    allow_code: bool = False
+    """Allow resuming runs whose settings let them execute code that came with the model (`trust_remote_code`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeSettings:
     """What to merge, where to write it, and how to check it."""
 

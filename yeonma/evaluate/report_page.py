@@ -23,9 +23,9 @@ from yeonma.evaluate.report import (
     explain_numbers,
 )
 from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p, reference_heading
-from yeonma.inspect.inspect_page import COLOURS
 from yeonma.language import language
 from yeonma.messages import counted, tr
+from yeonma.page_style import COLOURS
 from yeonma.shown import html, json_text, many_lines
 
 PARTS = Path(__file__).parent / "page_parts"

@@ -21,33 +21,19 @@ from yeonma.inspect.terminal import (
 )
 from yeonma.language import language
 from yeonma.messages import tr
+from yeonma.page_style import COLOURS, SPANS
 from yeonma.shown import html
 from yeonma.tokenization.explain import TextSpan, View
 
-COLOURS = """
-:root { color-scheme: light dark; --text: #1d2126; --dim: #6b7280; --line: #d7dbe0; --page: #fff; --field: #0b6e8f;
-  --answer: #0d5f2c; --on-answer: #d9f2e1; --cut: #b3261e; --note: #8a5a00; --bar: #7fb2c9;
-  --tools: #874600; --reasoning: #5a2ca0; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --dim: #9aa3ad; --line: #3a4149; --page: #14171a;
-  --field: #6cc7e6; --answer: #b5f0c8; --on-answer: #1d3d2a; --cut: #ff8a80; --note: #f0c674; --bar: #3f7489;
-  --tools: #ffbe7d; --reasoning: #d6bcff; } }
-"""
 STYLE = (
     COLOURS
     + """\
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem;
   margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; } .left-out { color: var(--cut); }
-pre { font: 14px/1.55 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
-  padding: .6rem; border: 1px solid var(--line); border-radius: 6px; }
-.frame, .start { color: var(--dim); } .field, .prompt { color: var(--field); }
-.answer, .end { color: var(--answer); background: var(--on-answer); } .end { font-weight: bold; }
-.tools, .call { color: var(--tools); } .reasoning { color: var(--reasoning); } .untrained { color: var(--answer); }
-.reasoning.trained, .call.trained { background: var(--on-answer); } .untrained { font-style: italic; }
-.weight { font: bold .75em system-ui, sans-serif; vertical-align: super; }
-.trained:not(.reasoning, .call) { text-decoration: underline; }
-.cut { color: var(--cut); text-decoration: line-through; } .legend span { margin-right: 1rem; }
-.tokens .t { outline: 1px solid var(--line); } .t:hover { outline: 2px solid var(--field); }
+"""
+    + SPANS
+    + """\
 table { border-collapse: collapse; display: inline-table; margin: .5rem 2rem .5rem 0; vertical-align: top; }
 caption { text-align: left; color: var(--dim); } td { padding: 0 .5rem 0 0; text-align: right; }
 td.bar { text-align: left; width: 10rem; } td.bar i { display: block; height: .8em; background: var(--bar); }
@@ -78,13 +64,9 @@ def page(
         f"<title>{html(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html(title)}</h1>",
         *[f'<p class="verdict">{html(text)}</p>' for name, text in forecast if name == VERDICT],
-        f'<p class="legend">{"".join(_legend())}<label><input type="checkbox" id="borders"> '
-        f"{tr('token borders; hover over a token for its id')}</label></p>",
+        f'<p class="legend">{legend_html()}</p>',
     ]
-    for view in views:
-        kind = ' class="left-out"' if view.left_out is not None else ""
-        lines.append(f"<h2{kind}>{html(heading_of(view))}</h2>")
-        lines.append(f"<pre>{''.join(_spans(view))}</pre>")
+    lines += map(view_html, views)
     lines += [f"<h1>{tr('The data set')}</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
     lines += [f"<p>{tr('model')}: {html(remark)}</p>" for remark in remarks]
     trained, validation = tr("trained"), tr("validation")
@@ -102,6 +84,18 @@ def page(
         lines += [f"<h1>{tr('Forecast')}</h1>", f"<table>{rows}</table>"]
     lines += [f"<script>{SCRIPT}</script>", "</body></html>", ""]
     return "\n".join(lines)
+
+
+def view_html(view: View) -> str:
+    """A row's heading and its text in colours, with the id of each token as its title. For `SPANS`."""
+    kind = ' class="left-out"' if view.left_out is not None else ""
+    return f"<h2{kind}>{html(heading_of(view))}</h2>\n<pre>{''.join(_spans(view))}</pre>"
+
+
+def legend_html() -> str:
+    """What the colours mean, and the checkbox `borders`, for which a page's script sets the class `tokens`."""
+    borders = tr("token borders; hover over a token for its id")
+    return f'{"".join(_legend())}<label><input type="checkbox" id="borders"> {borders}</label>'
 
 
 def _spans(view: View) -> Iterator[str]:

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,6 +29,37 @@ from yeonma.run_folder.entries import LOCK, SOFT_LOCK, check_entries
 
 WAIT_SECONDS, POLL_SECONDS = 0.2, 0.02
 """`is_locked` itself holds the lock for a moment. Waiting keeps others from mistaking that for a run."""
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """The process that wrote itself into a lock file."""
+
+    process: int
+    host: str
+    since: str
+
+    def is_here_with(self, output: Path) -> bool:
+        """Whether the process runs on this machine and has the folder's lock file open. False where /proc does not
+        tell."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            lock = os.stat(output / LOCK, follow_symlinks=False)
+            files = [
+                os.stat(entry.path) for entry in os.scandir(f"/proc/{self.process}/fd") if _is_there(entry)
+            ]
+        except OSError:
+            return False
+        return any((file.st_dev, file.st_ino) == (lock.st_dev, lock.st_ino) for file in files)
+
+
+def _is_there(entry: os.DirEntry[str]) -> bool:
+    """Whether a descriptor is still open, and to a file."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def check_unlocked(output_dir: str) -> None:
@@ -167,6 +199,20 @@ def _write_holder(descriptor: int) -> None:
     os.write(descriptor, f" {json.dumps(holder)}".encode())
 
 
+def lock_holder(output: Path) -> LockHolder | None:
+    """Who holds the lock of a folder by its file, which a killed run leaves behind; None if that is not known."""
+    try:
+        with open(output / LOCK, "rb", buffering=0, opener=open_regular) as file:
+            file.seek(1)
+            holder = json.loads(file.read(4096))
+        process = holder["process"]
+        if type(process) is not int or process <= 0:
+            return None
+        return LockHolder(process, str(holder["host"]), str(holder["since"]))
+    except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _locked_error(output: Path) -> UserError:
     cure = tr("wait until it ends, or give another output_dir")
     if kind_of(output / SOFT_LOCK):
@@ -182,17 +228,14 @@ def _locked_error(output: Path) -> UserError:
                 file=output / SOFT_LOCK,
             )
             return UserError(what, place=f"output_dir {output}", cure=cure)
-    try:
-        with open(output / LOCK, "rb", buffering=0, opener=open_regular) as file:
-            file.seek(1)
-            holder = json.loads(file.read(4096))
+    if (holder := lock_holder(output)) is not None:
         what = tr(
             "another run is writing here (process {process} on {host}, since {since})",
-            process=holder["process"],
-            host=holder["host"],
-            since=holder["since"],
+            process=holder.process,
+            host=brief(holder.host),
+            since=brief(holder.since),
         )
-    except (UserError, OSError, ValueError, KeyError, TypeError):  # locked a moment ago, not written yet
+    else:  # locked a moment ago, not written yet
         what = tr("another run is writing here (its process is not known yet)")
     return UserError(what, place=f"output_dir {output}", cure=cure)
 

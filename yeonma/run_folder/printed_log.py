@@ -15,7 +15,7 @@ from types import TracebackType
 
 from yeonma.errors import Log, UserError
 from yeonma.files import open_regular, write_all
-from yeonma.messages import tr
+from yeonma.messages import later, tr
 from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.streams import copied
 
@@ -25,6 +25,9 @@ MOST_WRITTEN = 4_000_000
 """Bytes that one call adds."""
 NO_MORE = tr("this log ends here, because it has become long; metrics.jsonl has every step")
 EARLIER_CUT = tr("earlier lines are left out")
+FAILED = later("failed: {problem}")
+ENDED_BY = later("ended by {name}: {error}")
+"""The last lines of a call that did not come to its end, by which others tell it from one that was stopped."""
 
 
 class PrintedLog:
@@ -83,9 +86,9 @@ class PrintedLog:
     ) -> None:
         if isinstance(error, UserError):
             for problem in error.problems:
-                self.keep(str(problem))
+                self.keep(tr(FAILED, problem=str(problem)))
         elif error is not None and not getattr(error, "printed", False):
-            self.keep(tr("ended by {name}: {error}", name=type(error).__name__, error=error))
+            self.keep(tr(ENDED_BY, name=type(error).__name__, error=error))
         self._contexts.close()
         self._file = None
 

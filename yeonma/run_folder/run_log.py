@@ -293,10 +293,20 @@ def _lines(
             if not line.endswith(b"\n"):
                 return
             end += len(line)
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
-                values = None
-            if not (isinstance(values, dict) and _is_step(values.get("step")) and is_valid(values)):
+            values = _parsed(line, is_valid)
+            if values is None:
                 raise UserError(problem, place=f"{path}:{number}", cure=tr("delete this line"))
             yield end, values
+
+
+def parsed_metrics(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of metrics.jsonl; None if it is none."""
+    return _parsed(line, _is_metrics)
+
+
+def _parsed(line: bytes, is_valid: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and _is_step(values.get("step")) and is_valid(values) else None

@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from starlette.applications import Starlette
@@ -29,11 +28,11 @@ from yeonma.data.turns import ToolCall
 from yeonma.errors import UserError
 from yeonma.generation.json_grammar import JsonGrammar, JsonVocabulary
 from yeonma.messages import counted_in_english, tr
+from yeonma.serve.listen import names_this_machine
 from yeonma.serve.one_at_a_time import Full, OneAtATime
 from yeonma.serve.openai_api import (
     UNSUPPORTED,
     ChatRequest,
-    RequestError,
     TextRequest,
     answer_settings,
     for_template,
@@ -50,6 +49,7 @@ from yeonma.serve.openai_responses import (
     model_list,
 )
 from yeonma.serve.request_bounds import check_length, texts_in
+from yeonma.serve.request_error import RequestError
 from yeonma.serve.request_framing import MAX_BODY_BYTES
 from yeonma.serve.token_names import TokenNames
 from yeonma.serve.try_page import page_model, try_page
@@ -59,7 +59,6 @@ from yeonma.tokenization.tool_calls import FindCalls
 
 MAX_PREPARING = 64
 """Maximum number of requests that wait to be parsed and tokenised."""
-LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger("yeonma.serve")
 
@@ -196,11 +195,7 @@ def _internal_error() -> RequestError:
 
 
 def _check_host(request: Request, local_only: bool) -> None:
-    try:
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
-    except ValueError:
-        name = None
-    if local_only and name not in LOCAL_NAMES:
+    if local_only and not names_this_machine(request.headers.get("host", "")):
         raise RequestError(403, "this server only serves its own machine: use 127.0.0.1 or localhost")
 
 

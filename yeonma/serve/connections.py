@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from yeonma.errors import Log, system_reason
 from yeonma.messages import tr
-from yeonma.serve.openai_api import RequestError
+from yeonma.serve.request_error import RequestError
 from yeonma.serve.request_framing import MAX_BODY_BYTES, BadRequest, RequestFraming
 
 MAX_CONNECTIONS = 512

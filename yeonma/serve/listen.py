@@ -6,11 +6,13 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from yeonma.errors import UserError, system_reason
 from yeonma.messages import tr
 
 KEY = "YEONMA_API_KEY"
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
 def api_key(setting: str | None, environment: Mapping[str, str]) -> str | None:
@@ -69,6 +71,15 @@ def url_of(listener: socket.socket) -> str:
 def is_local(listener: socket.socket) -> bool:
     """Whether only this machine can connect."""
     return _is_loopback(listener.getsockname()[0])
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether a request's header Host names this machine itself, as it does unless a web page abuses the browser (DNS
+    rebinding)."""
+    try:
+        return urlsplit(f"//{host}").hostname in LOCAL_NAMES
+    except ValueError:
+        return False
 
 
 def _is_loopback(address: str) -> bool:

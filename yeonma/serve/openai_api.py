@@ -24,7 +24,7 @@ from yeonma.data.template import Template
 from yeonma.generation.sampling import LogitChanges
 from yeonma.language import speaking
 from yeonma.messages import counted_in_english
-from yeonma.shown import MOST_OF_A_LINE, many_lines, one_line
+from yeonma.serve.request_error import RequestError, without_lone_surrogates
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 """Answer settings that a request may set. top_k and repetition_penalty are vLLM's extensions of OpenAI's API."""
@@ -73,33 +73,6 @@ NO_TOOLS = "tools are not supported: this model was trained with its own prompt 
 TOKEN_COUNT = "a whole number of at least 1"
 PENALTY = f"a number from -{MAX_PENALTY} to {MAX_PENALTY}"
 UNSUPPORTED = "unsupported_parameter"
-
-
-class RequestError(Exception):
-    """A request that is refused, with its HTTP status and OpenAI's error body."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(many_lines(_without_lone_surrogates(message), MOST_OF_A_LINE))
-        self.status, self.code, self.headers = status, code, headers
-        self.param = None if param is None else one_line(_without_lone_surrogates(param), MOST_OF_A_LINE)
-
-    @property
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """JSON can contain half of a surrogate pair, which UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _is_one_of(value: object, values: Sequence[object]) -> bool:
@@ -376,7 +349,7 @@ def read_request(content: bytes, kind: type[Request]) -> Request:
     if not isinstance(body, dict):
         raise RequestError(400, "the body is not a JSON object")
     _check_containers(body)
-    given = {_without_lone_surrogates(name): value for name, value in body.items() if value is not None}
+    given = {without_lone_surrogates(name): value for name, value in body.items() if value is not None}
     try:
         request = kind.model_validate(_without_neutral(given, kind))
     except ValidationError as error:
@@ -473,7 +446,7 @@ def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestErro
         return RequestError(400, message, param=param, code=UNSUPPORTED)
     if problem["type"] == "extra_forbidden":
         message = f"{place}.{location[-1]} is not supported: leave it out"
-        return RequestError(400, _without_lone_surrogates(message), param=param, code=UNSUPPORTED)
+        return RequestError(400, without_lone_surrogates(message), param=param, code=UNSUPPORTED)
     is_missing = problem["type"] == "missing" and part == location[-1]
     return RequestError(
         400, f"{place} {'is missing' if is_missing else f'must be {description}'}", param=param

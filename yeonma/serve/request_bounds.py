@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from yeonma.serve.openai_api import RequestError
+from yeonma.serve.request_error import RequestError
 from yeonma.tokenization.token_bytes import token_bytes_of
 
 ALWAYS_READ_BYTES = 65_536

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from yeonma.adapter.base_check import check_content
 from yeonma.adapter.foreign_adapter import is_foreign
@@ -30,14 +26,13 @@ from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy, adapter_names, build_policy, check_outline
 from yeonma.serve.app import Limits, Models, make_app
 from yeonma.serve.bounded_log import limit_log
-from yeonma.serve.connections import AsgiApp, ConnectionLimits, Connections, connection_limit, watched
+from yeonma.serve.connections import ConnectionLimits, connection_limit, watched
 from yeonma.serve.listen import is_local
+from yeonma.serve.web_server import GRACE_SECONDS, make_server
 from yeonma.serve.worker import ServedModel, Worker
 
 MAX_WAITING = 256
 """Maximum number of prompts in the queue."""
-GRACE_SECONDS = 3
-"""Time for running answers to finish when the server shuts down."""
 POLL_SECONDS = 0.1
 
 
@@ -271,30 +266,3 @@ def run_server(
     )
     limit_log(("yeonma.serve", "asyncio"))
     server.run(sockets=[])
-
-
-def make_server(app: AsgiApp, limits: ConnectionLimits, log: Log) -> tuple[uvicorn.Server, Connections]:
-    """uvicorn's server, to run without sockets of its own, and the connections that it serves instead. The
-    application's lifespan starts and closes them."""
-    config = uvicorn.Config(
-        app,
-        http="h11",  # whatever else is installed
-        loop="asyncio",
-        ws="none",
-        log_config=None,
-        log_level="critical",  # the app logs its own errors
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=math.ceil(limits.keep_alive + limits.head)
-        + 1,  # the connections' own limits come first
-        timeout_graceful_shutdown=10
-        * GRACE_SECONDS,  # a client that reads nothing must not block the shutdown
-        lifespan="on",
-    )
-    server = uvicorn.Server(config)
-
-    def make_protocol(state: dict[str, Any]) -> asyncio.Protocol:
-        return H11Protocol(config, server.server_state, state)
-
-    return server, Connections(limits, make_protocol, log)

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.responses import Response
 
 from yeonma.adapter.prompt_builder import PromptBuilder
-from yeonma.inspect.inspect_page import COLOURS
+from yeonma.page_style import COLOURS
 
 FILE = Path(__file__).parent / "try_page.html"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +21,7 @@ from yeonma.config.settings import Checkpointing, ModelSettings, Optimizer, RunC
 from yeonma.errors import Log, Problem, UserError
 from yeonma.messages import tr
 from yeonma.model import load
+from yeonma.platforms import free_host_memory
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.memory_parts import MemorySetup, memory_of, memory_setup, optimizer_bytes
@@ -256,18 +256,4 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError):
-        return None
-    return min([available, *_cgroup_free_bytes()])
-
-
-def _cgroup_free_bytes(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What a container's memory limit (cgroup v2) leaves; empty without a limit."""
-    try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such file, or "max"
-        return []
-    return [limit - used]
+    return free_host_memory()

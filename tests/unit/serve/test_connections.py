@@ -24,7 +24,7 @@ from starlette.routing import Route
 from yeonma.serve.bounded_log import RecordLimit
 from yeonma.serve.connections import Connection, ConnectionLimits, Connections, connection_limit, watched
 from yeonma.serve.request_framing import BadRequest, RequestFraming
-from yeonma.serve.server import make_server
+from yeonma.serve.web_server import make_server
 
 PATIENCE_SECONDS = 60
 SHORT = ConnectionLimits(

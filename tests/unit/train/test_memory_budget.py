@@ -19,6 +19,7 @@ from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import UserError
 from yeonma.inspect.estimate import estimate
 from yeonma.model import load, logprobs
+from yeonma.platforms import cgroup_free_bytes
 from yeonma.train import memory_budget as budget
 from yeonma.train import memory_parts
 from yeonma.train import step as step_module
@@ -167,12 +168,12 @@ def test_free_memory_is_read_from_the_system_and_the_cgroup(
 ) -> None:
     free = free_memory(torch.device("cpu"))
     assert free is not None and free > 1e6
-    assert budget._cgroup_free_bytes(tmp_path) == []
+    assert cgroup_free_bytes(tmp_path) == []
     for name, text in (("memory.max", "max\n"), ("memory.current", "5000\n")):
         (tmp_path / name).write_text(text)
-    assert budget._cgroup_free_bytes(tmp_path) == []
+    assert cgroup_free_bytes(tmp_path) == []
     (tmp_path / "memory.max").write_text("9000\n")
-    assert budget._cgroup_free_bytes(tmp_path) == [4000]
+    assert cgroup_free_bytes(tmp_path) == [4000]
 
 
 # Runs

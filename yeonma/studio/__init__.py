@@ -1,0 +1,1 @@
+"""`yeonma studio`: runs and rows in the browser."""

@@ -1,0 +1,28 @@
+"use strict";
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", async () => {
+    const text = document.getElementById(button.dataset.copy);
+    if (navigator.clipboard) {
+      await navigator.clipboard.writeText(text.textContent);
+      button.textContent = button.dataset.done;
+    } else { // browsers copy only on secure pages: the text is marked instead
+      getSelection().selectAllChildren(text);
+    }
+  });
+}
+const borders = document.getElementById("borders");
+if (borders) {
+  borders.addEventListener("change", () => document.body.classList.toggle("tokens", borders.checked));
+}
+const live = document.querySelector("[data-events]");
+if (live) {
+  // the server sends parts of this page by their ids, as it would write them into the page
+  new EventSource(live.dataset.events).addEventListener("message", (event) => {
+    for (const [id, content] of Object.entries(JSON.parse(event.data))) {
+      const part = document.getElementById(id);
+      if (part) {
+        part.innerHTML = content;
+      }
+    }
+  });
+}

@@ -81,6 +81,10 @@ class DataSettings:
     """Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`."""
     max_rows: int | None = field(default=None, metadata=ROWS)
     """Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them."""
+    replay: str | dict[str, Any] | None = None
+    """General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above."""
+    replay_share: float = field(default=0.1, metadata={"range": Range(above=0, below=1)})
+    """The share of each step's examples that are rows of `replay`. An epoch still has every other row once."""
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers."""
 

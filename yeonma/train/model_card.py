@@ -179,6 +179,8 @@ def _language(dataset: Dataset) -> str | None:
     """The language of the answers, where the script of most of them is that of one language alone."""
     found = set()
     for one in dataset.sets:
+        if one.settings.share is not None:
+            continue
         store = one.train.store
         scripts = store.row_scripts[used_rows(*one.train.examples) - 1]
         found |= {
@@ -298,9 +300,14 @@ def _counter(dataset: Dataset, count: int, policies: int, on_answer: OnAnswer) -
     return answered
 
 
+def asked_sets(dataset: Dataset) -> list[PreparedSet]:
+    """The data sets whose rows are answered for the card: not whole texts, and not rows that are replayed."""
+    return [one for one in dataset.sets if not one.template.is_text and one.settings.share is None]
+
+
 def _asked(dataset: Dataset, count: int) -> list[tuple[PreparedSet, int]]:
     """The data sets whose rows are answered, and how many of each."""
-    asked = [one for one in dataset.sets if not one.template.is_text]
+    asked = asked_sets(dataset)
     shares = [len(range(number, count, len(asked))) for number in range(len(asked))]
     return [(one, max(share, 1)) for one, share in zip(asked, shares, strict=True)]
 

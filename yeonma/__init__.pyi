@@ -42,6 +42,7 @@ def compare(
     columns: dict[str, str] | None = None,
     template: StrPath | None = None,
     rows: int | None = None,
+    general_questions: int = 64,
     output_dir: StrPath = "report",
     base_model: StrPath | None = None,
     data_set: str | None = None,
@@ -73,6 +74,7 @@ def compare(
         columns: Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training. (a mapping such as {a: b}, with a space after each colon)
         template: Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter or fully fine-tuned model, or the one that matches the columns.
         rows: Compare on at most this many rows, from the first on. (a whole number of at least 1)
+        general_questions: General questions, English and Korean, that every model is asked, to see what it kept of the first one. 0 turns this off. (a whole number of at least 0; default 64)
         output_dir: Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there. (default report)
         base_model: Name or folder of the adapters' base model, if it has moved since training.
         data_set: Ask the adapters with the template of this data set, if they were trained on several. By default, the first one's.
@@ -103,6 +105,8 @@ def dpo(
     val_data_path: Data | None = None,
     val_split: str | None = None,
     max_rows: int | None = None,
+    replay: str | dict[str, Any] | None = None,
+    replay_share: float = 0.1,
     bad_rows: Literal["error", "skip"] = "error",
     cutoff_len: int = 2048,
     shrink: str | None = None,
@@ -175,6 +179,7 @@ def dpo(
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
     card_rows: int = 5,
+    general_questions: int | None = None,
     output_dir: StrPath,
     overwrite: bool = False,
     save_steps: int | None = None,
@@ -201,6 +206,8 @@ def dpo(
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
         max_rows: Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them. (a whole number of at least 1)
+        replay: General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above. (text or a mapping such as {a: 1}, with a space after each colon)
+        replay_share: The share of each step's examples that are rows of `replay`. An epoch still has every other row once. (a number above 0 and below 1; default 0.1)
         bad_rows: What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers. (one of error, skip; default error)
         cutoff_len: Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer. (a whole number of at least 1; default 2048)
         shrink: The prompt field to shorten. By default, the longest one in the row.
@@ -273,6 +280,7 @@ def dpo(
         early_stopping_patience: Stop after this many evaluations in a row without a lower validation loss. (a whole number of at least 1)
         early_stopping_threshold: Minimum decrease of the loss that counts as lower. (a number of at least 0; default 0.0)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
+        general_questions: General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0. (a whole number of at least 0)
         output_dir: Folder for the adapter and the records of the run. (required)
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
         save_steps: Steps between checkpoints. By default, write one after every epoch. (a whole number of at least 1)
@@ -402,6 +410,8 @@ def inspect(
     val_data_path: Data | None = None,
     val_split: str | None = None,
     max_rows: int | None = None,
+    replay: str | dict[str, Any] | None = None,
+    replay_share: float = 0.1,
     bad_rows: Literal["error", "skip"] = "error",
     cutoff_len: int = 2048,
     shrink: str | None = None,
@@ -474,6 +484,7 @@ def inspect(
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
     card_rows: int = 5,
+    general_questions: int | None = None,
     output_dir: StrPath = "",
     overwrite: bool = False,
     save_steps: int | None = None,
@@ -509,6 +520,8 @@ def inspect(
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
         max_rows: Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them. (a whole number of at least 1)
+        replay: General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above. (text or a mapping such as {a: 1}, with a space after each colon)
+        replay_share: The share of each step's examples that are rows of `replay`. An epoch still has every other row once. (a number above 0 and below 1; default 0.1)
         bad_rows: What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers. (one of error, skip; default error)
         cutoff_len: Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer. (a whole number of at least 1; default 2048)
         shrink: The prompt field to shorten. By default, the longest one in the row.
@@ -581,6 +594,7 @@ def inspect(
         early_stopping_patience: Stop after this many evaluations in a row without a lower validation loss. (a whole number of at least 1)
         early_stopping_threshold: Minimum decrease of the loss that counts as lower. (a number of at least 0; default 0.0)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
+        general_questions: General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0. (a whole number of at least 0)
         output_dir: Folder for the adapter and the records of the run.
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
         save_steps: Steps between checkpoints. By default, write one after every epoch. (a whole number of at least 1)
@@ -665,6 +679,8 @@ def sft(
     val_data_path: Data | None = None,
     val_split: str | None = None,
     max_rows: int | None = None,
+    replay: str | dict[str, Any] | None = None,
+    replay_share: float = 0.1,
     bad_rows: Literal["error", "skip"] = "error",
     cutoff_len: int = 2048,
     shrink: str | None = None,
@@ -726,6 +742,7 @@ def sft(
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
     card_rows: int = 5,
+    general_questions: int | None = None,
     output_dir: StrPath,
     overwrite: bool = False,
     save_steps: int | None = None,
@@ -760,6 +777,8 @@ def sft(
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
         max_rows: Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them. (a whole number of at least 1)
+        replay: General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above. (text or a mapping such as {a: 1}, with a space after each colon)
+        replay_share: The share of each step's examples that are rows of `replay`. An epoch still has every other row once. (a number above 0 and below 1; default 0.1)
         bad_rows: What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers. (one of error, skip; default error)
         cutoff_len: Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer. (a whole number of at least 1; default 2048)
         shrink: The prompt field to shorten. By default, the longest one in the row.
@@ -821,6 +840,7 @@ def sft(
         early_stopping_patience: Stop after this many evaluations in a row without a lower validation loss. (a whole number of at least 1)
         early_stopping_threshold: Minimum decrease of the loss that counts as lower. (a number of at least 0; default 0.0)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
+        general_questions: General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0. (a whole number of at least 0)
         output_dir: Folder for the adapter and the records of the run. (required)
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
         save_steps: Steps between checkpoints. By default, write one after every epoch. (a whole number of at least 1)

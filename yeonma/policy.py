@@ -57,7 +57,14 @@ from yeonma.model.gradient_check import check_input_gradients
 from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
 from yeonma.model.language_part import build_empty
-from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprobs, plain_head
+from yeonma.model.logprobs import (
+    CUDA_CHUNK_BYTES,
+    ForestSupport,
+    TokenScores,
+    batch_logprobs,
+    example_scores,
+    plain_head,
+)
 from yeonma.model.memory_trace import Blueprint
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.published import published_in
@@ -158,6 +165,20 @@ class Policy:
         model = self.transformers_model
         with self.active(), attention(model, FOREST) if self.support.forest else nullcontext():
             return batch_logprobs(model, self.support, batch, share_prefix=share_prefix)
+
+    def token_scores(
+        self,
+        token_ids: Sequence[NDArray[np.int32]],
+        scored: Sequence[NDArray[np.bool_]],
+        *,
+        top: int,
+        units: Sequence[int] | None = None,
+    ) -> list[TokenScores]:
+        """For each sequence, the log-probabilities of its scored tokens and the `top` most likely ones in their places,
+        without gradients; as `example_scores`. All sequences go through the model at once."""
+        model = self.transformers_model
+        with self.active(), attention(model, FOREST) if self.support.forest else nullcontext():
+            return example_scores(model, self.support, token_ids, top, scored=scored, units=units)
 
     def generate_from_ids(
         self,

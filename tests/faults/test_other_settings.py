@@ -137,6 +137,7 @@ CHANGES: dict[str, Change] = dict(
         refused("early_stopping_patience", 2),
         refused("early_stopping_threshold", 0.1),
         accepted("card_rows", 2),
+        accepted("general_questions", 6),
         # RunSettings
         accepted("save_steps", 2),
         accepted("save_total_limit", 2),

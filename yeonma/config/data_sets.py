@@ -41,8 +41,8 @@ class DataSetSettings:
     repeats: int = 1
     """How often an epoch has its rows."""
     share: Fraction | None = None
-    """The share of all units that are its own, which the data sets without a share leave to it; None for these. An epoch
-    is one of theirs."""
+    """The share of each step's units that are its own; None for the data sets that share the rest, and whose rows an
+    epoch has once."""
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -102,7 +102,8 @@ def data_sets(data: DataSettings) -> tuple[DataSetSettings, ...]:
         raise UserError(problems)
     if weighted:
         sets = [
-            replace(one, weight=Fraction(1)) if one.weight is None and one.share is None else one for one in sets
+            replace(one, weight=Fraction(1)) if one.weight is None and one.share is None else one
+            for one in sets
         ]
     return tuple(_with_unique_names(sets))
 
@@ -132,7 +133,9 @@ def _check_shares(sets: Sequence[DataSetSettings], data: DataSettings, problems:
         problems.append(Problem(tr("the shares leave no examples to the other data sets"), place, cure))
     elif shares and len(shares) == len(sets):
         cure = tr("give at least one data set without a share, or give weights instead")
-        problems.append(Problem(tr("every data set has a share, so that none says how long an epoch is"), place, cure))
+        problems.append(
+            Problem(tr("every data set has a share, so that none says how long an epoch is"), place, cure)
+        )
     for one in sets:
         if one.share is not None and (one.weight is not None or one.repeats > 1):
             cure = tr("give only its share")

@@ -271,6 +271,8 @@ class EvaluationSettings:
     """Minimum decrease of the loss that counts as lower."""
     card_rows: int = field(default=5, metadata=NOT_NEGATIVE)
     """Validation rows to answer before and after training, for the model card. 0 turns this off."""
+    general_questions: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    """General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,6 +456,8 @@ class CompareSettings:
     """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter or fully fine-tuned model, or the one that matches the columns."""
     rows: int | None = field(default=None, metadata=ROWS)
     """Compare on at most this many rows, from the first on."""
+    general_questions: int = field(default=64, metadata=NOT_NEGATIVE)
+    """General questions, English and Korean, that every model is asked, to see what it kept of the first one. 0 turns this off."""
     output_dir: str = "report"
     """Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there."""
     base_model: str | None = None
@@ -575,6 +579,7 @@ class CacheSettings:
         "all",
         "tokens",
         "references",
+        "general",
         "forecasts",
         "weight_sums",
         "tokenizers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import combinations
@@ -37,21 +37,17 @@ from yeonma.evaluate.candidates import Candidate
 from yeonma.evaluate.metrics import (
     INSTALL_SACREBLEU,
     NOT_BY_ROW,
-    RESAMPLES,
     Metric,
     MetricTokenizer,
     ScoredAnswer,
     compute_metrics,
     has_sacrebleu,
-    holm,
-    interval,
     metric_tokenizer,
     predicted_labels,
-    resampled_sums,
-    swap_test,
 )
 from yeonma.evaluate.verdict import format_number, format_p, reference_heading, verdict
 from yeonma.messages import counted, tr
+from yeonma.resampling import RESAMPLES, holm, interval, resampled_sums, swap_test
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
 
@@ -71,6 +67,8 @@ class Comparison:
     references: Sequence[str | None]
     inputs: Sequence[CandidateInputs]
     answers: Sequence[Sequence[ScoredAnswer]]
+    kept: Sequence[Mapping[str, Any]] = ()
+    """What each other model kept of the first one."""
 
 
 def make_report(
@@ -99,6 +97,7 @@ def make_report(
         "resamples": RESAMPLES,
         "metrics": entries,
         "labels": _labels(comparison),
+        "kept": [*comparison.kept],
         "rows": _row_entries(comparison, metrics),
     }
 
@@ -323,6 +322,10 @@ def print_report(console: Console, report: ComparisonReport) -> None:
     _print_rows(console, report)
     _print_table(console, report)
     _print_confusions(console, report)
+    for kept in report["kept"]:
+        for sentence in kept["sentences"]:
+            console.print(Text(one_line(sentence)), soft_wrap=True)
+        console.print()
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 

@@ -201,15 +201,26 @@ class TokenScores:
 
 
 def example_scores(
-    model: Any, support: ForestSupport, token_ids: Sequence[np.ndarray], top: int
+    model: Any,
+    support: ForestSupport,
+    token_ids: Sequence[np.ndarray],
+    top: int,
+    *,
+    scored: Sequence[np.ndarray] | None = None,
+    units: Sequence[int] | None = None,
 ) -> list[TokenScores]:
     """The scores of all tokens but the first, for each sequence, without gradients: over one forest if `support` allows
-    it, otherwise sequence by sequence. The log-probabilities are those of training."""
+    it, otherwise sequence by sequence. The log-probabilities are those of training. `scored`: which tokens of each
+    sequence have scores, never the first one; `units` as in `lay_out`."""
+    trained = [np.arange(len(ids)) > 0 for ids in token_ids] if scored is None else scored
     with torch.no_grad():
         if not support.forest:
-            return [_sequence_scores(model, ids, top) for ids in token_ids]
-        trained = [np.arange(len(ids)) > 0 for ids in token_ids]
-        forest = lay_out(token_ids, trained, rotary_lengths=rotary_lengths(model, token_ids))
+            return [
+                _sequence_scores(model, ids, top).at(to_device(np.flatnonzero(mask[1:]), model.device))
+                for ids, mask in zip(token_ids, trained, strict=True)
+            ]
+        lengths = rotary_lengths(model, token_ids)
+        forest = lay_out(token_ids, trained, units=units, rotary_lengths=lengths)
         device = model.device
         source_U = to_device(forest.source_U, device)
         target_U = to_device(forest.target_U, device)

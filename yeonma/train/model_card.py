@@ -34,6 +34,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
+from yeonma.forgetting.kept import Kept
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
 from yeonma.messages import counted, tr, translated
@@ -49,6 +50,7 @@ from yeonma.shown import code, code_block, markdown, shell_word
 from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompt
+from yeonma.train.card_general import kept_section
 from yeonma.train.card_tables import (
     confusion_tables,
     data_set_table,
@@ -117,12 +119,13 @@ def write_card(
     remarks: Sequence[str] = (),
     base_answers: Sequence[CardAnswer] | None = None,
     on_answer: OnAnswer = lambda done, total: None,
+    kept: Kept | None = None,
 ) -> list[Sample]:
     """Writes the card, with greedy answers of the base model and the trained one to `rows` rows, which it returns.
 
     `adapter_step`: the step whose weights are in the folder. `command`: how to repeat the run. `base_answers`: those of
     the base, from `answers_before`, if its weights are no longer in memory. `on_answer` gets the number of answers so
-    far, and of all.
+    far, and of all. `kept`: what the trained model kept of the base, if it was asked.
     """
     samples = sample_answers(policy, tokenizer, dataset, rows, base_answers, on_answer) if rows else []
     adapter = read_adapter_folder(output)
@@ -138,6 +141,7 @@ def write_card(
         reached=None if adapter.is_full else coverage(policy.transformers_model),
         remarks=remarks,
         usage=_usage(output, adapter, policy, tokenizer, dataset, samples),
+        kept=kept,
     )
     write_text_atomically(output / "README.md", text)
     return samples
@@ -423,6 +427,7 @@ def card_text(
     reached: Coverage | None,
     remarks: Sequence[str] = (),
     usage: Sequence[str] = (),
+    kept: Kept | None = None,
 ) -> str:
     """The card. `settings`: lines of YAML. `reached`: what has the adapter. `usage`: how other tools use the folder."""
     trained_on = adapter.details["trained_on"]
@@ -470,6 +475,7 @@ def card_text(
         else:  # the log was deleted while the run was stopped, and begins later
             lines += [tr("metrics.jsonl does not have the validation losses of before and after."), ""]
     lines += ["![loss](loss.svg)", ""]
+    lines += kept_section(kept)
     lines += _samples(samples, tr("fine-tuned") if adapter.is_full else tr("with the adapter"))
     lines += [tr("## Template"), "", *code_block(adapter.template.text), ""]
     for one in sets:

@@ -59,6 +59,7 @@ from yeonma.train.target_device import TargetDevice, target_device
 
 TRIAL_STEPS = 40
 MOST_STEPS = 10**9
+ONLY_FOR_THE_CARD = ("card_rows", "general_questions")
 SAFE_SCHEDULES = ("linear", "cosine", "constant")
 """Schedules that cannot fail without arguments."""
 
@@ -198,9 +199,9 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
 
 
 def mixture_weights(dataset: Dataset) -> list[Fraction] | None:
-    """The weight of each data set in every step of a mixture; None where an epoch has every row as often as its data set
-    says. Beside a data set with a `share`, the others keep their weights among themselves or, without any, their
-    numbers of units."""
+    """The weight of each data set in every step; None where an epoch has every row as often as its data set says.
+    Beside a data set with a `share`, the others keep their weights among themselves or, without any, their numbers of
+    units."""
     settings = [one.settings for one in dataset.sets]
     shares = [one.share for one in settings if one.share is not None]
     if not shares:
@@ -213,7 +214,9 @@ def mixture_weights(dataset: Dataset) -> list[Fraction] | None:
         for one in dataset.sets
     ]
     scale = (1 - sum(shares)) / sum(own)
-    return [weight * scale if one.share is None else one.share for weight, one in zip(own, settings, strict=True)]
+    return [
+        weight * scale if one.share is None else one.share for weight, one in zip(own, settings, strict=True)
+    ]
 
 
 def _own_units(dataset: Dataset) -> int:
@@ -463,7 +466,7 @@ def _identity(
         **(asdict(config.lora) if model.train == "lora" else {}),
         **(asdict(preference) if preference else {}),
         **{name: value for name, value in asdict(step).items() if name not in left_out},
-        **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
+        **{name: value for name, value in asdict(evaluation).items() if name not in ONLY_FOR_THE_CARD},
     }
 
 

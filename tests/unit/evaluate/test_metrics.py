@@ -17,16 +17,13 @@ from yeonma.evaluate.metrics import (
     characters,
     chrf,
     compute_metrics,
-    holm,
-    interval,
     metric_tokenizer,
     morphemes,
     repetition,
-    resampled_sums,
     rouge,
-    swap_test,
     words,
 )
+from yeonma.resampling import holm, interval, resampled_sums, swap_test
 
 ENGLISH = (
     ("The old ferry will run every hour from June.", "The ferry runs every half hour from June"),

@@ -17,7 +17,13 @@ from yeonma.errors import UserError
 from yeonma.train import loop
 
 TASK, GENERAL = "{document}\n{title}", "prompt-completion"
-SETTINGS: dict[str, Any] = {"batch_size": 6, "num_epochs": 2, "save_steps": 3, "val_set_size": 3, "card_rows": 2}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 6,
+    "num_epochs": 2,
+    "save_steps": 3,
+    "val_set_size": 3,
+    "card_rows": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +141,15 @@ def test_other_data_sets_keep_their_parts_among_themselves(
     rows: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    paths = [{"path": str(rows[name]), **entry} for name, entry in zip(("task", "more"), entries, strict=True)]
+    paths = [
+        {"path": str(rows[name]), **entry} for name, entry in zip(("task", "more"), entries, strict=True)
+    ]
     settings = {"replay": str(rows["general"]), "replay_share": 0.25, "template": TASK, "card_rows": 0}
     run = trained(tmp_path / "out", base, paths, **settings, batch_size=9, num_epochs=1)  # type: ignore[arg-type]
     steps = rows_of(run.folder)
-    for name, share in zip(("task.jsonl", "more.jsonl", "general.jsonl"), (*shares, Fraction(1, 4)), strict=True):
+    for name, share in zip(
+        ("task.jsonl", "more.jsonl", "general.jsonl"), (*shares, Fraction(1, 4)), strict=True
+    ):
         assert abs(sum(len(step.get(name, ())) for step in steps) - share * 9 * len(steps)) < 2
     own = sum(23 if name == "task" else 11 * entries[1].get("repeats", 1) for name in ("task", "more"))
     assert len(steps) == ceil(ceil(own / Fraction(3, 4)) / 9)

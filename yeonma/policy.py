@@ -168,13 +168,18 @@ class Policy:
             return batch_logprobs(model, self.support, batch, share_prefix=share_prefix)
 
     def token_scores(
-        self, token_ids: Sequence[np.ndarray], scored: Sequence[int], units: Sequence[int], *, top: int = 1
+        self,
+        token_ids: Sequence[NDArray[Any]],
+        scored: Sequence[NDArray[np.bool_]],
+        *,
+        top: int,
+        units: Sequence[int] | None = None,
     ) -> list[TokenScores]:
-        """For each sequence, the scores of its last `scored` tokens and the `top` most likely ones in their places,
-        without gradients. The whole goes through the model at once; `units` as in `lay_out`."""
-        model, support = self.transformers_model, self.support
-        with self.active(), attention(model, FOREST) if support.forest else nullcontext():
-            return example_scores(model, support, token_ids, top, scored=scored, units=units)
+        """For each sequence, the log-probabilities of its scored tokens and the `top` most likely ones in their places,
+        without gradients; as `example_scores`. All sequences go through the model at once."""
+        model = self.transformers_model
+        with self.active(), attention(model, FOREST) if self.support.forest else nullcontext():
+            return example_scores(model, self.support, token_ids, top, scored=scored, units=units)
 
     def generate_from_ids(
         self,

@@ -55,6 +55,8 @@ CHANGES: dict[str, Change] = dict(
         refused("val_split", "train[:5]", "the content of the validation rows has changed", val_set_size=0),
         refused("max_rows", 30, "the content of data_path has changed"),
         accepted("bad_rows", "skip"),  # there are none
+        refused("replay", OTHER, "the content of data_path has changed"),
+        ("replay_share", Change({"replay": OTHER, "replay_share": 0.5}, "share of data set 2 was ")),
         # TokenSettings
         refused("cutoff_len", 300),
         refused("shrink", OTHER),
@@ -137,6 +139,7 @@ CHANGES: dict[str, Change] = dict(
         refused("early_stopping_patience", 2),
         refused("early_stopping_threshold", 0.1),
         accepted("card_rows", 2),
+        accepted("general_questions", 6),
         # RunSettings
         accepted("save_steps", 2),
         accepted("save_total_limit", 2),
@@ -201,6 +204,7 @@ class FinishedRuns:
         for verb, values in self.others.items():
             values |= {
                 "val_data_path": values["data_path"],
+                "replay": {"path": str(values["data_path"]), "template": values["template"]},
                 "base_model": base,
                 "cache_dir": folder / "cache",
             }

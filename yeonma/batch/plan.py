@@ -93,10 +93,12 @@ class Plan:
     group_by_length: bool = False
     shares: Shares | None = None
     """None: an epoch has every position once."""
+    epoch_units: int | None = None
+    """Units of an epoch; None: as many as positions."""
 
     @property
     def steps_per_epoch(self) -> int:
-        return ceil(len(self.positions) / self.batch_size)
+        return ceil((self.epoch_units or len(self.positions)) / self.batch_size)
 
     def steps(self, start: int = 0) -> Iterator[np.ndarray]:
         """The units of every step from `start` on, as positions in the token store.
@@ -169,10 +171,11 @@ def make_plan(
     max_steps: int | None,
     group_by_length: bool = False,
     shares: Shares | None = None,
+    epoch_units: int | None = None,
 ) -> Plan:
-    """`max_steps` takes precedence over `num_epochs`. An epoch has as many units as `positions`."""
-    steps = max_steps or max(1, ceil(num_epochs * ceil(len(positions) / batch_size)))
-    return Plan(positions, lengths, batch_size, seed, steps, group_by_length, shares)
+    """`max_steps` takes precedence over `num_epochs`. An epoch has as many units as `positions`, or `epoch_units`."""
+    steps = max_steps or max(1, ceil(num_epochs * ceil((epoch_units or len(positions)) / batch_size)))
+    return Plan(positions, lengths, batch_size, seed, steps, group_by_length, shares, epoch_units)
 
 
 def epoch_order(

@@ -32,6 +32,7 @@ KINDS = MappingProxyType(
             tr("log-probabilities of the reference in preference training"),
             rf"{_KEY}\.reference",
         ),
+        "general": (tr("what models answered to general questions"), rf"{_KEY}\.general"),
         "forecasts": (tr("forecasts of memory, and the speed of this machine"), rf"{_KEY}\.(forecast|rate)"),
         "weight_sums": (tr("SHA-256 of weight files"), rf"{_KEY}\.weights"),
         "tokenizers": (tr("tokenizers that passed their trial"), rf"{_KEY}\.tokenizer"),

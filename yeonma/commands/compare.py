@@ -70,8 +70,8 @@ def compare_models(
         log(tr("BLEU and chrF need sacrebleu: {install_sacrebleu}", install_sacrebleu=INSTALL_SACREBLEU))
     _create(output, settings.output_dir)
     with open_answer_cache(output / ANSWERS) as cache:
-        answers, inputs = answer_all(inputs, settings, options, cache, log)
-    report = make_report(settings, options, Comparison(source, rows, references, inputs, answers))
+        answers, inputs, kept = answer_all(inputs, settings, options, cache, log)
+    report = make_report(settings, options, Comparison(source, rows, references, inputs, answers, kept))
     with disk_errors_as_user_errors(output, tr("the report")):
         replace_file(output / "report.json", to_json(report).encode())
         replace_file(output / "report.html", page(report).encode())

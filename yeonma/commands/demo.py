@@ -82,7 +82,7 @@ PAIR_SETTINGS: Mapping[str, object] = {
     "learning_rate": 5e-4,
     "sft_weight": 1.0,
 }
-QUICK_SETTINGS: Mapping[str, object] = {"logging_steps": 1, "card_rows": 1}
+QUICK_SETTINGS: Mapping[str, object] = {"logging_steps": 1, "card_rows": 1, "general_questions": 0}
 
 KOREAN_MODEL = "Qwen/Qwen3-0.6B"
 """A small model under Apache 2.0 that knows Korean (Yang et al. 2025, arXiv:2505.09388)."""

@@ -28,12 +28,12 @@ from yeonma.evaluate.harness import (
 from yeonma.evaluate.harness_model import harness_model
 from yeonma.evaluate.harness_requests import RequestRunner
 from yeonma.evaluate.harness_scores import score_entries
-from yeonma.evaluate.metrics import RESAMPLES
 from yeonma.files import disk_errors_as_user_errors, replace_file
 from yeonma.messages import counted, tr
 from yeonma.model.load import pick_device, pick_dtype
 from yeonma.packages import version_of
 from yeonma.policy import load_policy
+from yeonma.resampling import RESAMPLES
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line, say
 from yeonma.tokenization.chat_template_export import base_chat_template

@@ -40,6 +40,9 @@ class DataSetSettings:
     """Its share of each step's rows, relative to the other weights; None without weights."""
     repeats: int = 1
     """How often an epoch has its rows."""
+    share: Fraction | None = None
+    """The share of each step's units that are its own; None for the data sets that share the rest, and whose rows an
+    epoch has once."""
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -56,6 +59,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "val_split": ((str,), tr("a split, such as validation")),
     "weight": ((int, float), tr("a number above 0")),
     "repeats": ((int,), tr("a whole number of at least 1")),
+    "share": ((int, float), tr("a fraction between 0 and 1")),
 }
 """Key of an entry -> the types of its value, and their description."""
 KEYS = tuple(_KINDS)
@@ -88,15 +92,54 @@ def data_sets(data: DataSettings) -> tuple[DataSetSettings, ...]:
         entry = _entry(item, place, problems)
         if entry is not None:
             sets.append(_with_defaults(entry, data, held_out[number - 1], place, problems))
+    sets += _replayed(data, problems)
     weighted = [one for one in sets if one.weight is not None]
+    _check_shares(sets, data, problems)
     if weighted and any(one.repeats > 1 for one in sets):
         cure = tr("give either weights, or repeats")
         problems.append(Problem(tr("some data sets have a weight, and some have repeats"), "data_path", cure))
     if problems:
         raise UserError(problems)
     if weighted:
-        sets = [one if one.weight is not None else replace(one, weight=Fraction(1)) for one in sets]
+        sets = [
+            replace(one, weight=Fraction(1)) if one.weight is None and one.share is None else one
+            for one in sets
+        ]
     return tuple(_with_unique_names(sets))
+
+
+def _replayed(data: DataSettings, problems: list[Problem]) -> list[DataSetSettings]:
+    """The data set that `replay` names, as if it were the last entry of `data_path`, with `replay_share` as its
+    `share`; none without `replay`."""
+    if data.replay is None:
+        if data.replay_share != DataSettings.replay_share:
+            cure = tr("give the rows with --replay, or leave it out")
+            problems.append(Problem(tr("there are no rows to replay"), "replay_share", cure))
+        return []
+    item = dict(data.replay) if isinstance(data.replay, Mapping) else {"path": data.replay}
+    for key in sorted({"share", "weight", "repeats"} & set(item)):
+        problems.append(Problem(tr("it has a {key}", key=key), "replay", tr("give --replay_share instead")))
+        del item[key]
+    entry = _entry({**item, "share": data.replay_share}, "replay", problems)
+    return [] if entry is None else [_with_defaults(entry, data, None, "replay", problems)]
+
+
+def _check_shares(sets: Sequence[DataSetSettings], data: DataSettings, problems: list[Problem]) -> None:
+    """Adds the problems of data sets that have a share of all examples."""
+    place = "data_path" if data.replay is None else "replay_share"
+    shares = [one.share for one in sets if one.share is not None]
+    if shares and sum(shares) >= 1:
+        cure = tr("let the shares be less than 1 together")
+        problems.append(Problem(tr("the shares leave no examples to the other data sets"), place, cure))
+    elif shares and len(shares) == len(sets):
+        cure = tr("give at least one data set without a share, or give weights instead")
+        problems.append(
+            Problem(tr("every data set has a share, so that none says how long an epoch is"), place, cure)
+        )
+    for one in sets:
+        if one.share is not None and (one.weight is not None or one.repeats > 1):
+            cure = tr("give only its share")
+            problems.append(Problem(tr("it has a share, and a weight or repeats as well"), one.path, cure))
 
 
 def _validation_paths(data: DataSettings, count: int, problems: list[Problem]) -> Sequence[str | None]:
@@ -162,6 +205,8 @@ def _is_good(key: str, value: Any) -> bool:
         return bool(math.isfinite(value) and value >= 0 and (value < 1 or value % 1 == 0))
     if key == "repeats":
         return 1 <= int(value) <= MOST_REPEATS
+    if key == "share":
+        return bool(1e-6 <= value <= 1 - 1e-6)
     if key == "weight":
         return bool(1e-6 <= value <= 1e6)
     return int(value) >= 1
@@ -170,6 +215,9 @@ def _is_good(key: str, value: Any) -> bool:
 def _with_defaults(
     entry: Mapping[str, Any], data: DataSettings, val_path: str | None, place: str, problems: list[Problem]
 ) -> DataSetSettings:
+    share = entry.get("share")
+    if share is not None:  # it stands beside the task's data sets, and is read by its own keys alone
+        data, val_path = DataSettings(data_path=data.data_path), None
     names = ("val_set_size", "val_path", "val_split")
     given = {name: entry[name] for name in names if name in entry}
     if not given:  # an entry that says how to validate overrides the settings of the run
@@ -203,6 +251,7 @@ def _with_defaults(
         val_split=given.get("val_split"),
         weight=None if weight is None else Fraction(str(weight)),
         repeats=entry.get("repeats", 1),
+        share=None if share is None else Fraction(str(share)),
     )
 
 

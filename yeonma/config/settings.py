@@ -83,6 +83,10 @@ class DataSettings:
     """Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`."""
     max_rows: int | None = field(default=None, metadata=ROWS)
     """Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them."""
+    replay: str | dict[str, Any] | None = None
+    """General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above."""
+    replay_share: float = field(default=0.1, metadata={"range": Range(above=0, below=1)})
+    """The share of each step's examples that are rows of `replay`. An epoch still has every other row once."""
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers."""
 
@@ -273,6 +277,8 @@ class EvaluationSettings:
     """Validation rows to answer at every evaluation for `answer_metrics`."""
     card_rows: int = field(default=5, metadata=NOT_NEGATIVE)
     """Validation rows to answer before and after training, for the model card. 0 turns this off."""
+    general_questions: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    """General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,6 +481,8 @@ class CompareSettings:
     """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter or fully fine-tuned model, or the one that matches the columns."""
     rows: int | None = field(default=None, metadata=ROWS)
     """Compare on at most this many rows, from the first on."""
+    general_questions: int = field(default=64, metadata=NOT_NEGATIVE)
+    """General questions, English and Korean, that every model is asked, to see what it kept of the first one. 0 turns this off."""
     output_dir: str = "report"
     """Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there."""
     base_model: str | None = None
@@ -640,6 +648,7 @@ class CacheSettings:
         "all",
         "tokens",
         "references",
+        "general",
         "forecasts",
         "weight_sums",
         "tokenizers",

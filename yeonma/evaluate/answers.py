@@ -21,7 +21,9 @@ from yeonma.data.rows import Row, Rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.answer_cache import AnswerCache, cache_key
 from yeonma.evaluate.candidates import Candidate, check_candidate_content, columns_for, identity_of
+from yeonma.evaluate.general import GeneralAsked, GeneralQuestions
 from yeonma.evaluate.metrics import ScoredAnswer
+from yeonma.files import default_cache_dir
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
 from yeonma.messages import counted, tr
@@ -161,8 +163,9 @@ def answer_all(
     options: AnswerSettings,
     cache: AnswerCache,
     log: Log,
-) -> tuple[list[list[ScoredAnswer]], list[CandidateInputs]]:
-    """All models' answers to all rows, and the inputs with the identities of their models.
+) -> tuple[list[list[ScoredAnswer]], list[CandidateInputs], list[dict[str, Any]]]:
+    """All models' answers to all rows, the inputs with the identities of their models, and what each model kept of the
+    first one (`GeneralAsked.entries`).
 
     Computes what is not in `cache` and adds it there.
     """
@@ -173,11 +176,24 @@ def answer_all(
     identified = [
         replace(inputs, identity=identity_of(inputs.candidate, dtype, device)) for inputs in all_inputs
     ]
+    general = None
+    if settings.general_questions and len(identified) > 1:
+        questions = GeneralQuestions(settings.general_questions, default_cache_dir(), dtype, device)
+        general = GeneralAsked(questions, [inputs.candidate for inputs in identified])
     for weights in dict.fromkeys(inputs.candidate.weights for inputs in identified):
-        group = [inputs for inputs in identified if inputs.candidate.weights == weights]
+        group = [
+            (number, inputs)
+            for number, inputs in enumerate(identified)
+            if inputs.candidate.weights == weights
+        ]
         policy: Policy | None = None
-        for inputs in group:
-            if not (_rows_without_answer(inputs, options, cache) or _rows_without_loss(inputs, cache)):
+        for number, inputs in group:
+            is_answered = not (
+                _rows_without_answer(inputs, options, cache) or _rows_without_loss(inputs, cache)
+            )
+            if is_answered and (general is None or general.is_known(number)):
+                if general is not None:
+                    general.ask(number, None, log)
                 continue
             candidate, source = inputs.candidate, inputs.candidate.prompt_builder.source
             adapters = [] if candidate.adapter is None else [candidate.adapter]
@@ -191,11 +207,13 @@ def answer_all(
             check_candidate_content(candidate, log)
             check_vocabulary(candidate.prompt_builder.tokenizer, policy.vocabulary_size, source.name)
             _complete(policy, inputs, settings, options, cache, log)
+            if general is not None:
+                general.ask(number, policy, log)
     answers = [
         [_scored_answer(inputs, row, options, cache) for row in range(len(inputs.prompts))]
         for inputs in identified
     ]
-    return answers, identified
+    return answers, identified, [] if general is None else general.entries()
 
 
 def _rows_without_answer(inputs: CandidateInputs, options: AnswerSettings, cache: AnswerCache) -> list[int]:

@@ -6,8 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +28,14 @@ from yeonma.data.rows import Row, Rows
 from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Log, Problem, UserError, did_you_mean
-from yeonma.files import file_hash, user_path
+from yeonma.files import user_path
 from yeonma.messages import tr
-from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.model.adapter_weights import added_rows
-from yeonma.model.base_content import known_hash
 from yeonma.model.load import check_vocabulary, generation_eos, load_config, load_tokenizer, outline
 from yeonma.model.position_limits import model_positions
-from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource, find_base
+from yeonma.model.weights_identity import weights_identity
 from yeonma.policy import check_outline
 from yeonma.tokenization.example import TokenRules, answer_tokens
 
@@ -376,15 +372,4 @@ def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) 
     commit.
     """
     source = candidate.prompt_builder.source
-    folder = Path(source.name)
-    base: list[str | None] = [source.name, source.revision]
-    if folder.is_dir():
-        weights = sorted(folder.glob("*.safetensors"))
-        base = [file_hash(folder / "config.json"), *(known_hash(path) for path in weights)]
-    adapter = None
-    if candidate.adapter is not None:
-        adapter = [file_hash(Path(candidate.adapter) / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
-    versions = [version(package) for package in ("torch", "transformers", "peft")]
-    content = [FORMAT, base, adapter, str(dtype), device.type, versions]
-    content += [quantised_by(candidate.quantization)] if candidate.quantization != "none" else []
-    return sha256(json.dumps(content).encode()).hexdigest()
+    return weights_identity(FORMAT, source, candidate.adapter, dtype, device, candidate.quantization)

@@ -113,7 +113,10 @@ class RequestRunner:
             for request in block
         ]
         token_ids = [np.array(request.token_ids, dtype=np.int64) for request in block]
-        scores = self.policy.token_scores(token_ids, [request.scored for request in block], units)
+        scored = [
+            np.arange(len(request.token_ids)) >= len(request.token_ids) - request.scored for request in block
+        ]
+        scores = self.policy.token_scores(token_ids, scored, top=1, units=units)
         results = []
         for request, score in zip(block, scores, strict=True):
             greedy = score.top_id_NK[:, 0].tolist()

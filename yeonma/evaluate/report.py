@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import combinations
@@ -38,18 +38,14 @@ from yeonma.evaluate.candidates import Candidate
 from yeonma.evaluate.eval_part import eval_reports, print_eval_reports
 from yeonma.evaluate.metrics import (
     NOT_BY_ROW,
-    RESAMPLES,
     Metric,
     ScoredAnswer,
     compute_metrics,
-    holm,
-    interval,
     predicted_labels,
-    resampled_sums,
-    swap_test,
 )
 from yeonma.evaluate.verdict import format_number, format_p, reference_heading, verdict
 from yeonma.messages import counted, tr
+from yeonma.resampling import RESAMPLES, holm, interval, resampled_sums, swap_test
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
 
@@ -69,6 +65,8 @@ class Comparison:
     references: Sequence[str | None]
     inputs: Sequence[CandidateInputs]
     answers: Sequence[Sequence[ScoredAnswer]]
+    kept: Sequence[Mapping[str, Any]] = ()
+    """What each other model kept of the first one."""
 
 
 def make_report(
@@ -98,6 +96,7 @@ def make_report(
         "resamples": RESAMPLES,
         "metrics": entries,
         "labels": _labels(comparison),
+        "kept": [*comparison.kept],
         "rows": _row_entries(comparison, metrics),
         **({"benchmarks": benchmarks} if benchmarks else {}),
     }
@@ -324,6 +323,10 @@ def print_report(console: Console, report: ComparisonReport) -> None:
     _print_table(console, report)
     _print_confusions(console, report)
     print_eval_reports(console, report.get("benchmarks", []))
+    for kept in report["kept"]:
+        for sentence in kept["sentences"]:
+            console.print(Text(one_line(sentence)), soft_wrap=True)
+        console.print()
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 

@@ -83,6 +83,7 @@ def page(report: ComparisonReport) -> str:
             "</section>",
             *_table(report, names),
             *_label_tables(report, names),
+            *_kept(report),
             *_plots(report, names),
             *eval_html(report.get("benchmarks", [])),
             *_about(report),
@@ -195,6 +196,14 @@ def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[st
             name, score = html(label_name(own)), format_number(f1_of(confusion, own))
             yield f'<tr><th scope="row">{name}</th>{cells}<td>{score}</td></tr>'
         yield "</tbody></table></div>"
+
+
+def _kept(report: ComparisonReport) -> Iterator[str]:
+    """What each other model kept of the first one."""
+    if report["kept"]:
+        yield '<h2 id="kept">' + html(tr("What was kept")) + "</h2>"
+    for kept in report["kept"]:
+        yield f"<p>{' '.join(html(sentence) for sentence in kept['sentences'])}</p>"
 
 
 def _interval(ends: Sequence[float] | None) -> str:

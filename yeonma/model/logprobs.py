@@ -206,25 +206,22 @@ def example_scores(
     token_ids: Sequence[np.ndarray],
     top: int,
     *,
-    scored: Sequence[int] | None = None,
+    scored: Sequence[np.ndarray] | None = None,
     units: Sequence[int] | None = None,
 ) -> list[TokenScores]:
     """The scores of all tokens but the first, for each sequence, without gradients: over one forest if `support` allows
     it, otherwise sequence by sequence. The log-probabilities are those of training.
 
-    `scored`: of each sequence only so many tokens at its end; its last token is then predicted only, as in a forward
-    pass over the tokens before it. `units` as in `lay_out`.
+    `scored`: which tokens of each sequence have scores, never the first one. Its last token is then predicted only, as
+    in a forward pass over the tokens before it. `units` as in `lay_out`.
     """
-    counts = [len(ids) - 1 for ids in token_ids] if scored is None else list(scored)
+    trained = [np.arange(len(ids)) > 0 for ids in token_ids] if scored is None else list(scored)
     with torch.no_grad():
         if not support.forest:
             return [
-                _sequence_scores(model, ids, top).at(slice(len(ids) - 1 - count, None))
-                for ids, count in zip(token_ids, counts, strict=True)
+                _sequence_scores(model, ids, top).at(to_device(np.flatnonzero(mask[1:]), model.device))
+                for ids, mask in zip(token_ids, trained, strict=True)
             ]
-        trained = [
-            np.arange(len(ids)) >= len(ids) - count for ids, count in zip(token_ids, counts, strict=True)
-        ]
         inputs = list(token_ids) if scored is None else [ids[:-1] for ids in token_ids]
         forest = lay_out(
             token_ids,

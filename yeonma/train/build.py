@@ -237,6 +237,7 @@ def _reading(one: PreparedSet) -> dict[str, Any]:
         "delimiter": settings.delimiter,
         "weight": None if settings.weight is None else float(settings.weight),
         "repeats": None if settings.repeats == 1 else settings.repeats,
+        "share": None if settings.share is None else float(settings.share),
     }
     return {name: value for name, value in reading.items() if value is not None}
 

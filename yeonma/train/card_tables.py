@@ -109,21 +109,29 @@ def data_set_table(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
     if not sets:
         return []
     total = sum(one.get("weight", 0) for one in sets)
+    shared = sum(one.get("share", 0) for one in sets)
+    own = sum(_own_weight(one) for one in sets)
     lines = [
         tr("| data set | {units} | trained tokens | part of the mixture |", units=tr(units)),
         "| --- | --- | --- | --- |",
     ]
     for one in sets:
         times = one.get("repeats", 1)
-        part = (
-            tr("{weight:.1%} of each step", weight=one["weight"] / total)
-            if total
-            else tr("{times} an epoch", times=counted(times, "time"))
-        )
+        part = tr("{times} an epoch", times=counted(times, "time"))
+        if shared:
+            weight = one.get("share") or (1 - shared) * _own_weight(one) / own
+            part = tr("{weight:.1%} of each step", weight=weight)
+        elif total:
+            part = tr("{weight:.1%} of each step", weight=one["weight"] / total)
         lines.append(
             f"| {code(one['name'], in_table=True)} | {one['examples']:,} | {one['trained_tokens']:,} | {part} |"
         )
     return [*lines, ""]
+
+
+def _own_weight(one: Mapping[str, Any]) -> float:
+    """What a data set weighs among those without a share, as in training."""
+    return 0 if "share" in one else one.get("weight") or one["examples"] * one.get("repeats", 1)
 
 
 def loss_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from yeonma.run_folder.progress import CardWork
 from yeonma.tokenization.dataset import Dataset
 from yeonma.train.answer_rows import AnswerPlan
-from yeonma.train.model_card import MAX_NEW_TOKENS
+from yeonma.train.model_card import MAX_NEW_TOKENS, asked_sets
 
 TOKENS_PER_STEP = 120
 """The tokens whose forward pass takes as long as decoding one token of a few rows, which reads all weights. On one core
@@ -24,7 +24,7 @@ def card_work(
 ) -> CardWork | None:
     """The work of answering `card_rows` rows with the trained model, and with the base if that is still to come; None
     if no row is answered. `config`: the base model's."""
-    sets = [one for one in dataset.sets if not one.template.is_text]
+    sets = asked_sets(dataset)
     if not card_rows or not sets:
         return None
     counts = dataset.train.store.counts

@@ -34,6 +34,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
 from yeonma.errors import UserError
+from yeonma.forgetting.kept import Kept
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
 from yeonma.messages import counted, tr, translated
@@ -50,6 +51,7 @@ from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompt
 from yeonma.train.card_answers import answer_table
+from yeonma.train.card_general import kept_section
 from yeonma.train.card_tables import (
     confusion_tables,
     data_set_table,
@@ -118,12 +120,13 @@ def write_card(
     remarks: Sequence[str] = (),
     base_answers: Sequence[CardAnswer] | None = None,
     on_answer: OnAnswer = lambda done, total: None,
+    kept: Kept | None = None,
 ) -> list[Sample]:
     """Writes the card, with greedy answers of the base model and the trained one to `rows` rows, which it returns.
 
     `adapter_step`: the step whose weights are in the folder. `command`: how to repeat the run. `base_answers`: those of
     the base, from `answers_before`, if its weights are no longer in memory. `on_answer` gets the number of answers so
-    far, and of all.
+    far, and of all. `kept`: what the trained model kept of the base, if it was asked.
     """
     samples = sample_answers(policy, tokenizer, dataset, rows, base_answers, on_answer) if rows else []
     adapter = read_adapter_folder(output)
@@ -139,6 +142,7 @@ def write_card(
         reached=None if adapter.is_full else coverage(policy.transformers_model),
         remarks=remarks,
         usage=_usage(output, adapter, policy, tokenizer, dataset, samples),
+        kept=kept,
     )
     write_text_atomically(output / "README.md", text)
     return samples
@@ -180,6 +184,8 @@ def _language(dataset: Dataset) -> str | None:
     """The language of the answers, where the script of most of them is that of one language alone."""
     found = set()
     for one in dataset.sets:
+        if one.settings.share is not None:
+            continue
         store = one.train.store
         scripts = store.row_scripts[used_rows(*one.train.examples) - 1]
         found |= {
@@ -299,9 +305,14 @@ def _counter(dataset: Dataset, count: int, policies: int, on_answer: OnAnswer) -
     return answered
 
 
+def asked_sets(dataset: Dataset) -> list[PreparedSet]:
+    """The data sets whose rows are answered for the card: not whole texts, and not rows that are replayed."""
+    return [one for one in dataset.sets if not one.template.is_text and one.settings.share is None]
+
+
 def _asked(dataset: Dataset, count: int) -> list[tuple[PreparedSet, int]]:
     """The data sets whose rows are answered, and how many of each."""
-    asked = [one for one in dataset.sets if not one.template.is_text]
+    asked = asked_sets(dataset)
     shares = [len(range(number, count, len(asked))) for number in range(len(asked))]
     return [(one, max(share, 1)) for one, share in zip(asked, shares, strict=True)]
 
@@ -417,6 +428,7 @@ def card_text(
     reached: Coverage | None,
     remarks: Sequence[str] = (),
     usage: Sequence[str] = (),
+    kept: Kept | None = None,
 ) -> str:
     """The card. `settings`: lines of YAML. `reached`: what has the adapter. `usage`: how other tools use the folder."""
     trained_on = adapter.details["trained_on"]
@@ -465,6 +477,7 @@ def card_text(
         else:  # the log was deleted while the run was stopped, and begins later
             lines += [tr("metrics.jsonl does not have the validation losses of before and after."), ""]
     lines += ["![loss](loss.svg)", ""]
+    lines += kept_section(kept)
     lines += _samples(samples, tr("fine-tuned") if adapter.is_full else tr("with the adapter"))
     lines += [tr("## Template"), "", *code_block(adapter.template.text), ""]
     for one in sets:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ from yeonma.train.target_device import TargetDevice, target_device
 
 TRIAL_STEPS = 40
 MOST_STEPS = 10**9
+ONLY_FOR_THE_CARD = ("card_rows", "general_questions")
 SAFE_SCHEDULES = ("linear", "cosine", "constant")
 """Schedules that cannot fail without arguments."""
 
@@ -166,14 +168,15 @@ def prepare(
 
 def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
     """The steps of a run. An epoch has every training unit once, or as often as its data set's repeats say; with
-    weights, as many units, of which each data set has its share.
+    weights, as many units, of which each data set has its share. Data sets with a `share` have it of every step, and
+    make the epoch of the others longer by that.
 
     Raises UserError for settings that do not go with weights, and for more steps than a run can have.
     """
     of_sets = dataset.units_of_sets()
-    weights = [one.settings.weight for one in dataset.sets if one.settings.weight is not None]
-    shares = None
-    if 1 < len(of_sets) == len(weights):
+    weights = mixture_weights(dataset)
+    shares, epoch_units = None, None
+    if weights is not None:
         if step.group_by_length:
             problem = tr("steps of similar lengths cannot keep the shares of the data sets' weights")
             cure = tr("leave it out, or give repeats instead of weights")
@@ -182,11 +185,13 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
         ends = np.cumsum([len(units) for units in of_sets])
         ranges = [np.arange(end - len(units), end) for units, end in zip(of_sets, ends, strict=True)]
         shares = Shares(tuple(ranges), tuple(int(weight * denominator) for weight in weights))
+        if left := sum(one.settings.share or 0 for one in dataset.sets):
+            epoch_units = math.ceil(_own_units(dataset) / (1 - left))
     else:
         repeats = [one.settings.repeats for one in dataset.sets]
         of_sets = [np.tile(units, times) for units, times in zip(of_sets, repeats, strict=True)]
     units = np.concatenate(of_sets)
-    steps = step.num_epochs * math.ceil(len(units) / step.batch_size)
+    steps = step.num_epochs * math.ceil((epoch_units or len(units)) / step.batch_size)
     if step.max_steps is None and steps > MOST_STEPS:
         problem = tr(
             "the run would have {steps:.3g} steps, and {most_steps:,} are the most",
@@ -203,6 +208,35 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
         max_steps=step.max_steps,
         group_by_length=step.group_by_length,
         shares=shares,
+        epoch_units=epoch_units,
+    )
+
+
+def mixture_weights(dataset: Dataset) -> list[Fraction] | None:
+    """The weight of each data set in every step; None where an epoch has every row as often as its data set says.
+    Beside a data set with a `share`, the others keep their weights among themselves or, without any, their numbers of
+    units."""
+    settings = [one.settings for one in dataset.sets]
+    shares = [one.share for one in settings if one.share is not None]
+    if not shares:
+        weights = [one.weight for one in settings if one.weight is not None]
+        return weights if 1 < len(settings) == len(weights) else None
+    own = [
+        Fraction(0)
+        if one.settings.share is not None
+        else one.settings.weight or Fraction(len(one.train.units) * one.settings.repeats)
+        for one in dataset.sets
+    ]
+    scale = (1 - sum(shares)) / sum(own)
+    return [
+        weight * scale if one.share is None else one.share for weight, one in zip(own, settings, strict=True)
+    ]
+
+
+def _own_units(dataset: Dataset) -> int:
+    """The units in an epoch of the data sets without a share."""
+    return sum(
+        len(one.train.units) * one.settings.repeats for one in dataset.sets if one.settings.share is None
     )
 
 
@@ -454,7 +488,9 @@ def _identity_of_evaluation(evaluation: EvaluationSettings, answers: AnswerPlan 
     """Settings of the evaluation, and those of answers only if the run measures some."""
     of_answers = ("answer_metrics", "answer_rows")
     identity = {
-        name: value for name, value in asdict(evaluation).items() if name not in ("card_rows", *of_answers)
+        name: value
+        for name, value in asdict(evaluation).items()
+        if name not in (*ONLY_FOR_THE_CARD, *of_answers)
     }
     identity["keep_best"] = best_metric(evaluation.keep_best) or keeps_best(evaluation.keep_best)
     if answers is None:
@@ -482,12 +518,14 @@ def _identity_of_data(data: DataSettings, dataset: Dataset) -> dict[str, Any]:
     """Rows, templates, and what else decides which examples a run has. Of a list of data sets, also that of each."""
     identity = {**_identity_of_set(dataset.sets[0]), "content of data_path": dataset.train.rows.identity}
     identity |= {"max_rows": data.max_rows, "val_set_size": data.val_set_size}
-    if isinstance(data.data_path, list):
+    if isinstance(data.data_path, list) or len(dataset.sets) > 1:
         for number, one in enumerate(dataset.sets, 1):
             mixed = {
                 "weight": one.settings.weight and str(one.settings.weight),
                 "repeats": one.settings.repeats,
             }
+            if one.settings.share is not None:
+                mixed["share"] = str(one.settings.share)
             values = {**_identity_of_set(one), **mixed}
             identity |= {of_data_set(name, number): value for name, value in values.items()}
     return identity

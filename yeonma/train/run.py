@@ -28,6 +28,7 @@ from yeonma.config.settings import (
 from yeonma.data.python_rows import is_label
 from yeonma.errors import Log
 from yeonma.files import disk_errors_as_user_errors, user_path
+from yeonma.forgetting.kept import Kept
 from yeonma.messages import tr
 from yeonma.model import load
 from yeonma.model.base_content import reading_content
@@ -76,6 +77,7 @@ from yeonma.train.build import (
     reference_extras,
     units_to_reference,
 )
+from yeonma.train.card_general import ask_base, kept_by, kept_sentences, question_count
 from yeonma.train.card_time import answer_work, card_work
 from yeonma.train.distributed import Processes, check_same_content, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
@@ -356,8 +358,14 @@ def _train(
 
     trained = sum(weight.numel() for weight in state.parameters.values())
     parts = FolderParts(prepared.tokenizer, dataset.template, loaded.details, exported, samples)
-    base_answers = None
+    base_answers, base_asked, questions = None, None, question_count(evaluation)
+    kept_in = None if state.sharded else cache_folder(config.tokens)
+    quantization = config.model.quantization
     if config.model.train == "full":
+        if (group.first or state.sharded) and questions:
+            clock.enter("answers")
+            base_asked = ask_base(policy, prepared.tokenizer, questions, quantization, kept_in)
+            clock.enter("loading")
         if (group.first or state.sharded) and evaluation.card_rows:  # before the base's weights are replaced
             with reporting.answers(tr("the base")) as on_answer:
                 base_answers = answers_before(
@@ -407,6 +415,13 @@ def _train(
     if group.first:
         folder.begin(output, prepared.identity, to_yaml(config), start, run.save_total_limit)
         reporting.printed.open(output / PRINTED)
+
+    def kept() -> Kept:
+        base = base_asked
+        if base is None:
+            alone = replace(policy, adapter_weights=False)
+            base = ask_base(alone, prepared.tokenizer, questions, quantization, kept_in)
+        return kept_by(policy, base)
 
     def batch_of(units: np.ndarray, store: TokenStore = dataset.train.store) -> Batch:
         return Batch.from_store(store, units, extras.get(store.key))
@@ -500,8 +515,11 @@ def _train(
             if best_step != progress.step:
                 saved.load(checkpoint_path(output, best_step))
             saved.result.gather()
-        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
+        if state.sharded and (evaluation.card_rows or questions):  # every forward pass needs all processes
             broadcast_trained(state.model)
+        if state.sharded and questions:
+            kept()
+        if state.sharded and evaluation.card_rows:
             answered = sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows, base_answers)
             sample_answers_of(policy, dataset, answered, with_base=base_answers is None)
         return None
@@ -511,8 +529,10 @@ def _train(
     saved.result.gather()
     folder.install(output, saved.result)
     stop.check()
-    if evaluation.card_rows:
+    if evaluation.card_rows or questions:
         broadcast_trained(state.model)
+    clock.enter("answers")
+    was_kept = kept() if questions else None
     loss_unit = tr("trained token") if state.objective.per_token else ONE[dataset.task.units]
     plot_loss(output / METRICS, output / "loss.svg", loss_unit)
     repeat_command = _repeat_command(config, state.objective.name)
@@ -531,7 +551,10 @@ def _train(
             model_remarks(prepared.config, dataset),
             base_answers,
             on_answer,
+            was_kept,
         )
+    for line in kept_sentences(was_kept) if was_kept is not None else ():
+        log(line)
     if answered:
         scored = sample_answers_of(policy, dataset, answered, with_base=base_answers is None)
         write_text_atomically(output / SAMPLE_ANSWERS, as_json(scored))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from yeonma.evaluate.harness_scores import SUMS_FORMS, GroupScores, ItemScores, score_entries
-from yeonma.evaluate.metrics import swap_test
+from yeonma.resampling import swap_test
 
 
 def average(items: Sequence[float]) -> float:

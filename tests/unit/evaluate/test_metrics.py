@@ -25,12 +25,9 @@ from yeonma.evaluate.metrics import (
     ScoredAnswer,
     bleu,
     compute_metrics,
-    holm,
-    interval,
     repetition,
-    resampled_sums,
-    swap_test,
 )
+from yeonma.resampling import holm, interval, resampled_sums, swap_test
 
 ENGLISH = (
     ("The old ferry will run every hour from June.", "The ferry runs every half hour from June"),

@@ -66,6 +66,7 @@ VERBS = {
     "GenerateSettings": ("generate",),
     "CompareSettings": ("compare",),
     "EvalSettings": ("eval",),
+    "JudgeSettings": ("compare",),
     "AnswerSettings": ("generate", "chat", "compare"),
     "MergeSettings": ("merge",),
     "ExportSettings": ("export",),

@@ -36,6 +36,15 @@ from yeonma.errors import UserError
 from yeonma.evaluate.answers import CandidateInputs
 from yeonma.evaluate.candidates import Candidate
 from yeonma.evaluate.eval_part import eval_reports, print_eval_reports
+from yeonma.evaluate.judge import Judged
+from yeonma.evaluate.judge_report import (
+    explain_judge,
+    judge_entry,
+    judge_notes,
+    judge_sentences,
+    print_judge,
+    row_entries,
+)
 from yeonma.evaluate.metrics import (
     NOT_BY_ROW,
     Metric,
@@ -44,6 +53,7 @@ from yeonma.evaluate.metrics import (
     predicted_labels,
 )
 from yeonma.evaluate.verdict import format_number, format_p, reference_heading, verdict
+from yeonma.evaluate.vote_pairs import PairColumns
 from yeonma.messages import counted, tr
 from yeonma.resampling import RESAMPLES, holm, interval, resampled_sums, swap_test
 from yeonma.run_folder.run_log import read_metrics
@@ -65,6 +75,9 @@ class Comparison:
     references: Sequence[str | None]
     inputs: Sequence[CandidateInputs]
     answers: Sequence[Sequence[ScoredAnswer]]
+    pair_columns: Sequence[PairColumns | None]
+    """The rows' prompts, for the pairs of people's votes."""
+    judged: Judged | None = None
     kept: Sequence[Mapping[str, Any]] = ()
     """What each other model kept of the first one."""
 
@@ -79,6 +92,8 @@ def make_report(
     entries = _metric_entries(metrics, options.seed)
     names = [inputs.candidate.name for inputs in comparison.inputs]
     benchmarks = eval_reports([(each.candidate.name, each.candidate.adapter) for each in comparison.inputs])
+    judged = None if comparison.judged is None else judge_entry(comparison.judged, options.seed)
+    said, notes = ([], []) if judged is None else (judge_sentences(judged, names), judge_notes(judged))
     return {
         "format": FORMAT,
         "yeonma": __version__,
@@ -88,15 +103,16 @@ def make_report(
             "sha256": comparison.source.identity,
             "rows": len(comparison.rows),
         },
-        "verdict": verdict(names, entries, len(comparison.rows)),
+        "verdict": [*verdict(names, entries, len(comparison.rows)), *said],
         "answers": asdict(options),
         "models": [_model_entry(inputs) for inputs in comparison.inputs],
         "units": {"rouge": tokenizer.name, "bleu": tokenizer.bleu},
-        "notes": _notes(comparison, tokenizer),
+        "notes": [*_notes(comparison, tokenizer), *notes],
         "resamples": RESAMPLES,
         "metrics": entries,
         "labels": _labels(comparison),
         "kept": [*comparison.kept],
+        "judge": judged,
         "rows": _row_entries(comparison, metrics),
         **({"benchmarks": benchmarks} if benchmarks else {}),
     }
@@ -280,7 +296,11 @@ def _row_entries(comparison: Comparison, metrics: MetricTables) -> list[dict[str
             answers.append({"text": answer.text, "ended": answer.ended, "scores": scores})
             if prompts[model] != prompts[0]:
                 answers[-1]["prompt"] = prompts[model]
-        entries.append({"row": row.number, "prompt": prompts[0], "wanted": reference, "answers": answers})
+        entry = {"row": row.number, "prompt": prompts[0], "wanted": reference, "answers": answers}
+        entry["columns"] = comparison.pair_columns[index]
+        if comparison.judged is not None:
+            entry["judge"] = row_entries(comparison.judged, index)
+        entries.append(entry)
     return entries
 
 
@@ -327,6 +347,8 @@ def print_report(console: Console, report: ComparisonReport) -> None:
         for sentence in kept["sentences"]:
             console.print(Text(one_line(sentence)), soft_wrap=True)
         console.print()
+    if report["judge"] is not None:
+        print_judge(console, report["judge"], [model["name"] for model in report["models"]])
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 
@@ -457,4 +479,4 @@ def explain_numbers(report: ComparisonReport) -> list[str]:
             "the rows."
         )
     )
-    return sentences
+    return sentences if report["judge"] is None else [*sentences, *explain_judge(report["judge"])]

@@ -68,6 +68,7 @@ DPO: dict[str, Contender] = {
     "trl-2": Contender(TRL_DPO, 2, checkpointing=True),
     "trl-4": Contender(TRL_DPO, 4, checkpointing=True),
     "trl-4-liger": Contender(TRL_DPO, 4, checkpointing=True, fused=True),
+    "unsloth-4": Contender(UNSLOTH, 4, checkpointing=True),
 }
 
 

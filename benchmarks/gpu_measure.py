@@ -56,8 +56,9 @@ def trainer_of(contender: Contender) -> Callable[[Contender, Job], Measured]:
     return gpu_peers.trl_dpo if contender.library == TRL_DPO else gpu_peers.trainer_of_rows
 
 
-def ours(contender: Contender, job: Job) -> Measured:
-    """`yeonma sft` or `dpo` itself, from its command line to its adapter folder; the numbers of its metrics.jsonl."""
+def ours(contender: Contender, job: Job, max_steps: int | None = None) -> Measured:
+    """`yeonma sft` or `dpo` itself, from its command line to its adapter folder; the numbers of its metrics.jsonl.
+    `max_steps`: to end before all rows are trained on."""
     pairs = job.about["pairs"]
     settings: dict[str, Any] = {
         **run_settings(
@@ -73,16 +74,18 @@ def ours(contender: Contender, job: Job) -> Measured:
         "max_grad_norm": job.about["max_grad_norm"],
         "batch_size": job.about["batch"],
         "num_epochs": 1,
+        **({} if max_steps is None else {"max_steps": max_steps}),
         **({"quantization": job.quantization} if job.quantization != "none" else {}),
         **at_once(contender, job),
     }
     with timed_reference(job.folder / "cache") as reference_seconds:
         steps = yeonma_steps("dpo" if pairs else "sft", settings)
+    about_steps = job.about["steps"][:max_steps]
     return Measured(
         seconds=[step["seconds"] for step in steps],
-        tokens=[step["tokens"] for step in job.about["steps"]],
+        tokens=[step["tokens"] for step in about_steps],
         losses=[step["loss"] for step in steps],
-        trained_tokens=[step["trained_tokens"] for step in job.about["steps"]],
+        trained_tokens=[step["trained_tokens"] for step in about_steps],
         reference_seconds=sum(reference_seconds),
         peak_memory_bytes=peak_memory(job),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from gpu_contenders import BETA, LEARNING_RATE, TRANSFORMERS, Contender, Job, Measured, peak_memory
@@ -93,16 +94,22 @@ def measured_rows(trainer: Any, job: Job) -> Measured:
 
 
 def trl_dpo(contender: Contender, job: Job) -> Measured:
+    base, tokenizer = loaded(job)
+    return measured_pairs(base, tokenizer, job.start, arguments(contender, job), job)
+
+
+def measured_pairs(
+    model: Any, tokenizer: Any, start: Path | None, given: dict[str, Any], job: Job
+) -> Measured:
+    """TRL's DPOTrainer with the arguments given; `start` as `dpo_trainer` has it."""
     from trl import DPOConfig
 
-    base, tokenizer = loaded(job)
-    given = arguments(contender, job)
-    del given["train_sampling_strategy"]
+    given = {name: value for name, value in given.items() if name != "train_sampling_strategy"}
     settings = DPOConfig(
         **given, loss_type=["sigmoid"], beta=BETA, max_length=None, precompute_ref_log_probs=False
     )
     order = list(range(len(job.examples)))
-    trainer = dpo_trainer(base, tokenizer, job.examples, [order], job.start, settings)
+    trainer = dpo_trainer(model, tokenizer, job.examples, [order], start, settings)
     return Measured(
         seconds=train(trainer),
         tokens=[step["tokens"] for step in job.about["steps"]],

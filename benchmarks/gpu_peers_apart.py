@@ -9,9 +9,10 @@ its kernels and its packing have not been tried.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from gpu_contenders import Contender, Job, Measured, peak_memory
-from gpu_peers import arguments, lengths, measured_rows
+from gpu_peers import arguments, lengths, measured_pairs, measured_rows
 from gpu_shapes import LORA_R, SEED
 from gpu_workloads import CUTOFF_LEN
 from peers import step_clock, tokens_of
@@ -21,12 +22,38 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def unsloth(contender: Contender, job: Job) -> Measured:
-    """Unsloth's model under TRL's SFTTrainer as it has patched it; gpu_measure.py imported unsloth before all else."""
-    import torch
+    """Unsloth's model under TRL's SFTTrainer or DPOTrainer, as it has patched them; gpu_measure.py imported unsloth
+    before all else."""
+    model, tokenizer = unsloth_model(contender, job)
+    given = arguments(contender, job)
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # its model has it already
+        del given[name]
+    if job.about["pairs"]:
+        return measured_pairs(model, tokenizer, None, given, job)
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    # With a column of labels it would take a collator that cannot lay rows flat, and packed rows would see each other.
+    rows = [
+        {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
+        for row in job.examples
+    ]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**given, **lengths(contender, job), completion_only_loss=True),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    if contender.packed and not trainer.args.packing:
+        raise SystemExit("Unsloth turned packing off")
+    return measured_rows(trainer, job)
+
+
+def unsloth_model(contender: Contender, job: Job) -> tuple[Any, Any]:
+    """Unsloth's model with the LoRA weights of the start, and the tokenizer."""
+    import torch
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
-    from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
 
     base, tokenizer = FastLanguageModel.from_pretrained(
@@ -48,23 +75,7 @@ def unsloth(contender: Contender, job: Job) -> Measured:
     start = load_file(job.start / "adapter_model.safetensors")
     if unknown := set_peft_model_state_dict(model, start).unexpected_keys:
         raise SystemExit(f"Unsloth's adapter has not the start's weights: {unknown[:3]}")
-    given = arguments(contender, job) | lengths(contender, job)
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # its model has it already
-        del given[name]
-    # With a column of labels it would take a collator that cannot lay rows flat, and packed rows would see each other.
-    rows = [
-        {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
-        for row in job.examples
-    ]
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**given, completion_only_loss=True),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    if contender.packed and not trainer.args.packing:
-        raise SystemExit("Unsloth turned packing off")
-    return measured_rows(trainer, job)
+    return model, tokenizer
 
 
 def factory(contender: Contender, job: Job) -> Measured:

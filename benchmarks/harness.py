@@ -234,9 +234,13 @@ def publish(
 
 def publish_lease(result: Mapping[str, Any] | None) -> None:
     """Write what was measured on a GPU into the pages of both languages."""
+    publish_both("lease", lambda language: lease_section(result, language))
+
+
+def publish_both(name: str, section_of: Callable[[str], str]) -> None:
+    """Write a section into the pages of both languages, `en` and `ko`."""
     for language, page in (("en", PAGE), ("ko", PAGE.with_suffix(".ko.md"))):
-        section = lease_section(result, language)
-        page.write_text(put(page.read_text("utf-8"), "lease", section), "utf-8")
+        page.write_text(put(page.read_text("utf-8"), name, section_of(language)), "utf-8")
 
 
 def check_steps(result: Mapping[str, Any]) -> None:

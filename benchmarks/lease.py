@@ -158,7 +158,7 @@ class Lease:
         given = {"device": place.device, "dtype": place.dtype, **job.settings}
         if job.contender is not None:
             about = self.result["shapes"][job.shape]["workloads"][job.settings["workload"]]
-            given |= {"folder": str(prepared), "contender": job.contender, "about": about}
+            given |= {"folder": str(prepared), "contender": job.contender, "about": about, "shape": job.shape}
             shutil.rmtree(prepared / "output", ignore_errors=True)
         else:
             own = place.work / "own" / file_name(job)

@@ -13,7 +13,8 @@ from gpu_contenders import NEEDS, UNSLOTH, contenders, installed
 from gpu_workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
-LARGE, SMALL, LITTLE, RECURRENT, TINY = "llama-3-8b", "qwen3-0.6b", "little", "qwen3.5-like", "tiny"
+LARGE, SMALL, LITTLE, TINY = "llama-3-8b", "qwen3-0.6b", "little", "tiny"
+RECURRENT, LITTLE_RECURRENT = "qwen3.5-like", "little-recurrent"
 STEPS = {False: 12, True: 4}
 """Of a measurement, by whether it is tiny. A workload may have fewer where a step takes long."""
 PREPARED: Mapping[str, tuple[str, ...]] = {
@@ -21,10 +22,18 @@ PREPARED: Mapping[str, tuple[str, ...]] = {
     SMALL: ("long", "alpaca", "dpo"),
     LITTLE: ("alpaca", "dpo"),
     RECURRENT: ("alpaca",),
+    LITTLE_RECURRENT: ("alpaca",),
     TINY: tuple(WORKLOADS),
 }
 """Shape -> the workloads whose rows are made with it."""
-PREPARING_SECONDS = {LARGE: 90.0, SMALL: 40.0, LITTLE: 30.0, RECURRENT: 45.0, TINY: 120.0}
+PREPARING_SECONDS = {
+    LARGE: 90.0,
+    SMALL: 40.0,
+    LITTLE: 30.0,
+    RECURRENT: 45.0,
+    LITTLE_RECURRENT: 30.0,
+    TINY: 120.0,
+}
 
 
 @dataclass(frozen=True)
@@ -56,23 +65,29 @@ def gpu_test_files() -> list[str]:
 
 
 def jobs(*, tiny: bool) -> list[Job]:
-    """All jobs, the most useful first."""
+    """All jobs, the most useful first: what is right, then NeMo's setting and where a step's time goes."""
+    first, *others = _trainings()
+    profile, *more_profiles = _profiles()
     main = [
         *_checks(tiny),
-        *_trainings(),
-        *_profiles(),
+        first,
+        profile,
+        *others,
+        *more_profiles,
         *_forecasts(tiny),
         *_others(tiny),
         *_more_trainings(),
+        *_more_rounds(tiny),
     ]
     return [_on_the_cpu(job) for job in main] if tiny else main
 
 
 def _on_the_cpu(job: Job) -> Job:
-    """With the tiny shape. What has processes of its own runs alone: a CPU has few cores."""
+    """With the tiny shape, or with recurrent layers that are small anyway. What has processes of its own runs alone: a
+    CPU has few cores."""
     return replace(
         job,
-        shape=TINY if job.shape is not None else None,
+        shape=job.shape if job.shape in (None, LITTLE_RECURRENT) else TINY,
         seconds=1.0,
         limit_seconds=max(600.0, job.limit_seconds),
         alongside=job.alongside and job.shape is None,
@@ -93,34 +108,41 @@ def _checks(tiny: bool) -> list[Job]:
         Job(
             "tests",
             "the tests marked `gpu`, eight at a time",
-            *(60, 120),
+            *(90, 120),
             command=(sys.executable, *tests),
             alongside=True,
             needs=("pytest", "xdist", "hypothesis"),
         ),
     ]
-    kinds: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-        "sft": ("alpaca", {"torch_compile": "false"}, ()),
-        "compiled": ("alpaca", {"torch_compile": "true"}, ()),
-        "dpo": ("dpo", {}, ()),
-        "nf4": ("alpaca", {"quantization": "nf4"}, ("bitsandbytes",)),
-    }
-    for kind, (workload, settings, needs) in kinds.items():
-        given = {"workload": workload, "preference": workload == "dpo", "batch": 8, "settings": settings}
-        about = f"equal bytes: the same run twice, and once killed and gone on ({kind})"
-        found.append(
-            Job(
-                f"equal/{kind}",
-                about,
-                *(60, 150),
-                script="one_equality.py",
-                settings=given,
-                shape=LITTLE,
-                alongside=True,
-                needs=needs,
-            )
-        )
+    found += [
+        _equality("sft", {"torch_compile": "false"}),
+        _equality("compiled", {"torch_compile": "true"}, seconds=90),
+        _equality("dpo", {}),
+        _equality("nf4", {"quantization": "nf4"}, needs=("bitsandbytes",)),
+    ]
     return found
+
+
+def _equality(
+    kind: str,
+    settings: Mapping[str, Any],
+    *,
+    seconds: float = 60,
+    shape: str = LITTLE,
+    needs: tuple[str, ...] = (),
+) -> Job:
+    workload = "dpo" if kind == "dpo" else "alpaca"
+    given = {"workload": workload, "preference": workload == "dpo", "batch": 8, "settings": settings}
+    return Job(
+        f"equal/{kind}",
+        f"equal bytes: the same run twice, and once killed and gone on ({kind})",
+        *(seconds, 150),
+        script="one_equality.py",
+        settings=given,
+        shape=shape,
+        alongside=True,
+        needs=needs,
+    )
 
 
 def _training(
@@ -130,7 +152,9 @@ def _training(
     seconds: float,
     shape: str = LARGE,
     quantization: str = "none",
+    number: int = 1,
 ) -> Job:
+    """`number`: of the round."""
     who = contenders(WORKLOADS[workload].pairs)[contender]
     needs = [NEEDS[who.library]] if who.library in NEEDS else []
     needs += ["liger_kernel"] if who.fused else []
@@ -139,12 +163,13 @@ def _training(
     if who.library == UNSLOTH and who.packed:
         needs_gpu = "Unsloth does not pack on the CPU"
     base = "" if quantization == "none" else f", {quantization}"
+    again = {} if number == 1 else {"round": number}
     return Job(
-        f"train/{shape}/{workload}/{quantization}/{contender}",
-        f"{who.label}{base}: {workload} on {shape}",
+        f"train/{shape}/{workload}/{quantization}/{contender}{f'/round-{number}' if again else ''}",
+        f"{who.label}{base}: {workload} on {shape}{f', round {number}' if again else ''}",
         *(seconds, 1.6 * seconds + 30),
         script="gpu_measure.py",
-        settings={"workload": workload, "quantization": quantization},
+        settings={"workload": workload, "quantization": quantization, **again},
         shape=shape,
         contender=contender,
         needs=tuple(needs),
@@ -155,17 +180,18 @@ def _training(
 
 def _trainings() -> list[Job]:
     return [
-        _training("nemo", "yeonma-2", seconds=90),
+        _training("nemo", "yeonma-2", seconds=105),
         _training("packed", "yeonma", seconds=70),
         _training("packed", "trl-packing-liger", seconds=100),
         _training("packed", "unsloth-packing", seconds=110),
         _training("dpo", "yeonma", seconds=70),
         _training("dpo", "trl-4-liger", seconds=120),
-        _training("long", "yeonma", seconds=60),
+        _training("dpo", "unsloth-4", seconds=120),
+        _training("long", "yeonma", seconds=70),
         _training("long", "trl-4", seconds=85),
         _training("long", "unsloth-4", seconds=85),
         _training("long", "transformers-4", seconds=85),
-        _training("nemo-plain", "yeonma-2", seconds=85),
+        _training("nemo-plain", "yeonma-2", seconds=95),
         _training("packed", "yeonma", quantization="fp8", seconds=70),
         _training("packed", "yeonma", quantization="nf4", seconds=90),
         _training("long", "yeonma-1-checkpointing", quantization="nf4", seconds=100),
@@ -186,18 +212,36 @@ def _more_trainings() -> list[Job]:
     ]
 
 
+def _more_rounds(tiny: bool) -> list[Job]:
+    """The second and third round of the comparisons that count, where there is time."""
+    compared = [
+        ("packed", "yeonma", 70.0),
+        ("packed", "trl-packing-liger", 100.0),
+        ("packed", "unsloth-packing", 110.0),
+        ("dpo", "yeonma", 70.0),
+        ("dpo", "trl-4-liger", 120.0),
+        ("long", "yeonma", 70.0),
+        ("long", "trl-4", 85.0),
+    ]
+    return [
+        _training(workload, contender, seconds=seconds, number=number)
+        for number in ((2,) if tiny else (2, 3))
+        for workload, contender, seconds in (compared[:1] if tiny else compared)
+    ]
+
+
 def _profiles() -> list[Job]:
     return [
         Job(
             f"profile/{workload}",
-            f"one step of `{workload}` under the profiler",
-            *(45, 110),
+            f"one step of `{workload}` under the profiler, and what it says to try next",
+            *(seconds, 110),
             script="one_profile.py",
             settings={"workload": workload, "quantization": "none"},
             shape=LARGE,
             contender=contender,
         )
-        for workload, contender in (("packed", "yeonma"), ("nemo-plain", "yeonma-2"))
+        for workload, contender, seconds in (("packed", "yeonma", 45), ("nemo-plain", "yeonma-2", 85))
     ]
 
 
@@ -266,6 +310,7 @@ def _others(tiny: bool) -> list[Job]:
             settings={"workload": "long", "batch": 8 if tiny else 16},
             shape=SMALL,
         ),
+        _equality("recurrent", {"torch_compile": "false"}, shape=LITTLE_RECURRENT),
         _training("alpaca", "yeonma", shape=RECURRENT, seconds=60),
         _training("alpaca", "transformers-4", shape=RECURRENT, seconds=90),
     ]

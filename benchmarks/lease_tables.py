@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gpu_tables import about_device, gpu_section, operations_per_token, tokens_per_second
+from profile_kinds import NextTry, next_tries
 from tables import gigabytes, table
 
 Result = Mapping[str, Any]
@@ -31,15 +33,15 @@ def values_of(result: Result, name: str) -> Mapping[str, Any] | None:
 
 
 def trainings(result: Result) -> dict[str, Any]:
-    """The measurements of training in the form of gpu.py's result. Each is there once, so all are of one round."""
+    """The measurements of training in the form of gpu.py's result."""
     entries = {name: entry for name, entry in result["jobs"].items() if "key" in entry}
     runs = [
-        {**entry["key"], "round": 1, **entry["values"]}
+        {"round": 1, **entry["key"], **entry["values"]}
         for entry in entries.values()
         if entry["state"] == "done"
     ]
     failures = [
-        {**entry["key"], "round": 1, "error": entry["error"]}
+        {"round": 1, **entry["key"], "error": entry["error"]}
         for entry in entries.values()
         if entry["state"] == "failed"
     ]
@@ -140,6 +142,12 @@ def summary_table(result: Result) -> str:
         f"{name:{width}}  {entry['state']:8}  {entry.get('seconds', 0):4.0f} s  {headline(result, name)}"
         for name, entry in result["jobs"].items()
     ]
+    for name, values in profiles(result):
+        lines += ["", f"{name}, what to try next:"]
+        lines += [
+            f"    at most {one.seconds / values['step_seconds']:5.1%} of the step  {one.what}"
+            for one in next_two(result, values, "en")
+        ]
     for name, entry in result["jobs"].items():
         if entry["state"] == "failed":
             lines += ["", f"{name} ended with:", *(f"    {line}" for line in entry.get("log", []))]
@@ -180,14 +188,21 @@ def training(
     return values_of(result, f"train/{LARGE}/{workload}/{quantization}/{contender}")
 
 
+def speeds(result: Result, workload: str, quantization: str = "none") -> dict[str, float]:
+    """Contender -> the tokens a second of its rounds on the large model, the median."""
+    key = {"shape": LARGE, "workload": workload, "quantization": quantization}
+    found: dict[str, list[float]] = {}
+    for entry in result["jobs"].values():
+        if entry["state"] == "done" and key.items() <= entry.get("key", {}).items():
+            found.setdefault(entry["key"]["contender"], []).append(tokens_per_second(entry["values"]))
+    return {contender: median(rounds) for contender, rounds in found.items()}
+
+
 def fastest(result: Result, workload: str, library: str) -> float | None:
     """The tokens a second of a library's fastest setting; None if none was measured."""
-    speeds = [
-        tokens_per_second(entry["values"])
-        for name, entry in result["jobs"].items()
-        if name.startswith(f"train/{LARGE}/{workload}/none/{library}") and entry["state"] == "done"
-    ]
-    return max(speeds, default=None)
+    return max(
+        (speed for name, speed in speeds(result, workload).items() if name.startswith(library)), default=None
+    )
 
 
 def goals(result: Result) -> list[Goal]:
@@ -196,8 +211,7 @@ def goals(result: Result) -> list[Goal]:
         return []
 
     def speed(workload: str, contender: str, quantization: str = "none") -> float | None:
-        values = training(result, workload, contender, quantization)
-        return None if values is None else tokens_per_second(values)
+        return speeds(result, workload, quantization).get(contender)
 
     def ratio(ours: float | None, theirs: float | None) -> float | None:
         return None if ours is None or theirs is None else ours / theirs
@@ -306,6 +320,8 @@ HEADS = {
         "job": "job",
         "says": "result",
         "kernel": "kernel",
+        "try": "what to try next",
+        "most": "saves at most, of a step",
     },
     "ko": {
         "goal": "목표",
@@ -314,6 +330,8 @@ HEADS = {
         "job": "작업",
         "says": "결과",
         "kernel": "커널",
+        "try": "다음에 해 볼 것",
+        "most": "스텝에서 줄일 수 있는 최대 비율",
     },
 }
 KERNELS_SHOWN = 12
@@ -332,7 +350,7 @@ def lease_section(result: Result | None, language: str = "en") -> str:
             ((f"`{name}`", cell(headline(result, name))) for name in result["jobs"]),
         ),
         gpu_section(runs) if runs["runs"] else about_device_alone(result),
-        *profile_tables(result, heads),
+        *profile_tables(result, language),
     ]
     return "\n\n".join(blocks)
 
@@ -346,11 +364,27 @@ def about_device_alone(result: Result) -> str:
     return about_device({**result, "runs": [{"matrix_rates": [0.0]}]}).partition("\n\n")[0]
 
 
-def profile_tables(result: Result, heads: Mapping[str, str]) -> Iterator[str]:
+def profiles(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name in result["jobs"]:
         values = values_of(result, name)
-        if not name.startswith("profile/") or values is None:
-            continue
+        if name.startswith("profile/") and values is not None:
+            yield name, values
+
+
+TRIES_SHOWN = 2
+
+
+def next_two(result: Result, values: Mapping[str, Any], language: str) -> list[NextTry]:
+    """The two things that a profile says to try next. Products need 4 operations per parameter that is no embedding."""
+    operations = 4 * result["shapes"][values["shape"]]["model"]["non_embedding_parameters"]
+    least = operations * values["step_tokens"] / values["matrix_rate"]
+    return next_tries(values, least, language)[:TRIES_SHOWN]
+
+
+def profile_tables(result: Result, language: str) -> Iterator[str]:
+    """For each profile, its kernels and what to try next."""
+    heads = HEADS[language]
+    for name, values in profiles(result):
         rows = [
             (
                 f"`{cell(kernel['name'])}`",
@@ -360,3 +394,8 @@ def profile_tables(result: Result, heads: Mapping[str, str]) -> Iterator[str]:
             for kernel in values["kernels"][:KERNELS_SHOWN]
         ]
         yield f"`{name}`:\n\n" + table({heads["kernel"]: "---", "×": "---:", "%": "---:"}, rows)
+        tries = [
+            (one.what, f"{one.seconds / values['step_seconds']:.1%}")
+            for one in next_two(result, values, language)
+        ]
+        yield table({heads["try"]: "---", heads["most"]: "---:"}, tries)

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from gpu_contenders import Job, contenders
 from gpu_measure import ours
 from harness import answer_job
+from profile_kinds import Widths, by_kind, kind_of
 
 PROFILED = 4
 """Which step is profiled. Those between the first and it are timed without the profiler, which slows Python down."""
@@ -31,9 +32,14 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def summary(events: Iterable[Any], on_device: Any, seconds: float) -> dict[str, Any]:
-    """What the profiler's events say of a step that took `seconds` without it; microseconds become seconds."""
-    kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+def summary(
+    events: Iterable[Any], on_device: Any, seconds: float, widths: Widths | None = None
+) -> dict[str, Any]:
+    """What the profiler's events say of a step that took `seconds` without it; microseconds become seconds.
+
+    `widths`: of a CPU's step, whose operators call each other: each counts with the time that it spends by itself.
+    """
+    kernels: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
     spans, copies, waits = [], 0, 0
     for event in events:
         if event.is_user_annotation:  # a name for a stretch of time, also on the device: no work by itself
@@ -41,8 +47,12 @@ def summary(events: Iterable[Any], on_device: Any, seconds: float) -> dict[str, 
         if event.device_type == on_device:
             span = (event.time_range.start / 1e6, event.time_range.end / 1e6)
             spans.append(span)
-            kernels[event.name][0] += span[1] - span[0]
-            kernels[event.name][1] += 1
+            spent, shapes = span[1] - span[0], ()
+            if widths is not None:
+                spent, shapes = event.self_cpu_time_total / 1e6, event.input_shapes
+            entry = kernels[event.name, kind_of(event.name, shapes, widths)]
+            entry[0] += spent
+            entry[1] += 1
             copies += event.name.startswith("Memcpy DtoH")
         elif event.name in WAITS:
             waits += 1
@@ -53,9 +63,10 @@ def summary(events: Iterable[Any], on_device: Any, seconds: float) -> dict[str, 
         "busy_seconds": busy,
         "idle_share": max(0.0, 1 - busy / seconds),
         "launches": len(spans),
+        "kinds": by_kind((kind, spent, int(calls)) for (_, kind), (spent, calls) in by_time),
         "kernels": [
-            {"name": name[:NAME_LENGTH], "seconds": spent, "calls": calls}
-            for name, (spent, calls) in by_time[:KERNELS]
+            {"name": name[:NAME_LENGTH], "kind": kind, "seconds": spent, "calls": calls}
+            for (name, kind), (spent, calls) in by_time[:KERNELS]
         ],
         "other_kernels_seconds": sum(spent for _, (spent, _) in by_time[KERNELS:]),
         "copies_to_host": copies,
@@ -63,14 +74,20 @@ def summary(events: Iterable[Any], on_device: Any, seconds: float) -> dict[str, 
     }
 
 
-def measure(given: dict[str, Any]) -> dict[str, Any]:
+Ran = TypeVar("Ran")
+
+
+def profiled(
+    run: Callable[[], Ran], number: int, *, cuda: bool, widths: Widths | None = None
+) -> tuple[dict[str, Any], Ran]:
+    """Run a training in this process, its step of this number under the profiler: the step's summary, and what the run
+    returns. Raises SystemExit if it has no such step."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     from yeonma.train import loop
 
-    cuda = given["device"] == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     plain, seconds, found = loop.train_step, [], {}
 
@@ -81,18 +98,36 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
     def step(*arguments: Any, **keywords: Any) -> Any:
         wait()
         started = time.perf_counter()
-        if len(seconds) + 1 != PROFILED:
+        if len(seconds) + 1 != number:
             result = plain(*arguments, **keywords)
             wait()
         else:
-            with profile(activities=activities) as profiler:
+            with profile(activities=activities, record_shapes=widths is not None) as profiler:
                 result = plain(*arguments, **keywords)
                 wait()
-            usual = median(seconds[1:])
-            found.update(summary(profiler.events(), DeviceType.CUDA if cuda else DeviceType.CPU, usual))
-            found["profiled_seconds"] = time.perf_counter() - started
+            under = time.perf_counter() - started
+            device = DeviceType.CUDA if cuda else DeviceType.CPU
+            # on the CPU, steps have other rows and so other lengths: the profiled step's own time counts
+            usual = median(seconds[1:]) if cuda else under
+            found.update(summary(profiler.events(), device, usual, widths))
+            found["profiled_seconds"] = under
         seconds.append(time.perf_counter() - started)
         return result
+
+    loop.train_step = step
+    try:
+        ran = run()
+    finally:
+        loop.train_step = plain
+    if not found:
+        raise SystemExit(f"the run had {len(seconds)} steps, and step {number} is profiled")
+    return {**found, "seconds": seconds}, ran
+
+
+def measure(given: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from yeonma.inspect.probe import measure_rate
 
     job = Job(
         Path(given["folder"]),
@@ -103,14 +138,18 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
         given["dtype"],
     )
     contender = contenders(job.about["pairs"])[given["contender"]]
-    loop.train_step = step
-    try:
-        measured = ours(contender, job)
-    finally:
-        loop.train_step = plain
-    if not found:
-        raise SystemExit(f"the run had {len(seconds)} steps, and step {PROFILED} is profiled")
-    return {**found, "peak_memory_bytes": measured.peak_memory_bytes}
+    found, measured = profiled(
+        lambda: ours(contender, job, max_steps=PROFILED), PROFILED, cuda=given["device"] == "cuda"
+    )
+    return {
+        **found,
+        "shape": given["shape"],
+        "step_tokens": job.about["steps"][PROFILED - 1]["tokens"],
+        "matrix_rate": measure_rate(
+            torch.device(given["device"]), getattr(torch, given["dtype"])
+        ).flops_per_second,
+        "peak_memory_bytes": measured.peak_memory_bytes,
+    }
 
 
 if __name__ == "__main__":

@@ -104,13 +104,14 @@ def dpo_trainer(
     tokenizer: Any,
     pairs: list[dict[str, list[int]]],
     orders: list[list[int]],
-    start: Path,
+    start: Path | None,
     settings: Any,
 ) -> Any:
     """TRL's DPOTrainer on token ids as they are, in the orders given, one an epoch, from the LoRA weights in `start`.
 
-    TRL itself puts LoRA on, so that its reference is the base with the adapter off: its fastest way. Its
-    `reference_seconds` is the time of its pass over the reference; 0 without one.
+    TRL itself puts LoRA on, so that its reference is the base with the adapter off: its fastest way. Without `start`,
+    `base` has its LoRA weights already. The trainer's `reference_seconds` is the time of its pass over the reference; 0
+    without one.
     """
     from datasets import Dataset
     from peft import PeftConfig, set_peft_model_state_dict
@@ -143,8 +144,10 @@ def dpo_trainer(
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return InOrder()
 
-    lora = PeftConfig.from_pretrained(start)
-    lora.inference_mode = False
+    lora = None
+    if start is not None:
+        lora = PeftConfig.from_pretrained(start)
+        lora.inference_mode = False
     trainer = GivenIds(
         model=base,
         args=settings,
@@ -152,5 +155,6 @@ def dpo_trainer(
         processing_class=tokenizer,
         peft_config=lora,
     )
-    set_peft_model_state_dict(trainer.model, load_file(start / "adapter_model.safetensors"))
+    if start is not None:
+        set_peft_model_state_dict(trainer.model, load_file(start / "adapter_model.safetensors"))
     return trainer

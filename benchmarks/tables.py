@@ -218,11 +218,12 @@ def about_run(result: Mapping[str, Any]) -> str:
     )
 
 
-def about_machine(result: Mapping[str, Any]) -> str:
+def about_machine(result: Mapping[str, Any], language: str = "en") -> str:
     machine = result["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    where = f"{machine['cpu']}, cores: {machine['cores']}, {memory}"
+    cores = "cores" if language == "en" else "코어 수"
+    where = f"{machine['cpu']}, {cores}: {machine['cores']}, {memory}"
     return f"{result['date']}, {where}; {packages}.\n`{result['command']}`"
 
 

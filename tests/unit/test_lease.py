@@ -250,7 +250,55 @@ def test_jobs_are_named_once_and_have_models_rows_and_time(lease: Any) -> None:
                 workloads += [pair["workload"] for pair in job.settings.get("pairs", [])]
                 assert set(workloads) <= set(lease_jobs.PREPARED[job.shape])
     assert sum(len(job.settings.get("pairs", [])) for job in lease_jobs.jobs(tiny=False)) == 20
+    rounds = [job.settings["round"] for job in lease_jobs.jobs(tiny=False) if "round" in job.settings]
+    assert rounds == sorted(rounds) and set(rounds) == {2, 3}
     assert all((ROOT / file).is_file() for file in lease_jobs.gpu_test_files())
+
+
+def test_what_is_worth_most_fits_into_two_calls_of_six_minutes() -> None:
+    import lease_jobs
+
+    waiting, calls = lease_jobs.jobs(tiny=False), []
+    for _ in range(2):  # as `run_all` does it, every job as long as expected, on a machine without the models
+        prepared: set[str] = set()
+        seconds, done = 0.0, []
+        while waiting:
+            together = [waiting[0]]
+            while waiting[0].alongside and waiting[len(together)].alongside:
+                together.append(waiting[len(together)])
+            ahead = waiting[len(together)] if len(waiting) > len(together) else None
+            missing = dict.fromkeys(job.shape for job in together if job.shape and job.shape not in prepared)
+            longest = max(job.seconds for job in together)
+            preparing = sum(lease_jobs.PREPARING_SECONDS[shape] for shape in missing)
+            if seconds + preparing + longest > 360:
+                break
+            if together[0].alongside and ahead is not None and ahead.shape is not None:
+                missing[ahead.shape] = None  # while these run
+                preparing_ahead = preparing + lease_jobs.PREPARING_SECONDS[ahead.shape]
+                seconds += max(preparing_ahead, preparing + longest)
+            else:
+                seconds += preparing + longest
+            prepared |= set(missing)
+            done += [job.name for job in together]
+            waiting = waiting[len(together) :]
+        calls.append(done)
+    first, second = calls
+    large = "train/llama-3-8b"
+    assert first[:2] == ["doctor", "tests"] and sum(name.startswith("equal/") for name in first) == 4
+    packed = f"{large}/packed/none"
+    assert first[6:] == [f"{large}/nemo/none/yeonma-2", "profile/packed", f"{packed}/yeonma"]
+    assert second == [f"{packed}/trl-packing-liger", f"{packed}/unsloth-packing"]
+
+
+def test_rounds_of_a_training_are_compared_by_their_median(tables: Any) -> None:
+    result = measured()
+    name = "train/llama-3-8b/packed/none/yeonma"
+    for number, seconds in ((2, 2.0), (3, 4.0)):
+        entry = training("llama-3-8b", "packed", "yeonma", seconds)
+        entry["key"]["round"] = number
+        result["jobs"][f"{name}/round-{number}"] = entry
+    assert tables.speeds(result, "packed") == {"yeonma": 25.0, "trl-packing": 40.0, "trl-1": 25.0}
+    assert [run["round"] for run in tables.trainings(result)["runs"]] == [1, 1, 1, 2, 3]
 
 
 def test_jobs_whose_packages_are_missing_are_left_out(lease: Any, tmp_path: Path) -> None:
@@ -277,6 +325,7 @@ def test_unknown_jobs_are_refused_and_a_machine_without_a_gpu_too(
         "equal/compiled",
         "equal/dpo",
         "equal/nf4",
+        "equal/recurrent",
     ]
     assert lease.main(["--table-only", "--output", str(tmp_path)]) == 2
     assert "there is no result yet" in capsys.readouterr().err
@@ -338,7 +387,15 @@ def measured() -> dict[str, Any]:
                     "busy_seconds": 1.5,
                     "idle_share": 0.25,
                     "launches": 1234,
-                    "kernels": [{"name": "gemm|x", "seconds": 0.75, "calls": 12}],
+                    "kernels": [{"name": "gemm|x", "kind": "products", "seconds": 0.75, "calls": 12}],
+                    "kinds": [
+                        {"kind": "products", "seconds": 0.75, "calls": 12},
+                        {"kind": "elementwise", "seconds": 0.6, "calls": 9},
+                        {"kind": "attention", "seconds": 0.15, "calls": 3},
+                    ],
+                    "shape": "llama-3-8b",
+                    "step_tokens": 50,
+                    "matrix_rate": 4e5,
                     "copies_to_host": 1,
                     "waits": 3,
                 },
@@ -375,6 +432,10 @@ def test_the_section_has_goals_jobs_trainings_and_kernels(tables: Any, language:
     assert "| `equal/sft` | the run that was killed differs |" in section
     assert "| `gemm\\|x` | 12 | 50.0% |" in section
     assert "idle 25.0% of 2.00 s, 1,234 launches, 3 waits, 1 copies to the host" in section
+    # products: 0.75 s, of which 4 * 1000 * 50 operations need 0.5 at the device's rate
+    tries = [line for line in section.splitlines() if line.endswith((" 30.0% |", " 25.0% |", " 12.5% |"))]
+    assert len(tries) == 2 and tries[0].endswith(" 30.0% |") and tries[1].endswith(" 25.0% |")
+    assert ("waits: 4" if language == "en" else "대기 4번") in tries[1]
     assert tables.lease_section(None, language) == tables.NOT_MEASURED[language]
 
 
@@ -412,7 +473,78 @@ def test_device_time_is_the_union_of_the_kernels_times() -> None:
     found = one_profile.summary(events, "gpu", 1.0)
     assert found["busy_seconds"] == pytest.approx(0.6) and found["idle_share"] == pytest.approx(0.4)
     assert (found["launches"], found["waits"], found["copies_to_host"]) == (3, 1, 1)
-    assert found["kernels"][0] == {"name": "gemm", "seconds": pytest.approx(0.6), "calls": 2}
+    assert found["kernels"][0] == {
+        "name": "gemm",
+        "kind": "products",
+        "seconds": pytest.approx(0.6),
+        "calls": 2,
+    }
+    assert [(kind["kind"], kind["calls"]) for kind in found["kinds"]] == [("products", 2), ("copies", 1)]
+
+
+def test_a_profile_on_the_cpu_sorts_every_operator_by_its_own_time() -> None:
+    import one_profile
+    import torch
+    from profile_kinds import Widths, shares  # type: ignore[import-not-found]
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    x, weight, low, head = (torch.ones(96, width) for width in (96, 96, 8, 200))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        started = time.perf_counter()
+        for _ in range(5):
+            torch.nn.functional.linear(x, weight)
+        for _ in range(3):
+            x @ low
+        (x @ head).softmax(1)
+        x * x
+        x.index_select(0, torch.arange(4))
+        x.t().contiguous()
+        seconds = time.perf_counter() - started
+    found = one_profile.summary(profiler.events(), DeviceType.CPU, seconds, Widths(8, 200))
+    calls = {
+        (kernel["kind"], kernel["name"]): kernel["calls"]
+        for kernel in found["kernels"]
+        if kernel["name"] in ("aten::mm", "aten::mul", "aten::index_select", "aten::_softmax")
+    }
+    assert calls == {
+        ("products", "aten::mm"): 5,
+        ("lora", "aten::mm"): 3,
+        ("head", "aten::mm"): 1,
+        ("head", "aten::_softmax"): 1,
+        ("elementwise", "aten::mul"): 1,
+        ("indexing", "aten::index_select"): 1,
+    }
+    # operators call each other, and no time counts twice
+    assert (
+        0 < sum(kind["seconds"] for kind in found["kinds"]) == pytest.approx(found["busy_seconds"], rel=0.05)
+    )
+    assert sum(shares(found).values()) == pytest.approx(1, abs=0.05)
+    assert "other" not in {kind["kind"] for kind in found["kinds"] if kind["seconds"] > 0.1 * seconds}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "products"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
+        ("triton_poi_fused_mul_silu_0", "elementwise"),
+        ("triton_red_fused__to_copy_mean_mul_pow_rsqrt_1", "reductions"),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", "elementwise"),
+        ("void at::native::indexSelectLargeIndex<c10::BFloat16>", "indexing"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("Memset (Device)", "allocation"),
+        ("void at::native::(anonymous namespace)::cunn_SoftMaxForward", "reductions"),
+        ("void mystery()", "other"),
+    ],
+)
+def test_kernels_of_a_gpu_are_sorted_by_their_names(name: str, kind: str) -> None:
+    from profile_kinds import kind_of
+
+    assert kind_of(name) == kind
 
 
 def test_decoding_is_bounded_by_weights_read_once_and_keys_and_values_of_each_row() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from yeonma.data.template import Template as Template
 from yeonma.errors import UserError as UserError
 from yeonma.policy import Policy as Policy
-from yeonma.python_api.results import (CompareResult, ExportResult, GenerateResult, InspectResult, MergeResult, PushResult, RunResult, VerifyResult)
+from yeonma.python_api.results import (CompareResult, EvalResult, ExportResult, GenerateResult, InspectResult, MergeResult, PushResult, RunResult, VerifyResult)
 from yeonma.train.interrupt import Stopped as Stopped
 
 StrPath: TypeAlias = str | PathLike[str]
@@ -42,6 +42,7 @@ def compare(
     columns: dict[str, str] | None = None,
     template: StrPath | None = None,
     rows: int | None = None,
+    general_questions: int = 64,
     output_dir: StrPath = "report",
     base_model: StrPath | None = None,
     data_set: str | None = None,
@@ -50,6 +51,12 @@ def compare(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     quantization: Literal["auto", "none", "int8", "nf4", "fp8"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    judge: str | None = None,
+    judge_model: str | None = None,
+    rubric: str | None = None,
+    judge_reference: bool = True,
+    judge_tokens: int = 512,
+    judge_requests: int = 4,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -73,7 +80,8 @@ def compare(
         columns: Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training. (a mapping such as {a: b}, with a space after each colon)
         template: Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter or fully fine-tuned model, or the one that matches the columns.
         rows: Compare on at most this many rows, from the first on. (a whole number of at least 1)
-        output_dir: Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there. (default report)
+        general_questions: General questions, English and Korean, that every model is asked, to see what it kept of the first one. 0 turns this off. (a whole number of at least 0; default 64)
+        output_dir: Folder for report.html, report.json, answers.jsonl and judge.jsonl. The same command continues from the answers and verdicts already there. (default report)
         base_model: Name or folder of the adapters' base model, if it has moved since training.
         data_set: Ask the adapters with the template of this data set, if they were trained on several. By default, the first one's.
         batch_size: Prompts to answer at once. Affects memory and speed, not the answers. (a whole number of at least 1; default 32)
@@ -81,6 +89,12 @@ def compare(
         dtype: Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU. (one of auto, float32, bfloat16, float16; default auto)
         quantization: Quantisation of the frozen weights, as for training. auto: as in each adapter's training; a base model alone follows the first adapter trained on it. (one of auto, none, int8, nf4, fp8; default auto)
         device: Device to run on. auto: the GPU if there is one. (one of auto, cpu, cuda; default auto)
+        judge: Address of a server with OpenAI's API whose model judges the answers in pairs, each pair in both orders: `http://127.0.0.1:8000` or `https://api.openai.com/v1`. The rows' prompts and answers are sent there.
+        judge_model: The judge's name on its server.
+        rubric: Text file that tells the judge how to judge, with the places `{question}`, `{first}`, `{second}` and, if wanted, `{reference}`. By default, a built-in one: in Korean if more than a fifth of the letters of the data are Hangul, else in English.
+        judge_reference: Show the judge the row's reference answer. (true or false; default True)
+        judge_tokens: Maximum number of tokens of a verdict. A judge that reasons first needs more. (a whole number of at least 1; default 512)
+        judge_requests: Requests to the judge at once. Affects only speed. (a whole number of at least 1 and at most 256; default 4)
         max_new_tokens: Maximum number of tokens to generate. Prompts are shortened to leave room for them. (a whole number of at least 1; default 128)
         temperature: 0 always takes the most likely token (greedy decoding). Higher values sample more freely. (a number of at least 0; default 0.0)
         top_p: Sample only from the most likely tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751). (a number above 0 and at most 1; default 1.0)
@@ -103,6 +117,8 @@ def dpo(
     val_data_path: Data | None = None,
     val_split: str | None = None,
     max_rows: int | None = None,
+    replay: str | dict[str, Any] | None = None,
+    replay_share: float = 0.1,
     bad_rows: Literal["error", "skip"] = "error",
     cutoff_len: int = 2048,
     shrink: str | None = None,
@@ -166,6 +182,7 @@ def dpo(
     answer_metrics: list[str] | str | None = None,
     answer_rows: int = 32,
     card_rows: int = 5,
+    general_questions: int | None = None,
     output_dir: StrPath,
     overwrite: bool = False,
     save_steps: int | None = None,
@@ -203,6 +220,8 @@ def dpo(
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
         max_rows: Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them. (a whole number of at least 1)
+        replay: General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above. (text or a mapping such as {a: 1}, with a space after each colon)
+        replay_share: The share of each step's examples that are rows of `replay`. An epoch still has every other row once. (a number above 0 and below 1; default 0.1)
         bad_rows: What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers. (one of error, skip; default error)
         cutoff_len: Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer. (a whole number of at least 1; default 2048)
         shrink: The prompt field to shorten. By default, the longest one in the row.
@@ -266,6 +285,7 @@ def dpo(
         answer_metrics: Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them. (a list such as [a, b] or text)
         answer_rows: Validation rows to answer at every evaluation for `answer_metrics`. (a whole number of at least 1; default 32)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
+        general_questions: General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0. (a whole number of at least 0)
         output_dir: Folder for the adapter and the records of the run. (required)
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
         save_steps: Steps between checkpoints. By default, write one after every epoch. (a whole number of at least 1)
@@ -287,6 +307,56 @@ def dpo(
         wpo_weights: Weight each pair by how likely the model itself would write its answers (WPO, Zhou et al. 2024, arXiv:2406.11827). Not for aot and aot_unpaired. (true or false; default False)
         kto_desirable_weight: Weight of answers labelled true in kto, apo_zero_unpaired and bco (Ethayarajh et al. 2024, arXiv:2402.01306). (a number above 0; default 1.0)
         kto_undesirable_weight: Weight of answers labelled false. Lower it when there are many of them. (a number above 0; default 1.0)
+        config: YAML file of settings. Keywords win over it.
+    """
+
+def evaluate(
+    adapter_dir: StrPath,
+    *,
+    tasks: list[str],
+    include_path: StrPath | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
+    system_instruction: str | None = None,
+    gen_kwargs: dict[str, bool | int | float | str] | None = None,
+    base: bool = True,
+    output: StrPath | None = None,
+    confirm_run_unsafe_code: bool = False,
+    batch_size: int = 32,
+    base_model: StrPath | None = None,
+    trust_remote_code: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    quantization: Literal["auto", "none", "int8", "nf4", "fp8"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    config: StrPath | None = None,
+) -> EvalResult:
+    """Run benchmarks of lm-evaluation-harness on a fine-tuned model and its base. The command is `yeonma eval`; Python
+    has an `eval` of its own.
+
+    Returns the scores with their differences and intervals. Raises UserError, where possible before weights are loaded.
+    After an interrupt the same call goes on from the answers so far.
+
+    Settings:
+        adapter_dir: Output folder of a run, or one of its checkpoints. (required)
+        tasks: Tasks and groups of lm-evaluation-harness: `kmmlu,gsm8k` or `kmmlu gsm8k`, patterns such as `kmmlu_*`, or task files (.yaml). Their data come from the hub. (a list such as [a, b]; required)
+        include_path: Folder with task files (.yaml) of your own.
+        num_fewshot: Number of examples before each question. By default, each task's own. (a whole number of at least 0)
+        limit: Ask only the first questions of each task: a count (1 or more) or a fraction (below 1). (a number above 0)
+        apply_chat_template: Ask through the chat template of the base model. (true or false; default False)
+        fewshot_as_multiturn: With `apply_chat_template`, give the examples as turns of a conversation instead of in one user turn. (true or false; default True)
+        system_instruction: System message, or text before each question.
+        gen_kwargs: Settings of generated answers, in place of the tasks' own: `{max_gen_toks: 512}`. (a mapping such as {a: 1}, with a space after each colon)
+        base: Ask the base model the same questions, and show the difference. When off, only the fine-tuned model is asked. (true or false; default True)
+        output: File for the results, as JSON. By default, eval.json in the run's folder; that of a checkpoint is eval-checkpoint-10.json beside it.
+        confirm_run_unsafe_code: Run tasks that execute the code which the model writes. When off, they are refused. (true or false; default False)
+        batch_size: Generated answers at once. Affects memory and speed, not the answers. (a whole number of at least 1; default 32)
+        base_model: Name or folder of the base model, if it has moved since training.
+        trust_remote_code: Allow running Python code that comes with a model. When off, such a model is refused. (true or false; default False)
+        dtype: Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU. (one of auto, float32, bfloat16, float16; default auto)
+        quantization: Quantisation of the frozen weights, as for training. auto: as in training. (one of auto, none, int8, nf4, fp8; default auto)
+        device: Device to run on. auto: the GPU if there is one. (one of auto, cpu, cuda; default auto)
         config: YAML file of settings. Keywords win over it.
     """
 
@@ -399,6 +469,8 @@ def grpo(
     val_data_path: Data | None = None,
     val_split: str | None = None,
     max_rows: int | None = None,
+    replay: str | dict[str, Any] | None = None,
+    replay_share: float = 0.1,
     bad_rows: Literal["error", "skip"] = "error",
     cutoff_len: int = 2048,
     shrink: str | None = None,
@@ -462,6 +534,7 @@ def grpo(
     answer_metrics: list[str] | str | None = None,
     answer_rows: int = 32,
     card_rows: int = 5,
+    general_questions: int | None = None,
     output_dir: StrPath,
     overwrite: bool = False,
     save_steps: int | None = None,
@@ -497,6 +570,8 @@ def grpo(
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
         max_rows: Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them. (a whole number of at least 1)
+        replay: General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above. (text or a mapping such as {a: 1}, with a space after each colon)
+        replay_share: The share of each step's examples that are rows of `replay`. An epoch still has every other row once. (a number above 0 and below 1; default 0.1)
         bad_rows: What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers. (one of error, skip; default error)
         cutoff_len: Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer. (a whole number of at least 1; default 2048)
         shrink: The prompt field to shorten. By default, the longest one in the row.
@@ -560,6 +635,7 @@ def grpo(
         answer_metrics: Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them. (a list such as [a, b] or text)
         answer_rows: Validation rows to answer at every evaluation for `answer_metrics`. (a whole number of at least 1; default 32)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
+        general_questions: General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0. (a whole number of at least 0)
         output_dir: Folder for the adapter and the records of the run. (required)
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
         save_steps: Steps between checkpoints. By default, write one after every epoch. (a whole number of at least 1)
@@ -602,6 +678,8 @@ def inspect(
     val_data_path: Data | None = None,
     val_split: str | None = None,
     max_rows: int | None = None,
+    replay: str | dict[str, Any] | None = None,
+    replay_share: float = 0.1,
     bad_rows: Literal["error", "skip"] = "error",
     cutoff_len: int = 2048,
     shrink: str | None = None,
@@ -665,6 +743,7 @@ def inspect(
     answer_metrics: list[str] | str | None = None,
     answer_rows: int = 32,
     card_rows: int = 5,
+    general_questions: int | None = None,
     output_dir: StrPath = "",
     overwrite: bool = False,
     save_steps: int | None = None,
@@ -711,6 +790,8 @@ def inspect(
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
         max_rows: Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them. (a whole number of at least 1)
+        replay: General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above. (text or a mapping such as {a: 1}, with a space after each colon)
+        replay_share: The share of each step's examples that are rows of `replay`. An epoch still has every other row once. (a number above 0 and below 1; default 0.1)
         bad_rows: What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers. (one of error, skip; default error)
         cutoff_len: Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer. (a whole number of at least 1; default 2048)
         shrink: The prompt field to shorten. By default, the longest one in the row.
@@ -774,6 +855,7 @@ def inspect(
         answer_metrics: Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them. (a list such as [a, b] or text)
         answer_rows: Validation rows to answer at every evaluation for `answer_metrics`. (a whole number of at least 1; default 32)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
+        general_questions: General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0. (a whole number of at least 0)
         output_dir: Folder for the adapter and the records of the run.
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
         save_steps: Steps between checkpoints. By default, write one after every epoch. (a whole number of at least 1)
@@ -869,6 +951,8 @@ def sft(
     val_data_path: Data | None = None,
     val_split: str | None = None,
     max_rows: int | None = None,
+    replay: str | dict[str, Any] | None = None,
+    replay_share: float = 0.1,
     bad_rows: Literal["error", "skip"] = "error",
     cutoff_len: int = 2048,
     shrink: str | None = None,
@@ -932,6 +1016,7 @@ def sft(
     answer_metrics: list[str] | str | None = None,
     answer_rows: int = 32,
     card_rows: int = 5,
+    general_questions: int | None = None,
     output_dir: StrPath,
     overwrite: bool = False,
     save_steps: int | None = None,
@@ -966,6 +1051,8 @@ def sft(
         val_data_path: Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them. (text or a list such as [a, b])
         val_split: Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`.
         max_rows: Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them. (a whole number of at least 1)
+        replay: General rows to train on beside the others, so that the model keeps what it knew: a path in any format of `data_path`, or an entry `{path: chats.jsonl, template: chat}`. They follow none of the settings above. (text or a mapping such as {a: 1}, with a space after each colon)
+        replay_share: The share of each step's examples that are rows of `replay`. An epoch still has every other row once. (a number above 0 and below 1; default 0.1)
         bad_rows: What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers. (one of error, skip; default error)
         cutoff_len: Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer. (a whole number of at least 1; default 2048)
         shrink: The prompt field to shorten. By default, the longest one in the row.
@@ -1029,6 +1116,7 @@ def sft(
         answer_metrics: Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them. (a list such as [a, b] or text)
         answer_rows: Validation rows to answer at every evaluation for `answer_metrics`. (a whole number of at least 1; default 32)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
+        general_questions: General questions, English and Korean, that base and trained model are asked for the model card, which then says what was kept (`yeonma compare` asks all 64). By default 24, or none with `card_rows` 0. (a whole number of at least 0)
         output_dir: Folder for the adapter and the records of the run. (required)
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
         save_steps: Steps between checkpoints. By default, write one after every epoch. (a whole number of at least 1)

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from yeonma.evaluate.metrics import holm, interval, mean, resampled_sums, swap_test
+from yeonma.evaluate.metrics import mean
+from yeonma.resampling import holm, interval, resampled_sums, swap_test
 
 Verdict = Literal["first", "second", "tie"]
 """Which of the two answers is better, by its place."""

@@ -19,6 +19,7 @@ from yeonma.data.text_scores import (
     chrf_counts,
     has_sacrebleu,
     rouge,
+    sacrebleu_counts,
 )
 from yeonma.messages import later, tr
 from yeonma.resampling import Array, Value
@@ -233,4 +234,6 @@ def repetition(token_ids: Sequence[int], order: int = REPETITION_ORDER) -> float
 
 
 def _bleu_counts(answers: Sequence[str], references: Sequence[str], tokenizer: str) -> Array:
-    pass
+    from sacrebleu.metrics.bleu import BLEU
+
+    return sacrebleu_counts(BLEU(tokenize=tokenizer, force=True), answers, references)

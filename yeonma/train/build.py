@@ -13,7 +13,8 @@ import torch
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
-from yeonma.config.settings import LoraSettings, RewardSettings, RunConfig, StepSettings
+from yeonma.config.reward_settings import RewardSettings
+from yeonma.config.settings import LoraSettings, RunConfig, StepSettings
 from yeonma.errors import Log
 from yeonma.language import speaking
 from yeonma.messages import counted, tr

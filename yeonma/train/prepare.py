@@ -19,12 +19,12 @@ from yeonma.batch.plan import Plan, Shares, make_plan
 from yeonma.bounded.user_functions import content_of_file
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.metric_names import best_metric, keeps_best
+from yeonma.config.reward_settings import RewardSettings
 from yeonma.config.settings import (
     DataSettings,
     EvaluationSettings,
     LoraSettings,
     PreferenceSettings,
-    RewardSettings,
     RunConfig,
     StepSettings,
     TokenLoss,

@@ -304,12 +304,13 @@ def training_batch(
     share_A = loss.shares(tokens_A, settings.max_new_tokens)
     trained = np.flatnonzero(advantage_A)
     kept = trained if len(trained) else np.zeros(1, dtype=np.int64)
+    answers = [answers[index] for index in kept.tolist()]
     batch = Batch.of(
-        [example_of(answers[index], prompts[answers[index].unit]) for index in kept],
-        units=[answers[index].unit for index in kept],
+        [example_of(answer, prompts[answer.unit]) for answer in answers],
+        units=[answer.unit for answer in answers],
         example_extras={ADVANTAGE: advantage_A[kept]},
         token_extras={
-            SAMPLED_LOGPROB: np.concatenate([answers[index].logprobs for index in kept]),
+            SAMPLED_LOGPROB: np.concatenate([answer.logprobs for answer in answers]),
             TOKEN_SHARE: np.repeat(share_A[kept], tokens_A[kept]),
         },
     )

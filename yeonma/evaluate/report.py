@@ -343,11 +343,11 @@ def print_report(console: Console, report: ComparisonReport) -> None:
     _print_table(console, report)
     _print_confusions(console, report)
     print_eval_reports(console, report.get("benchmarks", []))
-    for kept in report["kept"]:
+    for kept in report.get("kept", []):
         for sentence in kept["sentences"]:
             console.print(Text(one_line(sentence)), soft_wrap=True)
         console.print()
-    if report["judge"] is not None:
+    if report.get("judge") is not None:
         print_judge(console, report["judge"], [model["name"] for model in report["models"]])
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
@@ -479,4 +479,4 @@ def explain_numbers(report: ComparisonReport) -> list[str]:
             "the rows."
         )
     )
-    return sentences if report["judge"] is None else [*sentences, *explain_judge(report["judge"])]
+    return sentences if report.get("judge") is None else [*sentences, *explain_judge(report["judge"])]

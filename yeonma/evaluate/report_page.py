@@ -200,7 +200,7 @@ def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[st
 
 def _kept(report: ComparisonReport) -> Iterator[str]:
     """What each other model kept of the first one."""
-    if report["kept"]:
+    if report.get("kept"):
         yield '<h2 id="kept">' + html(tr("What was kept")) + "</h2>"
     for kept in report["kept"]:
         yield f"<p>{' '.join(html(sentence) for sentence in kept['sentences'])}</p>"

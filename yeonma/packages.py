@@ -10,12 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 MAIN = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
 """Packages whose versions decide most about a run."""
 TESTED = {
+    "antlr4-python3-runtime": "4.13.2",
     "bitsandbytes": "0.50.2",
     "compressed-tensors": "0.20.1",
     "gguf": "0.19.0",
+    "jsonschema": "4.26.0",
     "kiwipiepy": "0.24.1",
     "llguidance": "1.9.1",
     "lm_eval": "0.4.13",
+    "math-verify": "0.9.0",
     "mistral-common": "1.13.1",
     "mlflow": "3.18.0",
     "openpyxl": "3.1.5",

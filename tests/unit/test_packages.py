@@ -15,7 +15,12 @@ from yeonma.packages import TESTED, install
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {"torch", "transformers", "numpy", "yeonma"}
-BY_IMPORT = {"mistral_common": "mistral-common", "compressed_tensors": "compressed-tensors", "yaml": "pyyaml"}
+BY_IMPORT = {
+    "math_verify": "math-verify",
+    "mistral_common": "mistral-common",
+    "compressed_tensors": "compressed-tensors",
+    "yaml": "pyyaml",
+}
 NOT_INSTALLED_BY_US = {"triton", "vllm", "setproctitle", "__main__"}
 """Parts of torch, and what only users of these tools have: no message says to install them."""
 

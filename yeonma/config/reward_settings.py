@@ -15,7 +15,7 @@ class RewardSettings:
     """Learning from rewards of answers that the model draws itself."""
 
     reward: list[str] | str
-    """What an answer is worth: `exact`, 1 if it is the row's own answer, else 0; `regex:PATTERN`, 1 if all of it matches; `FILE.py:function`, what your function `(row, answer)` returns, a number or a dict of numbers; or a list of several."""
+    """What an answer is worth: `exact`, 1 if it is the row's own answer, else 0; `math`, the same for mathematical expressions; `regex:PATTERN`, 1 if all of it matches; `json_schema:FILE`, 1 if it is JSON that the schema allows; `FILE.py:function`, what your function `(row, answer)` returns, a number or a dict of numbers; or a list of several."""
     reward_weights: list[float] | None = None
     """One number for each reward, by which it is multiplied before they are added; 1 by default."""
     group_size: int = field(default=8, metadata={"range": Range(at_least=2, limit=10**4)})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from yeonma.bounded.expressions import bounded_match
@@ -12,10 +14,15 @@ from yeonma.bounded.user_functions import UserFunctions, check_function, content
 from yeonma.config.metric_names import FunctionName
 from yeonma.config.reward_settings import RewardSettings
 from yeonma.errors import UserError, did_you_mean, gather
+from yeonma.files import user_path
 from yeonma.messages import counted, tr
+from yeonma.packages import install
+from yeonma.rewards import checkers
 
-EXACT, PATTERN = "exact", "regex:"
+EXACT, MATH, PATTERN, SCHEMA = "exact", "math", "regex:", "json_schema:"
 PLACE, WEIGHTS = "--reward", "--reward_weights"
+CHECKERS = Path(checkers.__file__)
+"""The file of the rewards that run in the users' process."""
 FUNCTION = "reward"
 """The function of a file that is given without one."""
 
@@ -53,18 +60,39 @@ class RewardName:
         return FunctionName(path, name) if colon and path.endswith(".py") else None
 
     @property
+    def label(self) -> str:
+        """The name without folders, so that it is the same wherever files lie."""
+        if (function := self.function) is not None:
+            return str(function)
+        return self.text if self.schema is None else f"{SCHEMA}{self.schema.name}"
+
+    @property
     def expression(self) -> str | None:
         return self.text.removeprefix(PATTERN) if self.text.startswith(PATTERN) else None
 
+    @property
+    def schema(self) -> Path | None:
+        """The file of a JSON schema."""
+        return user_path(self.text.removeprefix(SCHEMA)) if self.text.startswith(SCHEMA) else None
+
     def check(self) -> None:
         """Raises UserError if there is no such reward, without running anything of the user's."""
-        if (function := self.function) is not None:
+        if (schema := self.schema) is not None:
+            _check_package("jsonschema", ["jsonschema"])
+            if not schema.is_file():
+                what = tr("there is no file {path}", path=schema)
+                raise UserError(
+                    what, place=PLACE, cure=tr("write json_schema:FILE with the path of a JSON schema")
+                )
+        elif self.text == MATH:
+            _check_package("math_verify", ["math-verify", "antlr4-python3-runtime"])
+        elif (function := self.function) is not None:
             check_function(function.file, function.function, PLACE)
         elif (expression := self.expression) is not None:
             bounded_match(expression, [""], place=PLACE)
         elif self.text != EXACT:
-            cure = did_you_mean(self.text, [EXACT]) or tr(
-                "known are exact, regex:PATTERN, and FILE.py:function for a function of your own"
+            cure = did_you_mean(self.text, [EXACT, MATH]) or tr(
+                "known are exact, math, regex:PATTERN, json_schema:FILE, and FILE.py:function for your own"
             )
             raise UserError(tr('no reward "{name}"', name=self.text), place=PLACE, cure=cure)
 
@@ -77,16 +105,42 @@ class RewardName:
             ]
         if (expression := self.expression) is not None:
             return lambda answers: _matching(expression, answers)
+        if (schema := self.schema) is not None:
+            row = {"schema": str(schema)}
+            return lambda answers: [
+                functions.values(CHECKERS, "json_schema", row, one.answer, one.place) for one in answers
+            ]
+        if self.text == MATH:
+            return lambda answers: [
+                functions.values(CHECKERS, MATH, {"wanted": wanted}, one.answer, one.place)
+                for one, wanted in zip(answers, _wanted(answers, MATH), strict=True)
+            ]
         return exact
 
 
 def exact(answers: Sequence[Answered]) -> list[dict[str, float]]:
     """1 where the answer is the row's own, blanks around both aside, else 0. Raises UserError for a row without one."""
+    wanted = _wanted(answers, EXACT)
+    return [
+        {EXACT: float(one.answer.strip() == own.strip())} for one, own in zip(answers, wanted, strict=True)
+    ]
+
+
+def _wanted(answers: Sequence[Answered], name: str) -> list[str]:
+    """The rows' own answers. Raises UserError for a row without one."""
+    found = []
     for one in answers:
         if one.wanted is None:
-            what = tr("it has no answer of its own, with which exact compares")
+            what = tr("it has no answer of its own, with which {name} compares", name=name)
             raise UserError(what, place=one.place, cure=tr("give its answer, or another --reward"))
-    return [{EXACT: float(one.answer.strip() == str(one.wanted).strip())} for one in answers]
+        found.append(one.wanted)
+    return found
+
+
+def _check_package(module: str, packages: Sequence[str]) -> None:
+    if find_spec(module) is None:
+        what = tr("this reward needs {package}", package=packages[0])
+        raise UserError(what, place=PLACE, cure=install(*packages))
 
 
 def _matching(expression: str, answers: Sequence[Answered]) -> list[dict[str, float]]:
@@ -134,15 +188,20 @@ def rewards_of(settings: RewardSettings, functions: UserFunctions) -> list[Rewar
     names = names_of(settings)
     weights = settings.reward_weights or [1.0] * len(names)
     return [
-        Reward(str(name.function or name.text), name.scores(functions), weight)
+        Reward(name.label, name.scores(functions), weight)
         for name, weight in zip(names, weights, strict=True)
     ]
 
 
 def contents(settings: RewardSettings) -> dict[str, str]:
-    """Each function of the user's -> the SHA-256 of its file."""
-    found = [name.function for name in names_of(settings)]
-    return {str(one): content_of_file(one.file, PLACE) for one in found if one is not None}
+    """Each function of the user's, and each schema -> the SHA-256 of its file."""
+    found: dict[str, str] = {}
+    for name in names_of(settings):
+        if (function := name.function) is not None:
+            found[str(function)] = content_of_file(function.file, PLACE)
+        elif (schema := name.schema) is not None:
+            found[name.label] = content_of_file(schema, PLACE)
+    return found
 
 
 def score(rewards: Sequence[Reward], answers: Sequence[Answered]) -> list[dict[str, Any]]:

@@ -510,7 +510,7 @@ def _identity_of_reward(reward: RewardSettings) -> dict[str, Any]:
     """The settings, with the content of the user's functions in place of their paths."""
     settings = {name: value for name, value in asdict(reward).items() if name != "rollout_batch_size"}
     sums = contents(reward)
-    names = [str(name.function or name.text) for name in names_of(reward)]
+    names = [name.label for name in names_of(reward)]
     return {**settings, "reward": names, **({CONTENT_OF_REWARDS: sums} if sums else {})}
 
 

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 
 from tests.runs import Done, arguments, articles, command, left_behind, model_folder, write_jsonl
+from yeonma.bounded.user_functions import UserFunctions
+from yeonma.config.reward_settings import RewardSettings
+from yeonma.errors import UserError
+from yeonma.rewards.rewards import Answered, rewards_of
 from yeonma.train.rollouts import seed_of
 
 REWARD = """
@@ -198,3 +202,37 @@ def test_another_reward_is_another_run(tmp_path: Path, base: Path, data: Path) -
     reward.write_text(REWARD.replace("/ 8", "/ 4"))
     other = grpo(tmp_path / "out", base, data, reward=f"{reward}:letters", max_steps=1)
     assert other.status == 2 and "content of the functions in reward" in other.err
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [("The sum is 0.75", 1.0), ("$\\frac{6}{8}$", 1.0), ("3/5", 0.0), ("none", 0.0), ("9^9^9^9^9", 0.0)],
+)
+def test_math(answer: str, reward: float) -> None:
+    pytest.importorskip("math_verify")
+    with UserFunctions() as functions:
+        (found,) = rewards_of(RewardSettings(reward="math"), functions)
+        assert found.scores([Answered({}, "row 1", "3/4", answer)]) == [{"math": reward}]
+        with pytest.raises(UserError, match="no mathematical expression"):
+            found.scores([Answered({}, "row 1", "", "3")])
+
+
+def test_json_schema(tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}')
+    with UserFunctions() as functions:
+        (found,) = rewards_of(RewardSettings(reward=f"json_schema:{schema}"), functions)
+        texts = ['{"city": "Busan"}', '{"city": 1}', '{"town": "Busan"}', "Busan", ""]
+        scores = found.scores([Answered({}, "row 1", None, text) for text in texts])
+        assert scores == [{"json_schema": value} for value in (1.0, 0.0, 0.0, 0.0, 0.0)]
+        schema.write_text('{"type": "nothing"}')
+    with UserFunctions() as functions, pytest.raises(UserError, match="nothing"):
+        rewards_of(RewardSettings(reward=f"json_schema:{schema}"), functions)[0].scores(
+            [Answered({}, "row 1", None, "{}")]
+        )
+
+
+def test_exact_needs_an_answer_of_the_row() -> None:
+    with UserFunctions() as functions, pytest.raises(UserError, match="no answer of its own"):
+        rewards_of(RewardSettings(reward="exact"), functions)[0].scores([Answered({}, "row 1", None, "3")])

@@ -271,6 +271,7 @@ FIELDS = (
     ),
     Field("*report.json", "verdict", "left out", "earlier versions gave none"),
     Field("*report.json", "labels", "left out", "earlier versions did not look for labels"),
+    Field("*report.json", "kept", "left out", "earlier versions asked no general questions"),
     Field("*report.json", "yeonma", "left out", "it is not what the results depend on"),
     Field("*report.json", "made", "left out", "a date"),
     Field(

@@ -65,5 +65,5 @@ def _spread(entries: Sequence[Any], count: int) -> list[Any]:
     """So many entries of each language, evenly spaced. Entries of the two languages take turns."""
     pairs = [entries[start : start + 2] for start in range(0, len(entries), 2)]
     wanted = min(-(-count // 2), len(pairs))
-    chosen = [pairs[number * len(pairs) // wanted] for number in range(wanted)]
+    chosen = [pairs[(2 * number + 1) * len(pairs) // (2 * wanted)] for number in range(wanted)]
     return [entry for pair in chosen for entry in pair][:count]

@@ -17,7 +17,7 @@ from yeonma.forgetting.panel import GeneralPanel, PanelScores
 from yeonma.messages import counted, later, tr
 from yeonma.resampling import interval, resampled_sums
 
-LEAST_SHARE = 0.8
+LEAST_SHARE = 0.9
 """Less of the base's own answers kept than this, with the upper end of its interval, is a loss."""
 MOST_PROBABILITY_LOST = 0.05
 """A larger fall of the right answers' mean probability than this, with an interval below 0, is a loss."""

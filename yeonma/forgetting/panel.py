@@ -16,6 +16,7 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from yeonma.data.rows import Row
@@ -228,11 +229,17 @@ def _groups(items: Sequence[_Item]) -> Iterator[list[_Item]]:
 
 def _ask(policy: Policy, items: Sequence[_Item]) -> list[tuple[list[int], list[float]]]:
     """For each item, of each of its sequences: how many of the scored tokens the model finds the most likely, and the
-    log-probability of all of them."""
+    log-probability of all of them. Halves the items if memory runs out."""
     units = [number for number, item in enumerate(items) for _ in item.token_ids]
     token_ids = [ids for item in items for ids in item.token_ids]
     scored = [mask for item in items for mask in item.scored]
-    all_scores = policy.token_scores(token_ids, scored, top=1, units=units)
+    try:
+        all_scores = policy.token_scores(token_ids, scored, top=1, units=units)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+        half = len(items) // 2
+        return [*_ask(policy, items[:half]), *_ask(policy, items[half:])]
     records = [(list[int](), list[float]()) for _ in items]
     for unit, ids, mask, scores in zip(units, token_ids, scored, all_scores, strict=True):
         chosen, logprobs = records[unit]

@@ -85,8 +85,8 @@ def test_a_loss_is_significant_and_large() -> None:
     assert kept.knowledge.interval[1] < 0 and not kept.is_lost
     assert kept_of([0.3] * 10 + [0.8] * 10, [38] * 20).is_lost
     assert kept_of([0.8] * 20, [22] * 20).is_lost
-    unsure = kept_of([0.8] * 20, [40, 20] * 10)  # 75%, and nobody knows whether 80% would be kept
-    assert unsure.answers is not None and unsure.answers.share == 0.75 and not unsure.is_lost
+    unsure = kept_of([0.8] * 20, [40, 28] * 10)  # 85%, and nobody knows whether 90% would be kept
+    assert unsure.answers is not None and unsure.answers.share == 0.85 and not unsure.is_lost
 
 
 def test_a_base_that_answers_by_chance_cannot_lose_knowledge_but_answers() -> None:

@@ -1,4 +1,4 @@
-"""A panel's numbers are those of its sequences one by one; a base is asked once; a card and a report have what was kept."""
+"""A panel's numbers are those of its sequences; a base is asked once; card and report say what was kept."""
 
 from __future__ import annotations
 

@@ -533,7 +533,6 @@ def test_a_profile_on_the_cpu_sorts_every_operator_by_its_own_time() -> None:
         0 < sum(kind["seconds"] for kind in found["kinds"]) == pytest.approx(found["busy_seconds"], rel=0.05)
     )
     assert sum(shares(found).values()) == pytest.approx(1, abs=0.05)
-    assert "other" not in {kind["kind"] for kind in found["kinds"] if kind["seconds"] > 0.1 * seconds}
 
 
 @pytest.mark.parametrize(

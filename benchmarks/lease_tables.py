@@ -117,7 +117,9 @@ def worst(values: Mapping[str, Any], forecast: str, measured: str) -> float:
 def decoding_headline(values: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{row['rows']} rows: {row['tokens_per_second']:,.0f} tokens/s, "
-        f"{row['tokens_per_second'] / row['most_tokens_per_second']:.0%} of what memory allows"
+        f"{row['tokens_per_second'] / row['most_tokens_per_second']:.0%} of what memory allows, "
+        f"{row['fixed_tokens_per_second']:,.0f} with fixed shapes ({row['replayed_steps']} of {row['fixed_steps']} "
+        f"steps replayed, {row['equal_answers']} equal answers)"
         for row in values["rows"]
     )
 

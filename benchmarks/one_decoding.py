@@ -1,7 +1,8 @@
 """New tokens a second at several numbers of rows, as a script with a job file, beside what the device's memory allows.
 
 The rows have prompts of their own, and nothing in common. The rate is of decoding alone: the time for many new tokens
-less the time for the first, which comes with the prompts.
+less the time for the first, which comes with the prompts. Each is measured as Yeonma decodes, and with steps of fixed
+shapes, on a GPU captured as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def most_tokens_per_second(
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     from types import SimpleNamespace
 
+    from yeonma.generation.fixed_shapes import fixed_shapes
     from yeonma.generation.sampling import SamplingParams
     from yeonma.model.load import load_tokenizer, pick_device, pick_dtype
     from yeonma.model.source import find_base
@@ -68,15 +70,19 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         sampling = SamplingParams((tokenizer.eos_token_id,), new_tokens)
         started = time.perf_counter()
         answers = policy.generate_from_ids(prompts[:rows], tokenizer, sampling, batch_size=rows)
-        return SimpleNamespace(
-            seconds=time.perf_counter() - started, tokens=sum(len(answer.token_ids) for answer in answers)
-        )
+        seconds = time.perf_counter() - started
+        ids = [list(answer.token_ids) for answer in answers]
+        return SimpleNamespace(seconds=seconds, ids=ids, tokens=sum(map(len, ids)))
+
+    def rate_of(first: SimpleNamespace, whole: SimpleNamespace) -> float:
+        return float((whole.tokens - first.tokens) / max(1e-9, whole.seconds - first.seconds))
 
     timed(1, 2)  # warm-up
     found = []
     for rows in job["rows"]:
         first, whole = timed(rows, 1), timed(rows, job["new_tokens"])
-        rate = (whole.tokens - first.tokens) / max(1e-9, whole.seconds - first.seconds)
+        with fixed_shapes(capture=device.type == "cuda") as mode:
+            fixed = timed(rows, job["new_tokens"])
         held = a_token * (job["prompt_tokens"] + job["new_tokens"] / 2)
         most = most_tokens_per_second(copied, read, held, rows)
         found.append(
@@ -85,7 +91,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
                 "new_tokens": whole.tokens,
                 "prompt_seconds": first.seconds,
                 "seconds": whole.seconds,
-                "tokens_per_second": rate,
+                "tokens_per_second": rate_of(first, whole),
+                "fixed_tokens_per_second": rate_of(first, fixed),
+                "fixed_steps": mode.steps,
+                "replayed_steps": mode.replayed,
+                "capture_failures": mode.failures,
+                "equal_answers": sum(one == other for one, other in zip(whole.ids, fixed.ids, strict=True)),
                 "most_tokens_per_second": most,
             }
         )

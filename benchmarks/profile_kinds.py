@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tables import about_machine, table
+
 PRODUCTS, LORA, HEAD, ATTENTION = "products", "lora", "head", "attention"
 ELEMENTWISE, REDUCTIONS, INDEXING, COPIES = "elementwise", "reductions", "indexing", "copies"
 ALLOCATION, OPTIMIZER, OTHER = "allocation", "optimizer", "other"
@@ -182,8 +184,6 @@ def shares(values: Mapping[str, Any]) -> dict[str, float]:
 
 def cpu_profile_section(result: Mapping[str, Any], language: str = "en") -> str:
     """The words and the table of cpu_profile.py's result."""
-    from tables import about_machine, table
-
     runs, english = result["runs"], language == "en"
     parts = {name: shares(values) for name, values in runs.items()}
     rows = [

@@ -532,8 +532,16 @@ def lease_section(result: Mapping[str, Any] | None, language: str = "en") -> str
     return section(result, language)
 
 
+def cpu_profile_section(result: Mapping[str, Any], language: str = "en") -> str:
+    """What a step on the CPU spends its time on."""
+    from profile_kinds import cpu_profile_section as section  # which imports this module
+
+    return section(result, language)
+
+
 SECTIONS = {
     "lease": lease_section,
+    "cpu_profile": cpu_profile_section,
     "sft": sft_section,
     "tokenize_rows": tokenize_section,
     "tokenize_forms": tokenize_forms_section,

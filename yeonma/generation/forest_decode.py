@@ -23,6 +23,7 @@ import torch
 from transformers import AttentionInterface
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS
+from yeonma.generation.fixed_shapes import FixedSteps, current_fixed_shapes, rounded_rows
 from yeonma.generation.logit_rules import LogitRules, TokenMask
 from yeonma.generation.recurrent_states import RecurrentStates
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
@@ -263,6 +264,8 @@ def decode(
     sharing, rotary_length = _sharing(requests, borders)
     shared = _shared_length([request.prompt for request in sharing])
     cache, live = ForestCache(shared=shared), list[_LiveRow]()
+    mode = None if borders else current_fixed_shapes()
+    fixed = None if mode is None else FixedSteps(mode, model.device)
     waiting, count = list(enumerate(requests))[::-1], len(requests)
     prefix = [int(number) for number in sharing[0].prompt[:shared]] if sharing else []
 
@@ -300,7 +303,7 @@ def decode(
                     break
                 live.append(row)
                 waiting.pop()
-            logits_BV = _step(model, cache, live, continuing, borders)
+            logits_BV = _step(model, cache, live, continuing, borders, fixed)
             ids = _next_tokens(logits_BV, live).tolist()
             ended = []
             for row_index, (row, number) in enumerate(zip(live, ids, strict=True)):
@@ -367,7 +370,12 @@ def _take_out_beyond_border(
 
 
 def _step(
-    model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int, borders: LengthBorders
+    model: Any,
+    cache: ForestCache,
+    live: list[_LiveRow],
+    continuing: int,
+    borders: LengthBorders,
+    fixed: FixedSteps | None,
 ) -> torch.Tensor:
     """logits_BV of the next tokens. The rows from index `continuing` on start with this step; those that start with the
     tokens of another one are moved to the end, and get its numbers."""
@@ -392,6 +400,8 @@ def _step(
         ends.append(len(tokens) - 1)
         lengths.append(len(new))
         own.append(before - shared)
+    if fixed is not None and continuing == len(live) and not cache.recurrence.calls:
+        return _fixed_step(model, cache, fixed, tokens, positions, own)
     cache.lengths, cache.continuing, cache.masks = tuple(lengths), continuing, {}
     cache.own_prefix = tuple(row.own_prefix for row in live)
     cache.own_B = to_device(own[:continuing], model.device, torch.long)
@@ -404,6 +414,41 @@ def _step(
     source = to_device([row_of[first_of[row.start]] for row in twins], logits_BV.device)
     cache.copy_rows(source, computed)
     return torch.cat([logits_BV, logits_BV[source]])
+
+
+def _fixed_step(
+    model: Any,
+    cache: ForestCache,
+    fixed: FixedSteps,
+    tokens: list[int],
+    positions: Sequence[int],
+    own: list[int],
+) -> torch.Tensor:
+    """logits_BV of a step in which all rows continue, with fixed shapes."""
+    rows, slots = rounded_rows(len(tokens)), -(-(max(own) + 1) // SLOTS) * SLOTS
+    cache.lengths, cache.continuing = (1,) * rows, rows
+    cache.own_prefix, cache.slots = (False,) * rows, slots
+    addresses = []
+    for layer in cache.layers.values():
+        assert layer.own_key is not None and layer.own_value is not None
+        layer.reserve(rows, slots, layer.own_key, layer.own_value)
+        addresses += [layer.own_key.data_ptr(), layer.own_value.data_ptr()]
+
+    def compute(
+        token_ids: torch.Tensor, position: torch.Tensor, own_R: torch.Tensor, keep_R: torch.Tensor
+    ) -> torch.Tensor:
+        cache.own_B, cache.masks = own_R, {}
+        output = model(
+            input_ids=token_ids,
+            position_ids=position,
+            use_cache=False,
+            logits_to_keep=keep_R,
+            forest_cache=cache,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
+
+    return fixed.logits(compute, (rows, slots, *addresses), tokens, positions, own)
 
 
 def _forward(

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 from starlette.responses import Response
 
 from yeonma.data.columns import filled_columns, is_filled, recognise
+from yeonma.data.preference_pairs import SIDES
 from yeonma.data.rows import Row, Rows, glance
 from yeonma.errors import UserError
 from yeonma.messages import counted, tr
@@ -148,10 +149,15 @@ def _file(path: str, choice: DataChoice) -> Iterator[str]:
 def _templates(rows: Rows, choice: DataChoice) -> str:
     """What the columns fit, and the way to the tokens."""
     template = choice.template
-    try:
-        said = recognise(filled_columns(rows)).reason
-    except UserError as error:
-        said = str(error)
+    if template:
+        said = tr("Template: {template}", template=template)
+    elif {*SIDES} <= {*rows.columns}:
+        said = tr("The columns hold two answers to each prompt, chosen and rejected.")
+    else:
+        try:
+            said = recognise(filled_columns(rows)).reason
+        except UserError as error:
+            said = str(error)
     links = []
     for verb, name in (("sft", tr("Tokens, as answers (sft)")), ("dpo", tr("Tokens, as preferences (dpo)"))):
         query = {"data_path": choice.data_path, "template": template, "objective": verb, **choice.settings()}

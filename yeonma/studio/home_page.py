@@ -58,7 +58,7 @@ def start_tiles() -> list[StartTile]:
         StartTile(
             tr("Preferences"),
             tr("Two answers to a prompt, of which one is better. Opens with the bundled pairs."),
-            {"data_path": "sample:pairs_en"},
+            {"data_path": "sample:pairs_en", "template": "sample:title_en"},
         ),
     ]
 

@@ -21,7 +21,7 @@ from yeonma.run_folder.lock import is_locked
 pytestmark = [pytest.mark.slow, in_chromium]
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 180
-STATES = {"en": ("running", "stopped"), "ko": ("실행 중", "멈춤")}
+STATES = {"en": ("running", "stopped before its end"), "ko": ("실행 중", "끝나기 전에 멈춤")}
 
 
 def until(what: Callable[[], object], about: str) -> None:

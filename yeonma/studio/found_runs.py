@@ -26,7 +26,7 @@ from yeonma.run_folder.run_log import METRICS
 FoundState = Literal["running", "stopped", "finished", "failed"]
 STATES: dict[FoundState, str] = {
     "running": later("running"),
-    "stopped": later("stopped"),
+    "stopped": later("stopped before its end"),
     "finished": later("finished"),
     "failed": later("failed"),
 }

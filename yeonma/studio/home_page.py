@@ -19,7 +19,7 @@ from yeonma.studio.curves import read_curves
 from yeonma.studio.found_runs import STATES, FoundRun, signature
 from yeonma.studio.machine import machine_lines
 from yeonma.studio.roots import Roots
-from yeonma.studio.studio_page import HOME_PATH, TOKENS_PATH, copied_text, document
+from yeonma.studio.studio_page import DATA_PATH, HOME_PATH, copied_text, document
 
 SHOWN_RUNS = 30
 """Runs on the page, the latest first."""
@@ -29,7 +29,7 @@ SPARK_PLACES = 60
 
 @dataclass(frozen=True)
 class StartTile:
-    """A way to begin: what it is called and about, and the choices with which the page of tokens opens."""
+    """A way to begin: what it is called and about, and the choices with which the page of data opens."""
 
     name: str
     about: str
@@ -58,7 +58,7 @@ def start_tiles() -> list[StartTile]:
         StartTile(
             tr("Preferences"),
             tr("Two answers to a prompt, of which one is better. Opens with the bundled pairs."),
-            {"data_path": "sample:pairs_en", "objective": "dpo"},
+            {"data_path": "sample:pairs_en", "template": "sample:title_en"},
         ),
     ]
 
@@ -134,7 +134,7 @@ def when_changed(run: FoundRun) -> str:
 def _tiles() -> Iterator[str]:
     yield '<ul class="cards">'
     for tile in start_tiles():
-        address = f"{TOKENS_PATH}?{urlencode(tile.choices)}"
+        address = f"{DATA_PATH}?{urlencode(tile.choices)}"
         yield f'<li><a href="{html(address)}">{html(tile.name)}</a><p class="dim">{html(tile.about)}</p></li>'
     about = tr("A small model learns titles from bundled articles, in a few minutes. In a terminal:")
     command = copied_text("demo", "yeonma demo", tr("command"))

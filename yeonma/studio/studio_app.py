@@ -20,12 +20,13 @@ from starlette.routing import Route
 
 from yeonma.errors import UserError
 from yeonma.messages import tr
+from yeonma.studio.data_page import DataChoice, data_page
 from yeonma.studio.found_runs import FoundRun, key_of, read_run, signature
 from yeonma.studio.home_page import home_page
 from yeonma.studio.roots import Found, Roots
 from yeonma.studio.run_control import RunControl
 from yeonma.studio.run_page import live_parts, run_page
-from yeonma.studio.studio_page import TOKENS_PATH, message_page
+from yeonma.studio.studio_page import DATA_PATH, TOKENS_PATH, message_page
 from yeonma.studio.token_views import TokenViews
 from yeonma.studio.tokens_page import TokenChoice, tokens_page
 
@@ -88,6 +89,9 @@ def make_studio_app(studio: Studio, lifespan: StudioLifespan | None = None) -> S
         found = studio.found()
         return home_page(studio.roots, list(map(read_run, found.runs)), is_whole=found.is_whole)
 
+    def data(request: Request) -> Response:
+        return data_page(studio.roots, studio.found(), DataChoice.of(request.query_params))
+
     def tokens(request: Request) -> Response:
         choice = TokenChoice.of(request.query_params)
         return tokens_page(studio.roots, studio.found(), choice, studio.views)
@@ -117,6 +121,7 @@ def make_studio_app(studio: Studio, lifespan: StudioLifespan | None = None) -> S
     return Starlette(
         routes=[
             Route("/", page(home), methods=["GET"]),
+            Route(DATA_PATH, page(data), methods=["GET"]),
             Route(TOKENS_PATH, page(tokens), methods=["GET"]),
             Route("/run/{key}", page(one_run), methods=["GET"]),
             Route("/run/{key}/events", events, methods=["GET"]),

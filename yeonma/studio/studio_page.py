@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from starlette.responses import Response
 from yeonma.language import language
 from yeonma.messages import tr
 from yeonma.page_style import COLOURS, SPANS
-from yeonma.shown import html
+from yeonma.shown import html, one_line
 
 PARTS = Path(__file__).parent / "page_parts"
-HOME_PATH, TOKENS_PATH = "/", "/tokens"
+HOME_PATH, DATA_PATH, TOKENS_PATH = "/", "/data", "/tokens"
 
 
 def document(
@@ -29,7 +30,7 @@ def document(
     style, script = _style(), _script()
     links = "".join(
         f'<a href="{path}"{" aria-current=page" if path == here else ""}>{html(name)}</a>'
-        for path, name in ((HOME_PATH, tr("Runs")), (TOKENS_PATH, tr("Tokens")))
+        for path, name in ((HOME_PATH, tr("Runs")), (DATA_PATH, tr("Data")), (TOKENS_PATH, tr("Tokens")))
         if is_inside
     )
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
@@ -65,6 +66,24 @@ def copied_text(name: str, text: str, label: str) -> str:
     )
 
 
+def input_field(name: str, label: str, value: str, listed: Iterable[str]) -> str:
+    """A text field with proposals. Names that are not shown as they are cannot be typed, and are not proposed."""
+    options = "".join(f'<option value="{html(one)}">' for one in listed if one_line(one) == one)
+    return (
+        f'<label>{html(label)}<input name="{name}" value="{html(value)}" list="{name}-list" required '
+        f'autocomplete="off" spellcheck="false"></label><datalist id="{name}-list">{options}</datalist>'
+    )
+
+
+def select_field(name: str, label: str, choices: Iterable[tuple[str, str]], selected: str) -> str:
+    """A field with choices: (value, text)."""
+    options = "".join(
+        f'<option value="{html(value)}"{" selected" if value == selected else ""}>{html(text)}</option>'
+        for value, text in choices
+    )
+    return f'<label>{html(label)}<select name="{name}">{options}</select></label>'
+
+
 @cache
 def _style() -> str:
     return COLOURS + SPANS + (PARTS / "studio.css").read_text("utf-8")
@@ -90,7 +109,8 @@ def _headers(style: str, script: str) -> dict[str, str]:
     return {
         "Content-Security-Policy": "; ".join(policy),
         "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
+        # with no-referrer, browsers call the origin of a form null
+        "Referrer-Policy": "same-origin",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store",

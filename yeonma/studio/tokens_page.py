@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 from urllib.parse import urlencode
@@ -15,14 +15,14 @@ from yeonma.data.template import BUILT_IN
 from yeonma.errors import UserError
 from yeonma.hub import downloaded
 from yeonma.messages import counted, tr
-from yeonma.shown import html, html_lines, one_line, shell_word
+from yeonma.shown import html, html_lines, shell_word
+from yeonma.studio.data_page import ENCODINGS, SAMPLES, DataChoice
 from yeonma.studio.roots import Found, Roots
-from yeonma.studio.studio_page import TOKENS_PATH, copied_text, document
+from yeonma.studio.studio_page import TOKENS_PATH, copied_text, document, input_field, select_field
 from yeonma.studio.token_views import ROWS_A_PAGE, TokenPage, TokenViews
 
 Show = Literal["all", "longest", "shortened", "left_out"]
 TrainingVerb = Literal["sft", "dpo"]
-SAMPLES = ("sample:news_en", "sample:news_ko", "sample:pairs_en")
 SAMPLE_TEMPLATES = ("sample:title_en",)
 CUTOFF = 2048
 MOST_CUTOFF = 1_000_000
@@ -41,10 +41,13 @@ class TokenChoice:
     cutoff_len: int = CUTOFF
     show: Show = "all"
     page: int = 1
+    encoding: str = ENCODINGS[0]
+    delimiter: str = ""
 
     @staticmethod
     def of(query: Mapping[str, str]) -> TokenChoice:
         """What is no choice of the form counts as not given."""
+        data = DataChoice.of(query)
         show = next((one for one in get_args(Show) if one == query.get("show")), "all")
         objective = next((one for one in get_args(TrainingVerb) if one == query.get("objective")), "sft")
         texts = {name: query.get(name, "").strip()[:4096] for name in ("data_path", "template", "base_model")}
@@ -54,10 +57,12 @@ class TokenChoice:
             cutoff_len=_number(query.get("cutoff_len", ""), CUTOFF, MOST_CUTOFF),
             show=show,
             page=_number(query.get("page", ""), 1, _MOST_PAGE),
+            encoding=data.encoding,
+            delimiter=data.delimiter,
         )
 
     def address(self, **changes: object) -> str:
-        return f"{TOKENS_PATH}?{urlencode({**vars(self), **changes})}"
+        return f"{TOKENS_PATH}?{urlencode({**vars(self), **changes}, errors='surrogateescape')}"
 
 
 def _number(written: str, default: int, most: int) -> int:
@@ -69,6 +74,7 @@ def settings_of_choice(choice: TokenChoice, roots: Roots) -> dict[str, str]:
     """The settings of a run, with paths that lie within the roots. Raises UserError for one that does not."""
     data = choice.data_path if choice.data_path in SAMPLES else str(roots.resolve(choice.data_path))
     settings = {"base_model": _model(choice.base_model, roots), "data_path": data}
+    settings |= DataChoice(encoding=choice.encoding, delimiter=choice.delimiter).settings()
     if choice.template in (*BUILT_IN, *SAMPLE_TEMPLATES):
         settings["template"] = choice.template
     elif choice.template:
@@ -141,33 +147,18 @@ def _form(roots: Roots, found: Found, models: list[str], choice: TokenChoice) ->
         ("left_out", tr("rows left out")),
     ]
     fields = [
-        _input("data_path", tr("data file"), choice.data_path, data),
-        _select("template", tr("template"), templates, choice.template),
-        _input("base_model", tr("model"), model, models),
-        _select("objective", tr("training"), objectives, choice.objective),
+        input_field("data_path", tr("data file"), choice.data_path, data),
+        select_field("template", tr("template"), templates, choice.template),
+        input_field("base_model", tr("model"), model, models),
+        select_field("objective", tr("training"), objectives, choice.objective),
         f'<label>{html(tr("most tokens of an example"))}<input name="cutoff_len" type="number" min="1" '
         f'max="{MOST_CUTOFF}" value="{choice.cutoff_len}"></label>',
-        _select("show", tr("show"), shows, choice.show),
+        select_field("show", tr("show"), shows, choice.show),
+        f'<input type="hidden" name="encoding" value="{html(choice.encoding)}">',
+        f'<input type="hidden" name="delimiter" value="{html(choice.delimiter)}">',
         f"<button>{html(tr('Show the rows'))}</button>",
     ]
     return f'<form class="choose" method="get" action="{TOKENS_PATH}">{"".join(fields)}</form>'
-
-
-def _input(name: str, label: str, value: str, listed: Iterable[str]) -> str:
-    """A text field with proposals. Names that are not shown as they are cannot be typed, and are not proposed."""
-    options = "".join(f'<option value="{html(one)}">' for one in listed if one_line(one) == one)
-    return (
-        f'<label>{html(label)}<input name="{name}" value="{html(value)}" list="{name}-list" required '
-        f'autocomplete="off" spellcheck="false"></label><datalist id="{name}-list">{options}</datalist>'
-    )
-
-
-def _select(name: str, label: str, choices: Iterable[tuple[str, str]], selected: str) -> str:
-    options = "".join(
-        f'<option value="{html(value)}"{" selected" if value == selected else ""}>{html(text)}</option>'
-        for value, text in choices
-    )
-    return f'<label>{html(label)}<select name="{name}">{options}</select></label>'
 
 
 def _result(choice: TokenChoice, shown: TokenPage) -> Iterator[str]:

@@ -118,5 +118,9 @@ def test_pages_allow_their_own_style_script_and_server_alone(client: Client) -> 
     policy = client.get("/").headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy and "connect-src 'self'" in policy and "frame-ancestors 'none'" in policy
-    for header, value in {"cache-control": "no-store", "x-content-type-options": "nosniff"}.items():
+    for header, value in {
+        "cache-control": "no-store",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "same-origin",
+    }.items():
         assert client.get("/").headers[header] == value

@@ -100,7 +100,7 @@ def test_pages_speak_korean(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "titles")
     with speaking("ko"):
         client = Client.on(tmp_path)
-        for address in ("/", f"/run/{key_of(folder)}", "/tokens"):
+        for address in ("/", f"/run/{key_of(folder)}", "/tokens", "/data", "/data?data_path=sample:news_ko"):
             text = client.get(address).text
             assert '<html lang="ko">' in text
             shown = re.sub(
@@ -111,7 +111,7 @@ def test_pages_speak_korean(tmp_path: Path) -> None:
 
 
 def words_of(path: Path) -> set[str]:
-    known = {"prompt", "completion", "messages", "nvidia", "tokens"}
+    known = {"prompt", "completion", "messages", "nvidia", "tokens", "title", "document", "sample", "news"}
     return known | set(re.findall(r"[A-Za-z]{4,}", str(path)))
 
 
@@ -178,6 +178,47 @@ def test_choices_of_the_form_are_bounded() -> None:
     choice = TokenChoice.of({"cutoff_len": "9" * 11, "page": "-3", "show": "x", "objective": "y"})
     assert (choice.cutoff_len, choice.page, choice.show, choice.objective) == (1_000_000, 1, "all", "sft")
     assert TokenChoice.of({"cutoff_len": "\u0663", "page": "0"}) == TokenChoice()
+
+
+def test_a_file_is_shown_with_its_columns_labels_and_oddities(tmp_path: Path) -> None:
+    rows = [{"text": f"row {number}\u200b", "label": "yes" if number % 3 else "no"} for number in range(30)]
+    lines = [json.dumps(row) for row in [*rows, rows[0], {"text": "", "label": None}]] + ["nonsense"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    text = Client.on(tmp_path).get("/data?data_path=rows.jsonl&template=title").text
+    assert "33 rows, which is all." in text and "1 row cannot be read" in text and "1 row repeat" in text
+    assert "The values of label look like labels: yes 20, no 11" in text
+    assert '<th scope="row">text</th><td>31</td><td>30</td><td>7</td><td>7</td><td>31</td>' in text
+    assert "row 0\\u200b" in text  # the invisible character is seen
+    assert "/tokens?data_path=rows.jsonl&amp;template=title&amp;objective=sft" in text
+    check_studio_page(text)
+
+
+def test_a_file_in_another_encoding_is_read_as_chosen(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("글;제목\n강을 끼고;열차\n".encode("cp949"))
+    client = Client.on(tmp_path)
+    assert "--encoding cp949" in client.get("/data?data_path=rows.csv").text
+    text = client.get("/data?data_path=rows.csv&encoding=cp949&delimiter=%3B").text
+    assert "강을 끼고" in text and "encoding=cp949&amp;delimiter=%3B" in text
+    check_studio_page(text)
+
+
+def test_rows_of_others_stay_text(tmp_path: Path) -> None:
+    name = f"{NAME.replace('/', '_')}.jsonl"
+    rows = [{"prompt": TEXT, "completion": NAME, "<b>": [TEXT], "n": {"a": NAME}}, {"prompt": 3}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / name).write_text(json.dumps(rows[0]) + "\n")
+    client = Client.on(tmp_path)
+    check_studio_page(client.get("/data?data_path=rows.jsonl").text)
+    check_studio_page(client.get(f"/data?data_path={quote(name)}").text)
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x.jsonl", "missing.jsonl", "some/hub-set", "sample:none", "."]
+)
+def test_only_files_below_the_roots_are_read(tmp_path: Path, path: str) -> None:
+    text = Client.on(tmp_path).get(f"/data?data_path={quote(path)}").text
+    assert 'role="alert"' in text and "root:" not in text
+    check_studio_page(text)
 
 
 @pytest.mark.slow

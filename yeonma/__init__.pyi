@@ -171,9 +171,11 @@ def dpo(
     kto_desirable_weight: float = 1.0,
     kto_undesirable_weight: float = 1.0,
     eval_steps: int | None = None,
-    keep_best: bool = True,
+    keep_best: bool | str = True,
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
+    answer_metrics: list[str] | str | None = None,
+    answer_rows: int = 32,
     card_rows: int = 5,
     output_dir: StrPath,
     overwrite: bool = False,
@@ -269,9 +271,11 @@ def dpo(
         kto_desirable_weight: Weight of answers labelled true in kto, apo_zero_unpaired and bco (Ethayarajh et al. 2024, arXiv:2402.01306). (a number above 0; default 1.0)
         kto_undesirable_weight: Weight of answers labelled false. Lower it when there are many of them. (a number above 0; default 1.0)
         eval_steps: Steps between evaluations. By default, evaluate after every epoch. The model is always evaluated before the first step and after the last. (a whole number of at least 1)
-        keep_best: Save the adapter with the lowest validation loss instead of the last one. (true or false; default True)
+        keep_best: Save the adapter with the lowest validation loss instead of the last one, or the one that is best by a metric of `answer_metrics`: `exact`, or what your function gives. (true or false or the name of a metric, such as exact; default True)
         early_stopping_patience: Stop after this many evaluations in a row without a lower validation loss. (a whole number of at least 1)
         early_stopping_threshold: Minimum decrease of the loss that counts as lower. (a number of at least 0; default 0.0)
+        answer_metrics: Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them. (a list such as [a, b] or text)
+        answer_rows: Validation rows to answer at every evaluation for `answer_metrics`. (a whole number of at least 1; default 32)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
         output_dir: Folder for the adapter and the records of the run. (required)
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
@@ -470,9 +474,11 @@ def inspect(
     kto_desirable_weight: float = 1.0,
     kto_undesirable_weight: float = 1.0,
     eval_steps: int | None = None,
-    keep_best: bool = True,
+    keep_best: bool | str = True,
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
+    answer_metrics: list[str] | str | None = None,
+    answer_rows: int = 32,
     card_rows: int = 5,
     output_dir: StrPath = "",
     overwrite: bool = False,
@@ -577,9 +583,11 @@ def inspect(
         kto_desirable_weight: Weight of answers labelled true in kto, apo_zero_unpaired and bco (Ethayarajh et al. 2024, arXiv:2402.01306). (a number above 0; default 1.0)
         kto_undesirable_weight: Weight of answers labelled false. Lower it when there are many of them. (a number above 0; default 1.0)
         eval_steps: Steps between evaluations. By default, evaluate after every epoch. The model is always evaluated before the first step and after the last. (a whole number of at least 1)
-        keep_best: Save the adapter with the lowest validation loss instead of the last one. (true or false; default True)
+        keep_best: Save the adapter with the lowest validation loss instead of the last one, or the one that is best by a metric of `answer_metrics`: `exact`, or what your function gives. (true or false or the name of a metric, such as exact; default True)
         early_stopping_patience: Stop after this many evaluations in a row without a lower validation loss. (a whole number of at least 1)
         early_stopping_threshold: Minimum decrease of the loss that counts as lower. (a number of at least 0; default 0.0)
+        answer_metrics: Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them. (a list such as [a, b] or text)
+        answer_rows: Validation rows to answer at every evaluation for `answer_metrics`. (a whole number of at least 1; default 32)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
         output_dir: Folder for the adapter and the records of the run.
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)
@@ -722,9 +730,11 @@ def sft(
     group_by_length: bool = False,
     seed: int = 42,
     eval_steps: int | None = None,
-    keep_best: bool = True,
+    keep_best: bool | str = True,
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
+    answer_metrics: list[str] | str | None = None,
+    answer_rows: int = 32,
     card_rows: int = 5,
     output_dir: StrPath,
     overwrite: bool = False,
@@ -817,9 +827,11 @@ def sft(
         group_by_length: Put rows of similar length into the same step. This only evens out step times: there is no padding to save. (true or false; default False)
         seed: Random seed for adapter initialisation, row order, the validation split and dropout. (a whole number of at least 0 and at most 4294967295; default 42)
         eval_steps: Steps between evaluations. By default, evaluate after every epoch. The model is always evaluated before the first step and after the last. (a whole number of at least 1)
-        keep_best: Save the adapter with the lowest validation loss instead of the last one. (true or false; default True)
+        keep_best: Save the adapter with the lowest validation loss instead of the last one, or the one that is best by a metric of `answer_metrics`: `exact`, or what your function gives. (true or false or the name of a metric, such as exact; default True)
         early_stopping_patience: Stop after this many evaluations in a row without a lower validation loss. (a whole number of at least 1)
         early_stopping_threshold: Minimum decrease of the loss that counts as lower. (a number of at least 0; default 0.0)
+        answer_metrics: Generate answers to validation rows at every evaluation, and measure them: exact, chrf, rougeL, json, or `FILE.py:function` for a function of your own, `(row, answer) -> number or dict of numbers`. accuracy and f1 are those of labels. Several with commas between them. (a list such as [a, b] or text)
+        answer_rows: Validation rows to answer at every evaluation for `answer_metrics`. (a whole number of at least 1; default 32)
         card_rows: Validation rows to answer before and after training, for the model card. 0 turns this off. (a whole number of at least 0; default 5)
         output_dir: Folder for the adapter and the records of the run. (required)
         overwrite: Replace what an earlier run left in `output_dir`. (true or false; default False)

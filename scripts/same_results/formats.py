@@ -255,6 +255,10 @@ FIELDS = (
         for name in ("lora_layers", "exclude_modules", "new_tokens", "modules_to_save", "loraplus_ratio")
     ),
     *(
+        Field("*settings.yaml", name, "left out", "likewise; off unless asked for")
+        for name in ("answer_metrics", "answer_rows")
+    ),
+    *(
         Field("*yeonma.json", f"lora.{name}", "left out", "likewise")
         for name in ("layers", "exclude", "new_tokens", "modules_to_save")
     ),

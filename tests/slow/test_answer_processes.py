@@ -1,4 +1,4 @@
-"""Answers at evaluations in two processes, with the base sharded or not, with all weights trained, and after a fault."""
+"""Answers at evaluations in two processes, with the base sharded, with all weights trained, and after a fault."""
 
 from __future__ import annotations
 

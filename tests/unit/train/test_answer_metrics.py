@@ -111,6 +111,14 @@ def test_the_best_step_by_a_metric_is_kept(done: Done) -> None:
     assert (state["best_step"], state["best_score"]) == (best, look["answers/letters"])
 
 
+def test_the_folder_is_whole_and_takes_no_report(place: Path, done: Done) -> None:
+    verified = command(place, "verify", str(done.folder))
+    assert verified.status == 0, verified.out + verified.err
+    words = ["compare", "--models", str(done.folder), "--data_path", str(place / "rows.jsonl")]
+    refused = command(place, *words, "--output_dir", str(done.folder))
+    assert refused.status == 2 and "it is a model's folder" in refused.err
+
+
 def test_weights_do_not_depend_on_answers(place: Path, done: Done, tmp_path: Path) -> None:
     plain = run(place, tmp_path / "plain")
     assert plain.status == 0, plain.err

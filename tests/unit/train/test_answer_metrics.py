@@ -14,7 +14,9 @@ import pytest
 from tests.pairs import pairs, tuned
 from tests.runs import (
     SAMPLE_TOKENS,
+    SETTINGS,
     Done,
+    arguments,
     articles,
     command,
     left_behind,
@@ -296,3 +298,24 @@ def test_the_function_of_the_page_works(place: Path, tmp_path: Path, page: str) 
     assert "| answers | exact | chrf | rougeL | short | marked | step |" in card
     plot = (done.folder / "loss.svg").read_text("utf-8")
     assert all(f">{name}</text>" in plot for name in ("exact", "chrf", "rougeL", "short", "marked"))
+
+
+def test_the_forecast_counts_the_answers(place: Path) -> None:
+    def time(**settings: object) -> dict[str, Any]:
+        wanted = {
+            "base_model": place / "model",
+            "data_path": place / "rows.jsonl",
+            "rows": "none",
+            "json": True,
+        }
+        done = command(place, "inspect", *arguments({**SETTINGS, **RUN, **wanted, **settings}))
+        assert done.status == 0, done.err
+        return dict(json.loads(done.out.splitlines()[-1])["forecast"]["time"])
+
+    without = time()
+    assert without["answer_seconds"] == 0
+    every, once = (time(answer_metrics="exact", answer_rows=3, eval_steps=steps) for steps in (2, 100))
+    assert every["answer_seconds"] == pytest.approx(3 * once["answer_seconds"])  # 6 evaluations and 2
+    for one in (every, once):
+        assert one["seconds"] == pytest.approx(without["seconds"] + one["answer_seconds"])
+        assert one["tokens_per_second"] == without["tokens_per_second"]

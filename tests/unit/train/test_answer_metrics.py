@@ -113,6 +113,7 @@ def test_the_best_step_by_a_metric_is_kept(done: Done) -> None:
     assert (state["best_step"], state["best_score"]) == (best, look["answers/letters"])
 
 
+@pytest.mark.slow
 def test_the_folder_is_whole_and_takes_no_report(place: Path, done: Done) -> None:
     verified = command(place, "verify", str(done.folder))
     assert verified.status == 0, verified.out + verified.err
@@ -224,6 +225,7 @@ def test_what_cannot_be_measured_is_said_before_weights_are_loaded(
     assert "parameters trained" not in refused.out
 
 
+@pytest.mark.slow
 def test_f1_of_labels_needs_no_answers(place: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", reviews())
     kept = trained(
@@ -235,6 +237,7 @@ def test_f1_of_labels_needs_no_answers(place: Path, tmp_path: Path) -> None:
     assert kept.weight_bytes == (kept.folder / f"checkpoint-{best}/adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_pairs_are_measured_against_the_chosen_answer(place: Path, tmp_path: Path) -> None:
     rows = pairs(20)
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -261,6 +264,7 @@ def test_rows_are_shared_out_over_data_sets() -> None:
     assert _shares([5, 5], 1) == [1, 0]
 
 
+@pytest.mark.slow
 def test_no_row_is_left_out_of_a_mixture(place: Path, tmp_path: Path) -> None:
     """Rows of both data sets, each asked with its own template."""
     other = write_jsonl(
@@ -282,6 +286,7 @@ def test_no_row_is_left_out_of_a_mixture(place: Path, tmp_path: Path) -> None:
     assert done.status == 2 and done.err.count("its wanted answer is no JSON") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["evaluate.md", "evaluate.ko.md"])
 def test_the_function_of_the_page_works(place: Path, tmp_path: Path, page: str) -> None:
     text = (Path(__file__).parents[3] / "docs" / page).read_text("utf-8")
@@ -300,6 +305,7 @@ def test_the_function_of_the_page_works(place: Path, tmp_path: Path, page: str) 
     assert all(f">{name}</text>" in plot for name in ("exact", "chrf", "rougeL", "short", "marked"))
 
 
+@pytest.mark.slow
 def test_the_forecast_counts_the_answers(place: Path) -> None:
     def time(**settings: object) -> dict[str, Any]:
         wanted = {

@@ -105,6 +105,15 @@ def best_metric(keep_best: bool | str) -> str | None:
     return None if isinstance(keep_best, bool) or keep_best == LOSS else keep_best
 
 
+def is_built_in(number: object) -> bool:
+    """Whether a number, as `keep_best` names it, does not come from a function of the user's."""
+    return (
+        not isinstance(number, str)
+        or number in LABEL_METRICS
+        or any(number in given for given in TEXT_METRICS.values())
+    )
+
+
 def keeps_best(keep_best: bool | str) -> bool:
     """Whether the best step is kept rather than the last one."""
     return bool(keep_best)

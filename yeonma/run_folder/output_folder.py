@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from yeonma.config.metric_names import is_built_in
 from yeonma.errors import Log, Problem, UserError, brief
 from yeonma.files import (
     check_free,
@@ -239,7 +240,7 @@ def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place:
     """Raises UserError that lists all differences between this run's identity and the recorded one. Returns a remark
     about a base that was moved, or an empty text."""
     found = differences(identity, recorded)
-    if CONTENT_OF_METRICS in found and isinstance(identity.get("keep_best"), bool):
+    if CONTENT_OF_METRICS in found and is_built_in(identity.get("keep_best")):
         del found[CONTENT_OF_METRICS]
         if not found:
             return tr(

@@ -14,7 +14,9 @@ import pytest
 from tests.pairs import pairs, tuned
 from tests.runs import (
     SAMPLE_TOKENS,
+    SETTINGS,
     Done,
+    arguments,
     articles,
     command,
     left_behind,
@@ -111,6 +113,7 @@ def test_the_best_step_by_a_metric_is_kept(done: Done) -> None:
     assert (state["best_step"], state["best_score"]) == (best, look["answers/letters"])
 
 
+@pytest.mark.slow
 def test_the_folder_is_whole_and_takes_no_report(place: Path, done: Done) -> None:
     verified = command(place, "verify", str(done.folder))
     assert verified.status == 0, verified.out + verified.err
@@ -222,6 +225,7 @@ def test_what_cannot_be_measured_is_said_before_weights_are_loaded(
     assert "parameters trained" not in refused.out
 
 
+@pytest.mark.slow
 def test_f1_of_labels_needs_no_answers(place: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", reviews())
     kept = trained(
@@ -233,6 +237,7 @@ def test_f1_of_labels_needs_no_answers(place: Path, tmp_path: Path) -> None:
     assert kept.weight_bytes == (kept.folder / f"checkpoint-{best}/adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_pairs_are_measured_against_the_chosen_answer(place: Path, tmp_path: Path) -> None:
     rows = pairs(20)
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -259,6 +264,7 @@ def test_rows_are_shared_out_over_data_sets() -> None:
     assert _shares([5, 5], 1) == [1, 0]
 
 
+@pytest.mark.slow
 def test_no_row_is_left_out_of_a_mixture(place: Path, tmp_path: Path) -> None:
     """Rows of both data sets, each asked with its own template."""
     other = write_jsonl(
@@ -280,6 +286,7 @@ def test_no_row_is_left_out_of_a_mixture(place: Path, tmp_path: Path) -> None:
     assert done.status == 2 and done.err.count("its wanted answer is no JSON") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["evaluate.md", "evaluate.ko.md"])
 def test_the_function_of_the_page_works(place: Path, tmp_path: Path, page: str) -> None:
     text = (Path(__file__).parents[3] / "docs" / page).read_text("utf-8")
@@ -296,3 +303,25 @@ def test_the_function_of_the_page_works(place: Path, tmp_path: Path, page: str) 
     assert "| answers | exact | chrf | rougeL | short | marked | step |" in card
     plot = (done.folder / "loss.svg").read_text("utf-8")
     assert all(f">{name}</text>" in plot for name in ("exact", "chrf", "rougeL", "short", "marked"))
+
+
+@pytest.mark.slow
+def test_the_forecast_counts_the_answers(place: Path) -> None:
+    def time(**settings: object) -> dict[str, Any]:
+        wanted = {
+            "base_model": place / "model",
+            "data_path": place / "rows.jsonl",
+            "rows": "none",
+            "json": True,
+        }
+        done = command(place, "inspect", *arguments({**SETTINGS, **RUN, **wanted, **settings}))
+        assert done.status == 0, done.err
+        return dict(json.loads(done.out.splitlines()[-1])["forecast"]["time"])
+
+    without = time()
+    assert without["answer_seconds"] == 0
+    every, once = (time(answer_metrics="exact", answer_rows=3, eval_steps=steps) for steps in (2, 100))
+    assert every["answer_seconds"] == pytest.approx(3 * once["answer_seconds"])  # 6 evaluations and 2
+    for one in (every, once):
+        assert one["seconds"] == pytest.approx(without["seconds"] + one["answer_seconds"])
+        assert one["tokens_per_second"] == without["tokens_per_second"]

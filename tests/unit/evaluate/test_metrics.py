@@ -231,7 +231,7 @@ def test_resampling_depends_on_the_seed_but_not_on_the_block_size(
 ) -> None:
     tables = list(two_models(50, 0.1))
     once = resampled_sums(tables, seed=5)
-    monkeypatch.setattr("yeonma.evaluate.metrics.BLOCK_NUMBERS", 999)
+    monkeypatch.setattr("yeonma.resampling.BLOCK_NUMBERS", 999)
     for first, second in zip(once, resampled_sums(tables, seed=5), strict=True):
         np.testing.assert_allclose(first, second)
     assert not np.allclose(once[0], resampled_sums(tables, seed=6)[0])

@@ -178,7 +178,8 @@ class Policy:
         """For each sequence, the log-probabilities of its scored tokens and the `top` most likely ones in their places,
         without gradients; as `example_scores`. All sequences go through the model at once."""
         model = self.transformers_model
-        with self.active(), attention(model, FOREST) if self.support.forest else nullcontext():
+        implementation = FOREST if self.support.forest else self.support.plain_attention
+        with self.active(), attention(model, implementation):
             return example_scores(model, self.support, token_ids, top, scored=scored, units=units)
 
     def generate_from_ids(

@@ -119,6 +119,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     ".reference": read_safetensors,
     ".json": read_json,
     ".forecast": read_json,
+    ".general": read_json,
     ".jsonl": read_json_lines,
     ".yaml": read_yaml,
     ".txt": read_text,

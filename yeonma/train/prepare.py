@@ -227,7 +227,7 @@ def mixture_weights(dataset: Dataset) -> list[Fraction] | None:
         else one.settings.weight or Fraction(len(one.train.units) * one.settings.repeats)
         for one in dataset.sets
     ]
-    scale = (1 - sum(shares)) / sum(own)
+    scale = (1 - sum(shares, Fraction(0))) / sum(own, Fraction(0))
     return [
         weight * scale if one.share is None else one.share for weight, one in zip(own, settings, strict=True)
     ]

@@ -16,6 +16,7 @@ from yeonma.batch.batch import Batch
 from yeonma.forgetting import panel as panels
 from yeonma.forgetting.panel import GeneralPanel, make_panel, needs_model, own_answers, panel_scores
 from yeonma.forgetting.panel_cache import panel_cache
+from yeonma.model.forest_support import attention
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import find_base
 from yeonma.policy import Policy, build_policy
@@ -62,8 +63,9 @@ def test_scores_are_those_of_each_sequence_alone(panel: GeneralPanel, policy: Po
     ):
         assert chosen == len(answer)  # which it wrote itself, greedily
         ids = torch.from_numpy(np.concatenate([prompt, np.array(answer, dtype=np.int32)]).astype(np.int64))
-        with torch.no_grad():
-            logits = policy.transformers_model(ids.unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        model = policy.transformers_model
+        with torch.no_grad(), attention(model, policy.support.plain_attention):
+            logits = model(ids.unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits.float(), -1).gather(1, ids[len(prompt) :, None]).sum()
         assert logprob == pytest.approx(float(expected), abs=1e-3)
 
@@ -114,7 +116,7 @@ def test_what_was_asked_is_asked_once(
     for damage in ("", "[1]", path.read_text("utf-8").replace("[", "[{},", 3)):
         path.write_text(damage, encoding="utf-8")
         with panel_cache(tmp_path, "model") as known:
-            assert needs_model(panel, known, answers)
+            assert needs_model(panel, known, None)
 
 
 def test_questions_that_do_not_fit_into_the_models_positions_are_left_out(tokenizer: Any) -> None:

@@ -51,18 +51,22 @@ def main(given: Sequence[str] | None = None) -> int:
         adapter = random_adapter(model, Path(folder) / "adapter")
         requests = {name: requests_of(name, Path(folder), options.rows) for name in options.workloads}
         ours, theirs = our_model(adapter, model, Path(folder)), their_model(adapter, model)
-        runs = measure(options, requests, ours, theirs)
-    result |= {"model": Path(model).name, "rows": options.rows, "shots": SHOTS, "runs": runs}
-    save(options.output, result)
+        result |= {"model": Path(model).name, "rows": options.rows, "shots": SHOTS, "runs": []}
+        measure(result, options, requests, ours, theirs)
     print_table(result)
     return 0
 
 
 def measure(
-    options: argparse.Namespace, requests: Mapping[str, list[Any]], ours: Work, theirs: Callable[[int], Work]
-) -> list[dict[str, Any]]:
-    """A run for each round, workload and contender; raises AssertionError where the answers differ."""
-    runs: list[dict[str, Any]] = []
+    result: dict[str, Any],
+    options: argparse.Namespace,
+    requests: Mapping[str, list[Any]],
+    ours: Work,
+    theirs: Callable[[int], Work],
+) -> None:
+    """Adds a run for each round, workload and contender, and saves the result after each workload. Raises
+    AssertionError where the answers differ."""
+    runs: list[dict[str, Any]] = result["runs"]
     for number in range(1, options.rounds + 1):
         for workload, asked in requests.items():
             first = [run for run in runs if run["workload"] == workload and run["batch"]]
@@ -84,7 +88,7 @@ def measure(
             for run in runs[-len(contenders) :]:
                 run["differs_by"] = difference(answers["yeonma"], answers[run["contender"]])
                 assert run["differs_by"] < LARGEST_DIFFERENCE, run
-    return runs
+            save(options.output, result)
 
 
 def difference(a: Sequence[Any], b: Sequence[Any]) -> float:

@@ -240,6 +240,7 @@ def test_all_of_a_few_problems_are_told() -> None:
 def test_only_one_module_writes_on_the_terminal() -> None:
     """No other calls print or writes to a standard stream; rich's consoles, which escape, are in these modules."""
     consoles = {"inspect/terminal.py", "evaluate/report.py", "run_folder/progress.py"}
+    consoles |= {"evaluate/eval_part.py"}  # beside the report, of which it is a part
     consoles |= {"python_api/results.py"}  # whose console writes into memory
     own = {"streams.py", "commands/chat.py", "commands/generate.py"}
     package = Path(yeonma.__file__).parent

@@ -33,6 +33,7 @@ FOLDERS = (
     "cache_dir",
     "dataset_dir",
     "folder",
+    "include_path",
     "model_dir",
     "models",
     "output_dir",

@@ -28,14 +28,14 @@ BLOCK_TOKENS = 8192
 LOOK_BACK = 2
 """Tokens before those of a stop text in which it is searched: a model may write it with other tokens."""
 
-TokenIds = tuple[int, ...]
+RequestIds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Continuation:
     """Tokens of which the last `scored` are the continuation whose likelihood is asked for."""
 
-    token_ids: TokenIds
+    token_ids: RequestIds
     scored: int
 
     def key(self, identity: str) -> str:
@@ -46,7 +46,7 @@ class Continuation:
 class OpenQuestion:
     """A prompt to answer until one of the texts `until` occurs. `task`: those of one task are answered together."""
 
-    prompt: TokenIds
+    prompt: RequestIds
     sampling: SamplingParams
     until: tuple[str, ...]
     task: str = ""
@@ -107,7 +107,7 @@ class RequestRunner:
 
     def _score(self, block: Sequence[Continuation]) -> list[tuple[float, bool]]:
         """The options of one context are one unit, so that they share all of it."""
-        contexts: dict[TokenIds, int] = {}
+        contexts: dict[RequestIds, int] = {}
         units = [
             contexts.setdefault(request.token_ids[: len(request.token_ids) - request.scored], len(contexts))
             for request in block
@@ -199,7 +199,7 @@ class RequestRunner:
 def blocks(requests: Sequence[Continuation], block_tokens: int) -> Iterator[list[Continuation]]:
     """The requests in the order of their tokens, in groups of at most `block_tokens` distinct tokens."""
     ordered = sorted(requests, key=lambda request: request.token_ids)
-    common = [0, *(_common(a.token_ids, b.token_ids) for a, b in pairwise(ordered))]
+    common = [0] * len(ordered[:1]) + [_common(a.token_ids, b.token_ids) for a, b in pairwise(ordered)]
     block: list[Continuation] = []
     tokens = 0
     for request, shared in zip(ordered, common, strict=True):
@@ -213,7 +213,7 @@ def blocks(requests: Sequence[Continuation], block_tokens: int) -> Iterator[list
         yield block
 
 
-def _common(a: TokenIds, b: TokenIds) -> int:
+def _common(a: RequestIds, b: RequestIds) -> int:
     """The length of the common beginning of two sequences."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # a slice compares faster than a loop

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.harness_tasks import full_tokenizer
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES
-from tests.runs import characters, model_folder
+from tests.runs import model_folder
 from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.evaluate.harness_requests import Continuation, OpenQuestion, RequestRunner, blocks, seeded
 from yeonma.generation.sampling import SamplingParams
+from yeonma.model.forest_support import attention
 from yeonma.model.source import find_base
 from yeonma.policy import build_policy
 
@@ -24,7 +27,15 @@ def runner(place: Path, family: str = "llama") -> Iterator[RequestRunner]:
     source = find_base(str(model_folder(place / family, family)))
     policy = build_policy(source, device=torch.device("cpu"), dtype=torch.float32)
     with open_answer_cache(place / "answers.jsonl") as cache:
-        yield RequestRunner(policy, characters(), "model", "identity", cache, lambda _: None, 4)
+        yield RequestRunner(policy, full_tokenizer(), "model", "identity", cache, lambda _: None, 4)
+
+
+@contextmanager
+def alone(ours: RequestRunner) -> Iterator[Any]:
+    """The runner's model as transformers calls it."""
+    model = ours.policy.transformers_model
+    with torch.no_grad(), attention(model, ours.policy.support.plain_attention):
+        yield model
 
 
 def requests(count: int = 6, options: int = 3) -> list[Continuation]:
@@ -46,9 +57,8 @@ def test_log_likelihoods_are_those_of_each_sequence_alone(tmp_path: Path, family
     assert family in FOREST_FAMILIES | OTHER_FAMILIES
     with runner(tmp_path, family) as ours:
         found = ours.loglikelihoods(requests())
-        model = ours.policy.transformers_model
         for request, (logprob, is_greedy) in zip(requests(), found, strict=True):
-            with torch.no_grad():
+            with alone(ours) as model:
                 logits = model(torch.tensor([request.token_ids[:-1]])).logits[0, -request.scored :]
             targets = torch.tensor(request.token_ids[-request.scored :])
             expected = torch.log_softmax(logits, dim=-1)[range(request.scored), targets].sum()
@@ -60,10 +70,9 @@ def test_log_likelihoods_are_those_of_each_sequence_alone(tmp_path: Path, family
 def test_a_greedy_continuation_is_found_and_a_later_call_computes_nothing(tmp_path: Path) -> None:
     with runner(tmp_path) as ours:
         prompt = requests()[0].token_ids[:27]
-        model = ours.policy.transformers_model
         ids = list(prompt)
         for _ in range(3):
-            with torch.no_grad():
+            with alone(ours) as model:
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         greedy = Continuation(tuple(ids), 3)
         ((logprob, is_greedy),) = ours.loglikelihoods([greedy])
@@ -81,7 +90,7 @@ def test_blocks_hold_every_request_and_no_more_distinct_tokens_than_allowed() ->
         for block in found:
             beginnings = {r.token_ids[:end] for r in block for end in range(1, len(r.token_ids) + 1)}
             assert len(beginnings) <= limit or len(block) == 1
-    assert len(list(blocks(asked, 10_000))) == 1
+    assert len(list(blocks(asked, 10_000))) == 1 and list(blocks([], 10)) == []
 
 
 def test_out_of_memory_halves_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a judge said, for the report: its entries, its sentences, and its table on a terminal."""
+"""What a judge said, for the report: its entries, its sentences, and its tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +24,8 @@ NO_PREFERENCE = later(
     "The judge {judge} shows no difference between {model} and {other}: {model} wins {rate}% of {rows} ({interval}), a "
     "tie counting one half."
 )
+GREAT_BIAS = 0.4
+"""The share of rows that the order decides, from which on the judge is doubted. One that guesses has 1/2."""
 JudgeEntry = Mapping[str, Any]
 """The entry `judge` of report.json."""
 
@@ -100,8 +101,18 @@ def judge_sentences(entry: JudgeEntry, names: Sequence[str]) -> Iterator[str]:
         )
 
 
-def judge_notes(entry: JudgeEntry) -> Iterator[str]:
+def judge_notes(entry: JudgeEntry, names: Sequence[str]) -> Iterator[str]:
     """What a reader of the numbers should know."""
+    for pair in entry["pairs"]:
+        if (share := pair["place_bias"]) is not None and share >= GREAT_BIAS:
+            first, second = pair["models"]
+            yield tr(
+                "The judge chose by the order of the answers, not by the answers, in {share}% of the rows of {model} and "
+                "{other}: trust it little.",
+                share=format_number(100 * share),
+                model=names[second],
+                other=names[first],
+            )
     if entry["unreadable"]:
         yield tr(
             "{verdicts} of the judge cannot be read: their rows have no result. judge.jsonl has what it wrote.",
@@ -168,15 +179,15 @@ def explain_judge(entry: JudgeEntry) -> list[str]:
     return sentences
 
 
-def print_judge(console: Console, entry: JudgeEntry, names: Sequence[str]) -> None:
-    console.print(Text(one_line(judge_caption(entry))), soft_wrap=True)
+def judge_table(entry: JudgeEntry, names: Sequence[str]) -> Table:
+    """For a terminal."""
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for head in judge_heads(entry, names):
         table.add_column(Text(one_line(head)), justify="right", overflow="fold")
     for name, cells in judge_lines(entry):
         table.add_row(Text(name), *map(Text, cells))
-    console.print(table)
+    return table
 
 
 def _rate(pair: Mapping[str, Any]) -> str:

@@ -39,10 +39,11 @@ from yeonma.evaluate.eval_part import eval_reports, print_eval_reports
 from yeonma.evaluate.judge import Judged
 from yeonma.evaluate.judge_report import (
     explain_judge,
+    judge_caption,
     judge_entry,
     judge_notes,
     judge_sentences,
-    print_judge,
+    judge_table,
     row_entries,
 )
 from yeonma.evaluate.metrics import (
@@ -93,7 +94,7 @@ def make_report(
     names = [inputs.candidate.name for inputs in comparison.inputs]
     benchmarks = eval_reports([(each.candidate.name, each.candidate.adapter) for each in comparison.inputs])
     judged = None if comparison.judged is None else judge_entry(comparison.judged, options.seed)
-    said, notes = ([], []) if judged is None else (judge_sentences(judged, names), judge_notes(judged))
+    said, notes = ([], []) if judged is None else (judge_sentences(judged, names), judge_notes(judged, names))
     return {
         "format": FORMAT,
         "yeonma": __version__,
@@ -348,7 +349,8 @@ def print_report(console: Console, report: ComparisonReport) -> None:
             console.print(Text(one_line(sentence)), soft_wrap=True)
         console.print()
     if report.get("judge") is not None:
-        print_judge(console, report["judge"], [model["name"] for model in report["models"]])
+        console.print(Text(one_line(judge_caption(report["judge"]))), soft_wrap=True)
+        console.print(judge_table(report["judge"], [model["name"] for model in report["models"]]))
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 

@@ -80,6 +80,22 @@ SHAPES: dict[str, dict[str, Any]] = {  # as the config.json files of the models 
         "linear_value_head_dim": 128,
         "tie_word_embeddings": True,
     },
+    "tiny-recurrent": {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "tie_word_embeddings": True,
+    },
     "little": {
         "model_type": "llama",
         "vocab_size": 8192,
@@ -161,7 +177,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         "attention_width": config.num_attention_heads * config.head_dim,
     }
     workloads = prepare_workloads(
-        folder, tokenizer, job["workloads"], job["steps"], tiny=job["shape"] == "tiny"
+        folder, tokenizer, job["workloads"], job["steps"], tiny=job["shape"].startswith("tiny")
     )
     # `yeonma` draws the same numbers from the same seed.
     add_lora(model, LoraShape(LORA_R, LORA_R, 0.0, "all-linear"), SEED).save_pretrained(folder / "start")

@@ -124,7 +124,7 @@ class Lease:
 
     def _begun(self, job: Job) -> dict[str, Any]:
         """An entry's beginning; `key` says which training it is of."""
-        entry: dict[str, Any] = {"about": job.about}
+        entry: dict[str, Any] = {"about": job.about, "commit": commit()}
         if job.script == "gpu_measure.py":
             entry["key"] = {"shape": job.shape, "contender": job.contender, **job.settings}
         return entry

@@ -14,7 +14,7 @@ from gpu_workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE, SMALL, LITTLE, TINY = "llama-3-8b", "qwen3-0.6b", "little", "tiny"
-RECURRENT, LITTLE_RECURRENT = "qwen3.5-like", "little-recurrent"
+RECURRENT, LITTLE_RECURRENT, TINY_RECURRENT = "qwen3.5-like", "little-recurrent", "tiny-recurrent"
 STEPS = {False: 12, True: 4}
 """Of a measurement, by whether it is tiny. A workload may have fewer where a step takes long."""
 PREPARED: Mapping[str, tuple[str, ...]] = {
@@ -23,6 +23,7 @@ PREPARED: Mapping[str, tuple[str, ...]] = {
     LITTLE: ("alpaca", "dpo"),
     RECURRENT: ("alpaca",),
     LITTLE_RECURRENT: ("alpaca",),
+    TINY_RECURRENT: ("alpaca",),
     TINY: tuple(WORKLOADS),
 }
 """Shape -> the workloads whose rows are made with it."""
@@ -32,6 +33,7 @@ PREPARING_SECONDS = {
     LITTLE: 30.0,
     RECURRENT: 45.0,
     LITTLE_RECURRENT: 30.0,
+    TINY_RECURRENT: 120.0,
     TINY: 120.0,
 }
 
@@ -83,11 +85,11 @@ def jobs(*, tiny: bool) -> list[Job]:
 
 
 def _on_the_cpu(job: Job) -> Job:
-    """With the tiny shape, or with recurrent layers that are small anyway. What has processes of its own runs alone: a
-    CPU has few cores."""
+    """With a tiny shape. What has processes of its own runs alone: a CPU has few cores."""
+    recurrent = job.shape in (RECURRENT, LITTLE_RECURRENT)
     return replace(
         job,
-        shape=job.shape if job.shape in (None, LITTLE_RECURRENT) else TINY,
+        shape=None if job.shape is None else TINY_RECURRENT if recurrent else TINY,
         seconds=1.0,
         limit_seconds=max(600.0, job.limit_seconds),
         alongside=job.alongside and job.shape is None,

@@ -115,12 +115,20 @@ def worst(values: Mapping[str, Any], forecast: str, measured: str) -> float:
 
 
 def decoding_headline(values: Mapping[str, Any]) -> str:
-    return "; ".join(
+    return "; ".join(map(decoded_rows, values["rows"]))
+
+
+def decoded_rows(row: Mapping[str, Any]) -> str:
+    """One number of rows. Results of an earlier checkout have no steps with fixed shapes."""
+    text = (
         f"{row['rows']} rows: {row['tokens_per_second']:,.0f} tokens/s, "
-        f"{row['tokens_per_second'] / row['most_tokens_per_second']:.0%} of what memory allows, "
-        f"{row['fixed_tokens_per_second']:,.0f} with fixed shapes ({row['replayed_steps']} of {row['fixed_steps']} "
-        f"steps replayed, {row['equal_answers']} equal answers)"
-        for row in values["rows"]
+        f"{row['tokens_per_second'] / row['most_tokens_per_second']:.0%} of what memory allows"
+    )
+    if "fixed_tokens_per_second" not in row:
+        return text
+    return text + (
+        f", {row['fixed_tokens_per_second']:,.0f} with fixed shapes ({row['replayed_steps']} of "
+        f"{row['fixed_steps']} steps replayed, {row['equal_answers']} equal answers)"
     )
 
 
@@ -145,7 +153,7 @@ def summary_table(result: Result) -> str:
         for name, entry in result["jobs"].items()
     ]
     for name, values in profiles(result):
-        lines += ["", f"{name}, what to try next:"]
+        lines += ["", f"{name}, what to try next:"] if "kinds" in values else []
         lines += [
             f"    at most {one.seconds / values['step_seconds']:5.1%} of the step  {one.what}"
             for one in next_two(result, values, "en")
@@ -377,7 +385,10 @@ TRIES_SHOWN = 2
 
 
 def next_two(result: Result, values: Mapping[str, Any], language: str) -> list[NextTry]:
-    """The two things that a profile says to try next. Products need 4 operations per parameter that is no embedding."""
+    """The two things that a profile says to try next; none in the results of an earlier checkout, without kinds of
+    kernels. Products need 4 operations per parameter that is no embedding."""
+    if "kinds" not in values:
+        return []
     operations = 4 * result["shapes"][values["shape"]]["model"]["non_embedding_parameters"]
     least = operations * values["step_tokens"] / values["matrix_rate"]
     return next_tries(values, least, language)[:TRIES_SHOWN]
@@ -400,4 +411,5 @@ def profile_tables(result: Result, language: str) -> Iterator[str]:
             (one.what, f"{one.seconds / values['step_seconds']:.1%}")
             for one in next_two(result, values, language)
         ]
-        yield table({heads["try"]: "---", heads["most"]: "---:"}, tries)
+        if tries:
+            yield table({heads["try"]: "---", heads["most"]: "---:"}, tries)

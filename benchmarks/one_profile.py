@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from gpu_contenders import Job, contenders
 from gpu_measure import ours
+from gpu_shapes import LORA_R, SHAPES
 from harness import answer_job
 from profile_kinds import Widths, by_kind, kind_of
 
@@ -138,8 +139,10 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
         given["dtype"],
     )
     contender = contenders(job.about["pairs"])[given["contender"]]
+    cuda = given["device"] == "cuda"
+    widths = None if cuda else Widths(LORA_R, SHAPES[given["shape"]]["vocab_size"])
     found, measured = profiled(
-        lambda: ours(contender, job, max_steps=PROFILED), PROFILED, cuda=given["device"] == "cuda"
+        lambda: ours(contender, job, max_steps=PROFILED), PROFILED, cuda=cuda, widths=widths
     )
     return {
         **found,

@@ -83,6 +83,7 @@ OTHER_OPTIONS = {
         "tiny",
         "before",
         "rows",
+        "pairs",
     ),
     *("minutes", "only", "list", "retry", "table_only", "python"),  # of benchmarks/lease.py and bundle.py
     *("kills", "cases", "targets"),

@@ -450,6 +450,17 @@ def test_the_section_has_goals_jobs_trainings_and_kernels(tables: Any, language:
     assert tables.lease_section(None, language) == tables.NOT_MEASURED[language]
 
 
+def test_results_of_an_earlier_checkout_are_still_shown(tables: Any) -> None:
+    result = measured()
+    assert "what to try next:" in tables.summary_table(result)
+    del result["jobs"]["profile/packed"]["values"]["kinds"]
+    (row,) = result["jobs"]["decoding"]["values"]["rows"]
+    del row["fixed_tokens_per_second"]
+    table = tables.summary_table(result)
+    assert "64 rows: 600 tokens/s, 60% of what memory allows" in table and "what to try next" not in table
+    assert "what to try next" not in tables.lease_section(result)
+
+
 def test_pages_show_the_stored_result_or_that_there_is_none(lease: Any, tables: Any) -> None:
     from tables import cpu_profile_section, put  # type: ignore[import-not-found]
 

@@ -77,7 +77,8 @@ def check_layout(tab: Browser) -> None:
             for text, paper, element in colours:
                 assert contrast(text, paper) >= 4.5, (dark, element[:200])
     unnamed = tab.run(
-        "[...document.querySelectorAll('input:not([type=hidden]), select')].filter((e) => !e.labels.length && !e.ariaLabel).length"
+        "[...document.querySelectorAll('input:not([type=hidden]), select')]"
+        ".filter((e) => !e.labels.length && !e.ariaLabel).length"
     )
     assert unnamed == 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.chromium import Browser, browser, contrast, in_chromium
-from tests.runs import SETTINGS, arguments, articles, model_folder, write_jsonl
+from tests.runs import SETTINGS, TEMPLATE, arguments, articles, model_folder, write_jsonl
 from yeonma.run_folder.lock import is_locked
 
 pytestmark = [pytest.mark.slow, in_chromium]
@@ -77,7 +77,8 @@ def check_layout(tab: Browser) -> None:
             for text, paper, element in colours:
                 assert contrast(text, paper) >= 4.5, (dark, element[:200])
     unnamed = tab.run(
-        "[...document.querySelectorAll('input, select')].filter((e) => !e.labels.length && !e.ariaLabel).length"
+        "[...document.querySelectorAll('input:not([type=hidden]), select')]"
+        ".filter((e) => !e.labels.length && !e.ariaLabel).length"
     )
     assert unnamed == 0
 
@@ -86,6 +87,7 @@ def check_layout(tab: Browser) -> None:
 def test_a_run_of_a_terminal_is_seen_stopped_and_resumed(tmp_path: Path, lang: str) -> None:
     model_folder(tmp_path / "base")
     write_jsonl(tmp_path / "rows.jsonl", articles(200))
+    (tmp_path / "title.txt").write_text(TEMPLATE)
     wanted = {**SETTINGS, "num_epochs": 400, "val_set_size": 5, "eval_steps": 20, "save_steps": 100_000}
     paths = {"base_model": "base", "data_path": "rows.jsonl", "output_dir": "runs/titles"}
     run = subprocess.Popen(
@@ -150,9 +152,7 @@ def test_a_run_of_a_terminal_is_seen_stopped_and_resumed(tmp_path: Path, lang: s
                 tab.open(tab.server + page)
                 tab.click("#stop")
                 until(lambda: tab.run("document.querySelector('#state .stopped') !== null"), "not stopped")
-                tab.open(
-                    f"{tab.server}/tokens?data_path=rows.jsonl&template=runs%2Ftitles%2Ftemplate.txt&base_model=base"
-                )
+                tab.open(f"{tab.server}/tokens?data_path=rows.jsonl&template=title.txt&base_model=base")
                 until(lambda: tab.run("document.querySelectorAll('pre .answer').length > 0"), "no rows")
                 check_layout(tab)
                 tab.look(1280, 900)

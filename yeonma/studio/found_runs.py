@@ -34,6 +34,8 @@ LOG_BYTES = 32_768
 """Of the end of log.txt."""
 LARGEST_RECORD = 1_000_000
 """Bytes of a run.json."""
+_STOPS = ("Stopped", "KeyboardInterrupt")
+"""What a call is ended by that was asked to stop, before its first step or after its last."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 
 
@@ -133,7 +135,7 @@ def failures_in(lines: list[str]) -> list[str]:
     for line in reversed(lines):
         text = _TIME.sub("", line, count=1)
         match = next((match for one in _failures() if (match := one.fullmatch(text))), None)
-        if match is None:
+        if match is None or match[1] in _STOPS:
             break
         failures.append(": ".join(match.groups()))
     return failures[::-1]

@@ -48,8 +48,10 @@ class TokenChoice:
     def of(query: Mapping[str, str]) -> TokenChoice:
         """What is no choice of the form counts as not given."""
         data = DataChoice.of(query)
-        show = next((one for one in get_args(Show) if one == query.get("show")), "all")
-        objective = next((one for one in get_args(TrainingVerb) if one == query.get("objective")), "sft")
+        show: Show = next((one for one in get_args(Show) if one == query.get("show")), "all")
+        objective: TrainingVerb = next(
+            (one for one in get_args(TrainingVerb) if one == query.get("objective")), "sft"
+        )
         texts = {name: query.get(name, "").strip()[:4096] for name in ("data_path", "template", "base_model")}
         return TokenChoice(
             **texts,

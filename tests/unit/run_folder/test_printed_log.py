@@ -60,7 +60,7 @@ def test_the_end_of_a_call_is_kept(tmp_path: Path) -> None:
             printed.open(path)
             raise error
     assert lines_of(path) == [
-        "out: the disk is full; make room",
+        "failed: out: the disk is full; make room",
         "ended by Stopped: stopped by SIGTERM",
         "ended by ValueError: a bug",
     ]

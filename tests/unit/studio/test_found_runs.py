@@ -52,6 +52,7 @@ def test_a_run_that_failed_says_why(tmp_path: Path, language: str) -> None:
         "the disk is full",
     ]
     assert failures_in([f"{TIME}{bug}"]) == ["ValueError: x: y"]
+    assert failures_in([f"{TIME}ended by Stopped: stopped by SIGTERM"]) == []
     assert failures_in([TIME + problems[0], f"{TIME}step 4/9"]) == []
     (folder / "log.txt").write_text(TIME + problems[1] + "\n", "utf-8")
     assert (read_run(folder).state, read_run(folder).message) == ("failed", "the disk is full")

@@ -146,7 +146,8 @@ def _cause_of(numbers: TokenLogprobs) -> tuple[WeightCause | None, float | None]
     is_along = rest <= EXPLAINED * min(distance, from_base) and rest <= BESIDE * change
     if scale < MOVED and from_base <= ROUNDING and from_base < distance:
         return "adapter_not_applied", scale
-    if is_along and scale >= MOVED and abs(scale - 1) > MOVED:
+    is_elsewhere = abs(scale - 1) > MOVED or distance > ROUNDING
+    if is_along and scale >= MOVED and is_elsewhere:
         return "adapter_in_part", scale
     if distance <= ROUNDING:
         return None, scale

@@ -32,6 +32,8 @@ class WrongServer:
     """Of the ids of a prompt."""
     template: str | None = None
     """Another chat template."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of its own, for requests by messages. Those of the request win."""
     tells: Tells = "ids"
@@ -58,8 +60,11 @@ def wrong_server(real: str, model: str, folder: Path, wrong: WrongServer) -> Ite
                 self._give(None)
 
         def _chat(self, body: dict[str, Any]) -> dict[str, Any]:
-            ids = wrong.change(chat_ids(tokenizer, Conversation(body["messages"]), wrong.template))
-            kept = {name: value for name, value in body.items() if name in ("max_tokens", "temperature")}
+            asked = Conversation(body["messages"], kwargs=wrong.kwargs)
+            ids = wrong.change(chat_ids(tokenizer, asked, wrong.template))
+            kept = {
+                name: value for name, value in body.items() if name in ("max_tokens", "temperature", "top_k")
+            }
             given = {"repetition_penalty": body["repetition_penalty"]} if "repetition_penalty" in body else {}
             sent = {"model": model, "prompt": ids, "return_token_ids": True, **kept, **wrong.more, **given}
             answer = _post(f"{real}/completions", sent)

@@ -241,6 +241,10 @@ FIELDS = (
     Field("*yeonma.json", "base_content", "left out", "earlier versions did not record it"),
     Field("*run.json", "identity.content of the base model", "left out", "likewise"),
     Field("*state.json", "identity.content of the base model", "left out", "likewise"),
+    *(
+        Field("*sample_answers.json", f"answers.{name}", "left out", "earlier versions did not record it")
+        for name in ("data_set", "wanted_ids.scaled", "greedy_ids.scaled", "base_ids.scaled")
+    ),
     Field("*run.json", "identity.train", "left out", "earlier versions trained adapters alone"),
     Field("*state.json", "identity.train", "left out", "likewise"),
     Field("*settings.yaml", "train", "left out", "likewise"),

@@ -18,6 +18,8 @@ params.port = options["port"]
 params.endpoint_props = True
 if "chat_template" in options:
     params.chat_template = options["chat_template"]
+if "n_predict" in options:
+    params.n_predict = options["n_predict"]
 if "antiprompt" in options:
     params.antiprompt = options["antiprompt"]
 for name, value in options.get("sampling", {}).items():

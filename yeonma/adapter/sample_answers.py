@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from yeonma.messages import tr
 from yeonma.shown import json_text
 
 SAMPLE_ANSWERS = "sample_answers.json"
+SCALES = ("0.5", "2", "4")
+"""Factors of the adapter's scale at which its log-probabilities are kept too: half of it, and what a server has that
+applies the adapter twice or takes rsLoRA for LoRA, and LoRA for rsLoRA."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,25 @@ class ScoredIds:
     """Natural logarithms, one per token."""
     base: list[float] | None
     """None if the base's weights were trained themselves."""
+    scaled: Mapping[str, list[float]] | None = None
+    """By the factors in SCALES, the trained model's with its adapter's scale times that; None without LoRA layers, and
+    in folders of earlier versions."""
 
     def at(self, places: Iterable[int]) -> ScoredIds:
         """The tokens at these places."""
         places = list(places)
-        base = None if self.base is None else [self.base[place] for place in places]
-        return ScoredIds(
-            [self.token_ids[place] for place in places], [self.trained[place] for place in places], base
-        )
+
+        def taken(numbers: list[float]) -> list[float]:
+            return [numbers[place] for place in places]
+
+        base = None if self.base is None else taken(self.base)
+        scaled = None if self.scaled is None else {scale: taken(self.scaled[scale]) for scale in SCALES}
+        return ScoredIds([self.token_ids[place] for place in places], taken(self.trained), base, scaled)
 
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """A row of samples.json, asked with its prompt of training."""
+    """A row of the model card, asked with its prompt of training."""
 
     row_number: int
     prompt_ids: list[int]
@@ -65,6 +74,8 @@ class SampleAnswer:
     """The trained model's answer, as in `trained`."""
     base_ids: ScoredIds
     """The beginning of the base's answer, as in `base`."""
+    data_set: str = ""
+    """As on the card: its data set, if the run has several."""
 
 
 def as_json(answers: Sequence[SampleAnswer]) -> str:
@@ -94,14 +105,18 @@ def _answer(entry: Any) -> SampleAnswer:
         ScoredIds(**entry["wanted_ids"]),
         ScoredIds(**entry["greedy_ids"]),
         ScoredIds(**entry["base_ids"]),
+        entry.get("data_set", ""),
     )
+    _check(isinstance(answer.data_set, str))
     _check(type(answer.row_number) is int and _are_ids(answer.prompt_ids) and bool(answer.prompt_ids))
     for greedy in (answer.trained, answer.base):
         _check(_are_ids(greedy.token_ids) and type(greedy.ended) is bool)
         _check(isinstance(greedy.text, str) and isinstance(greedy.content, str))
     for scored in (answer.wanted_ids, answer.greedy_ids, answer.base_ids):
         _check(_are_ids(scored.token_ids))
-        for logprobs in (scored.trained, scored.base):
+        if scored.scaled is not None:
+            _check(isinstance(scored.scaled, dict) and set(scored.scaled) == set(SCALES))
+        for logprobs in (scored.trained, scored.base, *(scored.scaled or {}).values()):
             if logprobs is not None:
                 _check(isinstance(logprobs, list) and len(logprobs) == len(scored.token_ids))
                 _check(all(type(number) in (int, float) for number in logprobs))

@@ -1,8 +1,6 @@
 """How a served model differs from the trained one, and why: from what a server made of the sample rows.
 
-Log-probabilities decide about weights. With the server's numbers s of some tokens, the trained model's t and the base's
-b, `share` is the position of s on the way from b to t by least squares: 1 for the trained model, 0 for the base; `rest`
-is the root mean square of what lies beside that way, in nats. No requests here.
+What log-probabilities say about weights is in `served_weights`. No requests here.
 """
 
 from __future__ import annotations
@@ -11,69 +9,39 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from yeonma.errors import Problem
 from yeonma.messages import counted, later, tr
 from yeonma.verify.file_checks import Finding, checked, not_checked
 from yeonma.verify.served_rows import (
-    ComparedTokens,
     PromptCause,
     ServedRow,
+    is_close_call,
+    is_cut_short,
     is_same,
-    joined,
     stops_early,
     where_it_goes_on,
 )
+from yeonma.verify.served_weights import WeightCause, Weights, weights_of
 
 Cause = Literal[
     PromptCause,
-    "adapter_not_applied",
-    "adapter_in_part",
-    "another_adapter",
-    "another_base",
-    "other_weights",
-    "fewer_bits",
+    WeightCause,
+    "another_tokenizer",
     "another_template",
     "context_cut",
     "no_end",
     "early_end",
+    "answer_cut",
     "penalty",
+    "sampled",
     "other_answers",
     "refused",
 ]
 
-ROUNDING = 0.06
-"""Nats of root mean square: what another number format of 16 bits or another order of sums changes."""
-NOISE = 0.5
-"""The same for weights in 4 bits; or NOISE_OF_CHANGE of what training changed, if that is more."""
-NOISE_OF_CHANGE = 0.35
-CHANGED = 0.03
-"""Below this the trained model and its base cannot be told apart by these tokens."""
-LOWEST = -12.0
-"""Log-probabilities below count as this: those of very unlikely tokens are mostly noise."""
-NEAR_BASE = 0.4
-"""Shares below are near the base."""
-LEAST_SHARE = 0.3
-"""Of the same adapter, if the numbers are not the base's: with a quarter of its scale it was 0.57."""
-WHOLE = (0.75, 1.35)
-"""Shares that count as the adapter as it was trained."""
-BESIDE = 0.4
-"""From this part of what training changed on, numbers beside the way are of other weights. Adapters at half or twice
-their scale, and with a third to a half of their layers dropped, had 0.19 to 0.34 of it, another adapter 0.5."""
-
 PROMPTS, WEIGHTS, ANSWERS = later("served prompts"), later("served weights"), later("served answers")
 
-
-@dataclass(frozen=True)
-class Weights:
-    """What log-probabilities say about a server's weights."""
-
-    cause: Cause | None
-    """None: they are the trained ones, up to rounding."""
-    distance: float
-    """From the trained model, in nats of root mean square."""
-    tokens: int
+MOST_SHOWN = 60
+"""Characters of a prompt that are shown."""
 
 
 @dataclass(frozen=True)
@@ -100,61 +68,6 @@ def judge(rows: Sequence[ServedRow], server: str) -> ServedVerdict:
 # Weights
 
 
-def weights_of(rows: Sequence[ServedRow]) -> Weights | None:
-    """None if the server tells no log-probabilities of given tokens."""
-    scores = joined([row.scores for row in rows])
-    if scores is None:
-        return None
-    served, trained, base = _arrays(scores)
-    cause = _cause_of_numbers(served, trained, base)
-    alone = joined([row.base_scores for row in rows])
-    if cause == "other_weights" and alone is not None:
-        served_base, trained_there, base_there = _arrays(alone)
-        if base_there is not None:
-            is_right = _rms(served_base - base_there) <= _noise(trained_there - base_there)
-            cause = "another_adapter" if is_right else "another_base"
-    return Weights(cause, _rms(served - trained), len(served))
-
-
-def _cause_of_numbers(served: np.ndarray, trained: np.ndarray, base: np.ndarray | None) -> Cause | None:
-    distance = _rms(served - trained)
-    if distance <= ROUNDING:
-        return None
-    if base is None or _rms(trained - base) < CHANGED:
-        return "fewer_bits" if distance <= NOISE else "other_weights"
-    change = trained - base
-    share = float((served - base) @ change / (change @ change))
-    rest = _rms(served - base - share * change)
-    noise = _noise(change)
-    if _rms(served - base) <= noise and share < NEAR_BASE:
-        return "adapter_not_applied"
-    if rest <= noise and not WHOLE[0] <= share <= WHOLE[1]:
-        return "adapter_in_part"
-    if distance <= noise:
-        return "fewer_bits"
-    is_beside = rest > BESIDE * _rms(change) or share < LEAST_SHARE
-    return "other_weights" if is_beside else "adapter_in_part"
-
-
-def _noise(change: np.ndarray) -> float:
-    """The most that fewer bits explain, in nats. `change`: what training changed."""
-    return min(max(ROUNDING, NOISE_OF_CHANGE * _rms(change)), NOISE)
-
-
-def _arrays(scores: ComparedTokens) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(served, trained, base), each of shape (tokens,). Where the server tells only an upper bound, lower numbers of
-    the others count as this bound."""
-    served = np.array([score.logprob for score in scores.served], dtype=np.float64)
-    bounds = [score.logprob if score.is_upper_bound else LOWEST for score in scores.served]
-    lowest = np.maximum(np.array(bounds, dtype=np.float64), LOWEST)
-    base = None if scores.base is None else np.maximum(np.array(scores.base), lowest)
-    return np.maximum(served, lowest), np.maximum(np.array(scores.trained), lowest), base
-
-
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(values**2)))
-
-
 def _weights(weights: Weights | None, server: str) -> tuple[Finding, list[Cause]]:
     if weights is None:
         reason = tr("the server does not tell log-probabilities of given tokens")
@@ -176,8 +89,11 @@ def _weights(weights: Weights | None, server: str) -> tuple[Finding, list[Cause]
             ),
         ),
         "adapter_in_part": (
-            tr("the server applies only a part of the adapter, or at another scale"),
-            tr("check the adapter's scale there, and whether the server supports all of its layers"),
+            _in_part(weights.scale),
+            tr(
+                "check the adapter's scale there, whether the server supports all of its layers, and whether it "
+                "has the last checkpoint"
+            ),
         ),
         "another_adapter": (
             tr("the server's base is right, and its adapter is another one"),
@@ -195,6 +111,16 @@ def _weights(weights: Weights | None, server: str) -> tuple[Finding, list[Cause]
             tr("the server's numbers are noisy, as with weights in fewer bits"),
             tr("judge by `yeonma compare` whether the answers are good enough, or serve more bits"),
         ),
+        "new_tokens": (
+            tr(
+                "the tokens that training added are not those of training: their rows in the server's embedding or head"
+            ),
+            tr("serve the merged model, or check how the server reads trained rows of embedding and head"),
+        ),
+        "stale_cache": (
+            tr("the server goes on from numbers that it cached of the prompts with other weights"),
+            tr("restart the server, or turn off its prompt cache"),
+        ),
     }[weights.cause]
     numbers = tr(
         "{what} (log-probabilities of {tokens} differ by {distance} nats)",
@@ -203,6 +129,15 @@ def _weights(weights: Weights | None, server: str) -> tuple[Finding, list[Cause]
         distance=distance,
     )
     return checked(WEIGHTS, [Problem(numbers, server, cure)], ""), [weights.cause]
+
+
+def _in_part(scale: float | None) -> str:
+    if scale is None:
+        return tr("the server applies only a part of the adapter, or at another scale")
+    return tr(
+        "the server applies only a part of the adapter, or all of it at about {scale} of its scale",
+        scale=f"{scale:.2f}",
+    )
 
 
 # Prompts
@@ -266,8 +201,15 @@ def _compared_prompts(told: Sequence[ServedRow], server: str) -> tuple[Finding, 
     row = different[0]
     ids, wanted = _prompt_ids(row), row.asked.expected.prompt_ids
     common = _common_cause([(one, _prompt_ids(one)) for one in different], list)
-    is_cut = all(_is_part(_prompt_ids(one), one.asked.expected.prompt_ids) for one in different)
-    cause: Cause = common or ("context_cut" if is_cut else "another_template")
+    is_cut = _are_cut(different)
+    texts = [
+        (one.asked.text_of(_prompt_ids(one)), one.asked.text_of(one.asked.expected.prompt_ids))
+        for one in different
+    ]
+    is_same_text = all(there == here != "" for there, here in texts)
+    cause: Cause = common or (
+        "context_cut" if is_cut else "another_tokenizer" if is_same_text else "another_template"
+    )
     at = next(
         (at for at, (old, new) in enumerate(zip(wanted, ids, strict=False)) if old != new),
         min(len(ids), len(wanted)),
@@ -279,7 +221,23 @@ def _compared_prompts(told: Sequence[ServedRow], server: str) -> tuple[Finding, 
         trained=len(wanted),
         served=len(ids),
     )
+    if cause in ("another_template", "base_template", "reasoning_mode"):
+        there, here = (_around(row, one, other) for one, other in ((ids, wanted), (wanted, ids)))
+        difference = tr(
+            "{difference}: {there!r} there, {here!r} in training",
+            difference=difference,
+            there=there,
+            here=here,
+        )
     return _wrong_prompt(cause, difference, server), [cause]
+
+
+def _around(row: ServedRow, ids: Sequence[int], others: Sequence[int]) -> str:
+    """The text of a prompt where it differs from another one."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    first = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(others)))
+    text = row.asked.text_of(ids[max(0, first - 2) : first + 12])
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _prompt_ids(row: ServedRow) -> list[int]:
@@ -287,10 +245,21 @@ def _prompt_ids(row: ServedRow) -> list[int]:
     return row.by_messages.prompt_ids
 
 
-def _is_part(ids: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether the ids are the beginning or the end of the whole prompt."""
-    count = len(ids)
-    return 0 < count < len(whole) and list(ids) in (list(whole[:count]), list(whole[-count:]))
+def _are_cut(rows: Sequence[ServedRow]) -> bool:
+    """Whether each prompt lacks one piece, and not all the same one, as with a template that lacks it in all rows."""
+    lost = [_lost(_prompt_ids(row), row.asked.expected.prompt_ids) for row in rows]
+    is_one_piece = all(lost)
+    return is_one_piece and (len(rows) == 1 or any(one != lost[0] for one in lost))
+
+
+def _lost(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
+    """The piece whose absence makes `ids` of the whole prompt; empty if it is not one."""
+    pairs = enumerate(zip(ids, whole, strict=False))
+    first = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(whole)))
+    end = len(whole) - (len(ids) - first)
+    return (
+        list(whole[first:end]) if 0 < len(ids) < len(whole) and list(ids[first:]) == list(whole[end:]) else []
+    )
 
 
 def _common_cause(
@@ -327,6 +296,16 @@ def _wrong_prompt(cause: Cause, difference: str, server: str) -> Finding:
             tr("the server asks with the base model's own chat template, not with that of training"),
             give_template,
         ),
+        "reasoning_mode": (
+            tr("the server turns the chat template's reasoning on or off, other than in training"),
+            tr("leave out enable_thinking there: the folder's chat_template.jinja has the value of training"),
+        ),
+        "another_tokenizer": (
+            tr("the server's tokenizer splits the same text into other tokens"),
+            tr(
+                "give the server the folder's tokenizer, and the version of the library that reads it rightly"
+            ),
+        ),
         "context_cut": (
             tr("the server cuts the prompts"),
             tr("start the server with a longer context"),
@@ -357,7 +336,8 @@ def _answers(rows: Sequence[ServedRow], weights: Weights | None, server: str) ->
         if reasons:
             problems = [_problem(cause, row, server) for cause, row in reasons.items()]
             return checked(ANSWERS, problems, ""), list(reasons)
-    if _explained(rows, weights):
+    are_close = all(_is_close(row) for row in wrong)
+    if _explained(rows, weights) and are_close:
         about = tr("{same}; the others differ by rounding, which decides between likely tokens", same=same)
         return checked(ANSWERS, [], about), []
     if weights is not None and weights.cause is not None:
@@ -381,12 +361,21 @@ def _reasons(wrong: Sequence[ServedRow]) -> Iterator[tuple[Cause, ServedRow]]:
         expected, answer = row.asked.expected, row.by_messages or row.by_ids
         if answer is None or not _prompt_is_right(row):
             continue
-        if row.without_penalty is not None and is_same(row.without_penalty, expected):
+        if row.without_sampling is not None and is_same(row.without_sampling, expected):
+            yield "sampled", row
+        elif row.without_penalty is not None and is_same(row.without_penalty, expected):
             yield "penalty", row
+        elif is_cut_short(answer, expected):
+            yield "answer_cut", row
         elif expected.trained.ended and where_it_goes_on(answer, expected):
             yield "no_end", row
         elif stops_early(answer, expected):
             yield "early_end", row
+
+
+def _is_close(row: ServedRow) -> bool:
+    answer = row.by_messages or row.by_ids
+    return answer is None or is_close_call(answer, row.asked)
 
 
 def _prompt_is_right(row: ServedRow) -> bool:
@@ -420,6 +409,15 @@ def _problem(cause: Cause, row: ServedRow, server: str) -> Problem:
         return Problem(
             what, server, tr("turn it off: repetition_penalty 1.0, in llama.cpp repeat_penalty 1.0")
         )
+    if cause == "sampled":
+        what = tr(
+            "the server draws the answer to row {row} at random, although it is asked for temperature 0",
+            row=number,
+        )
+        return Problem(what, server, tr("make the server pass on temperature 0, or set its own to 0"))
+    if cause == "answer_cut":
+        what = tr("the server cuts the answer to row {row}, although more tokens were asked for", row=number)
+        return Problem(what, server, tr("raise the server's limit of tokens of an answer"))
     if cause == "no_end":
         answer = row.by_messages or row.by_ids
         assert answer is not None

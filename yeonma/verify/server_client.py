@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
+from uuid import uuid4
 
 from yeonma.config.settings import VerifySettings
 from yeonma.errors import Problem, UserError, did_you_mean
@@ -120,14 +121,15 @@ class Server:
         tools: Sequence[Mapping[str, Any]] = (),
         arguments: Mapping[str, Any] | None = None,
         more: Mapping[str, Any] | None = None,
+        is_greedy: bool = True,
     ) -> ServedAnswer:
         """The greedy answer to messages, as an ordinary client asks for it. `arguments`: of the chat template. `more`:
-        further parameters. Raises ServerFailed."""
+        further parameters. `is_greedy` off: the answer of the server's own temperature. Raises ServerFailed."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": list(messages),
-            "temperature": 0,
             "max_tokens": most_tokens,
+            **({"temperature": 0} if is_greedy else {}),
             **(more or {}),
         }
         if tools:
@@ -187,14 +189,17 @@ class Server:
         return answer
 
     def scores(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int]
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], *, from_cache: bool = True
     ) -> Sequence[ServedScore | None] | None:
         """The log-probability of each token of an answer behind a prompt, None for one that is not told; None if the
-        server tells nothing. Raises ServerFailed."""
+        server tells nothing. `from_cache`: whether it may go on from what it cached of the prompt; False is for servers
+        that can be told so, and gives None with others. Raises ServerFailed."""
         if not answer_ids:
             return []
+        if not from_cache and self.kind not in ("llamacpp", "vllm"):
+            return None
         if self.kind == "llamacpp":
-            return self._scores_one_by_one(prompt_ids, answer_ids)
+            return self._scores_one_by_one(prompt_ids, answer_ids, from_cache)
         ids = [*prompt_ids, *answer_ids]
         generated = 0 if self.kind == "yeonma" else 1
         body = {
@@ -205,6 +210,8 @@ class Server:
             "echo": True,
             "logprobs": 1,
         }
+        if not from_cache:
+            body["cache_salt"] = uuid4().hex  # vLLM shares its cache among requests with the same one
         try:
             logprobs = first_choice(self.post("/v1/completions", body)).get("logprobs")
         except ServerFailed as failed:
@@ -220,7 +227,7 @@ class Server:
         return [ServedScore(float(number)) for number in found]
 
     def _scores_one_by_one(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int]
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], from_cache: bool
     ) -> Sequence[ServedScore | None]:
         found: list[ServedScore | None] = []
         for place, token in enumerate(answer_ids):
@@ -229,7 +236,7 @@ class Server:
                 "n_predict": 1,
                 "n_probs": ALTERNATIVES,
                 "temperature": 0.0,
-                "cache_prompt": True,
+                "cache_prompt": from_cache,
             }
             response = self.post("/completion", body)
             try:

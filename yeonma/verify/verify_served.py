@@ -16,12 +16,12 @@ from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
 from yeonma.verify.compatibility import lost
 from yeonma.verify.file_checks import Finding, checked, not_checked
-from yeonma.verify.served_rows import ask, rows_to_ask
+from yeonma.verify.served_rows import ServedRow, answers_by_itself, ask, rows_to_ask
 from yeonma.verify.served_verdict import judge
 from yeonma.verify.server_client import Server, server_of
 from yeonma.verify.verify_folder import VerifyReport, report_on
 
-CONTEXT = later("served context")
+CONTEXT, DEFAULTS = later("served context"), later("served defaults")
 
 
 def verify_served(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
@@ -38,14 +38,17 @@ def verify_served(settings: VerifySettings, log: Log = lambda _: None) -> Verify
     rows = rows_to_ask(adapter, samples, answers, own, exported)
     name = tr("{model} at {address}", model=server.model, address=server.root)
     log(tr("asking {server}: {rows}", server=name, rows=counted(len(rows), "row")))
-    verdict = judge(ask(server, rows), name)
+    answered = ask(server, rows)
+    verdict = judge(answered, name)
     what = tr("compared with {model} of {server}", model=server.model, server=server.name)
-    findings = [*verdict.findings, _context(server, adapter)]
+    findings = [*verdict.findings, _defaults(server, answered), _context(server, adapter)]
     return report_on(folder, what, findings, adapter.details, causes=verdict.causes)
 
 
 def _stored(folder: Path) -> tuple[Samples, Sequence[SampleAnswer]]:
     samples, answers = read_samples(folder), read_sample_answers(folder)
+    if samples is not None and not samples.rows:
+        answers = []  # a run without a model card writes no file of answers
     if samples is None or answers is None:
         cure = tr("train again with this version; `yeonma verify` without --served checks the folder alone")
         raise UserError(lost(SAMPLE_ANSWERS), place=str(folder), cure=cure)
@@ -53,6 +56,17 @@ def _stored(folder: Path) -> tuple[Samples, Sequence[SampleAnswer]]:
         what = tr("the run saved no answers to compare with (card_rows 0, or texts without prompts)")
         raise UserError(what, place=str(folder), cure=tr("train with --card_rows 5"))
     return samples, answers
+
+
+def _defaults(server: Server, rows: Sequence[ServedRow]) -> Finding:
+    """Whether clients that name no temperature get the greedy answers, too. Either is as its owner wants it."""
+    is_greedy = answers_by_itself(server, rows)
+    if is_greedy is None:
+        return not_checked(DEFAULTS, tr("no row was answered by messages"))
+    if is_greedy:
+        return checked(DEFAULTS, [], tr("a request that names no temperature gets the greedy answer, too"))
+    about = tr("a request that names no temperature gets another answer: clients should send temperature 0")
+    return Finding(DEFAULTS, "well", about)
 
 
 def _context(server: Server, adapter: AdapterFolder) -> Finding:

@@ -646,7 +646,7 @@ def grpo(
         report_to: Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed. (a list such as [tensorboard, wandb] or one of tensorboard, wandb, trackio, mlflow, none; default none)
         run_name: Name of the run in the trackers. By default, the name of `output_dir`.
         nproc: Number of processes to start on this machine. Under torchrun, torchrun decides. (a whole number of at least 1; default 1)
-        reward: What an answer is worth: `exact`, 1 if it is the row's own answer, else 0; `regex:PATTERN`, 1 if all of it matches; `FILE.py:function`, what your function `(row, answer)` returns, a number or a dict of numbers; or a list of several. (a list such as [a, b] or text; required)
+        reward: What an answer is worth: `exact`, 1 if it is the row's own answer, else 0; `math`, the same for mathematical expressions; `regex:PATTERN`, 1 if all of it matches; `json_schema:FILE`, 1 if it is JSON that the schema allows; `FILE.py:function`, what your function `(row, answer)` returns, a number or a dict of numbers; or a list of several. (a list such as [a, b] or text; required)
         reward_weights: One number for each reward, by which it is multiplied before they are added; 1 by default. (a list such as [a, b])
         group_size: Answers that are drawn for each prompt. A step trains on `batch_size` prompts with as many answers each. (a whole number of at least 2; default 8)
         max_new_tokens: Most tokens of an answer. (a whole number of at least 1; default 256)

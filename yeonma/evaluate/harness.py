@@ -287,7 +287,7 @@ def _item_scores(name: str, task: Any, results: Sequence[HarnessResults]) -> lis
             for samples in all_samples
         ]
         aggregate, known_name = _aggregation(task, metric)
-        better = {True: "higher", False: "lower"}.get(higher.get(metric), "")
+        better = {True: "higher", False: "lower", None: ""}[higher.get(metric)]
         scores.append(ItemScores(name, metric, filter_name, better, items, known_name, aggregate))
     return scores
 

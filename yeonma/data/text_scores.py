@@ -19,6 +19,7 @@ import numpy as np
 from yeonma.data.strict_json import SPACE, Fault, parse
 from yeonma.messages import later, tr
 from yeonma.packages import install
+from yeonma.resampling import Array
 
 UNSPACED = frozenset(
     {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO"}
@@ -27,7 +28,6 @@ SCRIPT_SHARE = 0.2  # the fraction of letters from which on a script determines 
 
 INSTALL_SACREBLEU = install("sacrebleu")
 
-Array = np.ndarray
 Split = Callable[[str], list[str]]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gpu_shapes import SHAPES
 from gpu_tables import about_device, gpu_section, operations_per_token, tokens_per_second
 from profile_kinds import NextTry, next_tries
 from tables import gigabytes, table
@@ -386,11 +387,16 @@ TRIES_SHOWN = 2
 
 def next_two(result: Result, values: Mapping[str, Any], language: str) -> list[NextTry]:
     """The two things that a profile says to try next; none in the results of an earlier checkout, without kinds of
-    kernels. Products need 4 operations per parameter that is no embedding."""
+    kernels. Products need 4 operations a token for every parameter that is no embedding, and the head as many for
+    every trained token."""
     if "kinds" not in values:
         return []
-    operations = 4 * result["shapes"][values["shape"]]["model"]["non_embedding_parameters"]
-    least = operations * values["step_tokens"] / values["matrix_rate"]
+    shape, about = SHAPES[values["shape"]], result["shapes"][values["shape"]]["model"]
+    head = shape["hidden_size"] * shape["vocab_size"]
+    products = (
+        about["non_embedding_parameters"] * values["step_tokens"] + head * values["step_trained_tokens"]
+    )
+    least = 4 * products / values["matrix_rate"]
     return next_tries(values, least, language)[:TRIES_SHOWN]
 
 

@@ -148,6 +148,7 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
         **found,
         "shape": given["shape"],
         "step_tokens": job.about["steps"][PROFILED - 1]["tokens"],
+        "step_trained_tokens": job.about["steps"][PROFILED - 1]["trained_tokens"],
         "matrix_rate": measure_rate(
             torch.device(given["device"]), getattr(torch, given["dtype"])
         ).flops_per_second,

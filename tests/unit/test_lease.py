@@ -395,6 +395,7 @@ def measured() -> dict[str, Any]:
                     ],
                     "shape": "llama-3-8b",
                     "step_tokens": 50,
+                    "step_trained_tokens": 0,
                     "matrix_rate": 4e5,
                     "copies_to_host": 1,
                     "waits": 3,
@@ -448,6 +449,17 @@ def test_the_section_has_goals_jobs_trainings_and_kernels(tables: Any, language:
     assert ("waits: 4" if language == "en" else "대기 4번") in tries[1]
     assert "800 with fixed shapes (58 of 60 steps replayed, 64 equal answers)" in section
     assert tables.lease_section(None, language) == tables.NOT_MEASURED[language]
+
+
+def test_the_head_of_trained_tokens_is_among_the_products_that_a_step_needs(tables: Any) -> None:
+    result = measured()
+    values = result["jobs"]["profile/packed"]["values"]
+    values["matrix_rate"] = 8 * 4096 * 128256  # 0.5 s a trained token; the rest is next to nothing
+    values["step_trained_tokens"] = 1
+    saved = {one.what: one.seconds for one in tables.next_tries(values, 0.5)}
+    by_least = {one.what: one.seconds for one in tables.next_two(result, values, "en")}
+    assert {what: saved[what] for what in by_least} == pytest.approx(by_least, abs=1e-3)
+    assert 0.25 in [pytest.approx(seconds, abs=1e-3) for seconds in saved.values()]  # of 0.75 s of products
 
 
 def test_results_of_an_earlier_checkout_are_still_shown(tables: Any) -> None:

@@ -152,6 +152,9 @@ def test_a_run_of_a_terminal_is_seen_stopped_and_resumed(tmp_path: Path, lang: s
                 tab.open(tab.server + page)
                 tab.click("#stop")
                 until(lambda: tab.run("document.querySelector('#state .stopped') !== null"), "not stopped")
+                tab.open(f"{tab.server}/data?data_path=rows.jsonl")
+                assert tab.run("document.querySelectorAll('dd pre').length") > 0
+                check_layout(tab)
                 tab.open(f"{tab.server}/tokens?data_path=rows.jsonl&template=title.txt&base_model=base")
                 until(lambda: tab.run("document.querySelectorAll('pre .answer').length > 0"), "no rows")
                 check_layout(tab)

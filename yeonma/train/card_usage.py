@@ -1,4 +1,5 @@
-"""How to use what a run leaves behind, for its card: Python for PEFT and transformers, commands for vLLM and Ollama.
+"""How to use what a run leaves behind, for its card: Python for PEFT and transformers, commands for vLLM, SGLang,
+Ollama.
 
 Each is named only where it asks with the tokens of training: the card's own example prompt is tried first.
 """
@@ -33,8 +34,8 @@ PLACEHOLDER = "..."
 """A field of the example prompt where the card shows no rows."""
 NEW_TOKENS = 128
 """The most that the code and the request generate."""
-PORT = 8000
-"""Where vLLM listens by default."""
+PORT, SGLANG_PORT = 8000, 30000
+"""Where vLLM and SGLang listen by default."""
 
 
 @dataclass(frozen=True)
@@ -178,20 +179,29 @@ def python_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str
     return [tr("In Python:"), "", *code_block("\n".join(lines), "python"), "", *quantised]
 
 
+def _served_rank(output: Path, adapter: AdapterFolder, usage: Usage) -> int | None:
+    """vLLM's limit for the ranks of the adapter, 0 for a whole model; None if a server does not answer as trained."""
+    if not usage.prompt.messages or folder_chat_template(output) is None or adapter.quantization != "none":
+        return None
+    if any(isinstance(part, Piece) for variant in adapter.template.variants for part in variant.answer):
+        return None  # the server would not remove the text around the answer
+    if adapter.is_full:
+        return 0
+    config = lora_config(output)
+    lacks = any(config.get(key) for key in VLLM_LACKS)
+    return None if lacks or not usage.ends_elsewhere else vllm_rank(highest_rank(output))
+
+
 def vllm_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
     """The command that serves the folder by vLLM with the prompts of training, and a request; none if vLLM cannot."""
     name = output.resolve().name
-    chat_template = folder_chat_template(output)
-    if not usage.prompt.messages or chat_template is None or adapter.quantization != "none":
+    chat_template = folder_chat_template(output) or ""
+    rank = _served_rank(output, adapter, usage)
+    if rank is None:
         return []
-    if any(isinstance(part, Piece) for variant in adapter.template.variants for part in variant.answer):
-        return []  # vLLM would not remove the text around the answer
     if adapter.is_full:
         command = f"vllm serve {shell_word(name)}"
     else:
-        rank, config = vllm_rank(highest_rank(output)), lora_config(output)
-        if rank is None or any(config.get(key) for key in VLLM_LACKS) or not usage.ends_elsewhere:
-            return []
         command = f"vllm serve {shell_word(usage.base)} --enable-lora --max-lora-rank {rank}"
         command += f" \\\n  --lora-modules {shell_word(f'{name}={name}')} --tokenizer {shell_word(name)}"
     if adapter.trust_remote_code:
@@ -207,15 +217,38 @@ def vllm_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
                 ),
                 "",
             ]
-    body: dict[str, Any] = {"model": name, "messages": list(usage.prompt.messages)}
+    request = _request(PORT, name, usage)
+    return [tr("With vLLM:"), "", *code_block(f"{command}\n{request}", "sh"), "", *remark]
+
+
+def sglang_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:
+    """The same for SGLang, where vLLM answers as trained. Reference: SGLang's pages on LoRA serving and on server
+    arguments; a request names the base and the adapter. It needs a GPU and was not run."""
+    name = output.resolve().name
+    if _served_rank(output, adapter, usage) is None:
+        return []
+    command, model = f"sglang serve --model-path {shell_word(name)}", name
+    if not adapter.is_full:
+        command = f"sglang serve --model-path {shell_word(usage.base)} \\\n  --enable-lora"
+        command += f" --lora-paths {shell_word(f'{name}={name}')} --tokenizer-path {shell_word(name)}"
+        model = f"{usage.base}:{name}"
+    if adapter.trust_remote_code:
+        command += " --trust-remote-code"
+    command += f" \\\n  --chat-template {shell_word(f'{name}/{CHAT_TEMPLATE}')}"
+    request = _request(SGLANG_PORT, model, usage)
+    about = tr("With SGLang, by its documentation; it was not run:")
+    return [about, "", *code_block(f"{command}\n{request}", "sh"), ""]
+
+
+def _request(port: int, model: str, usage: Usage) -> str:
+    body: dict[str, Any] = {"model": model, "messages": list(usage.prompt.messages)}
     body |= {"max_tokens": NEW_TOKENS, "temperature": 0}
     if usage.repeats_penalised:
         body["repetition_penalty"] = 1.0
-    request = (
-        f"curl http://localhost:{PORT}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+    return (
+        f"curl http://localhost:{port}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d {shell_word(json_text(body))}"
     )
-    return [tr("With vLLM:"), "", *code_block(f"{command}\n{request}", "sh"), "", *remark]
 
 
 def ollama_lines(output: Path, adapter: AdapterFolder, usage: Usage) -> list[str]:

@@ -65,6 +65,7 @@ from yeonma.train.card_usage import (
     folder_chat_template,
     ollama_lines,
     python_lines,
+    sglang_lines,
     vllm_lines,
 )
 
@@ -173,6 +174,7 @@ def _usage(
     lines = [
         *python_lines(output, adapter, usage),
         *vllm_lines(output, adapter, usage),
+        *sglang_lines(output, adapter, usage),
         *ollama_lines(output, adapter, usage),
     ]
     if hub_name(adapter.base.name) is None and not adapter.is_full and lines:

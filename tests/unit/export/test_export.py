@@ -42,6 +42,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache" / f"{gguf_converter.MODULE}-{gguf_converter.VERSION}"
     folder.mkdir(parents=True)
     (folder / f"{gguf_converter.MODULE}.py").write_text(STAND_IN)
+    (folder / "gguf.py").write_text(
+        "class GGUFReader:\n    fields = {}\n    __init__ = lambda self, path: None\n"
+    )
     return folder
 
 

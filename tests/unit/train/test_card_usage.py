@@ -140,6 +140,25 @@ def test_vllm_command_is_that_of_serve(done: Done) -> None:
     assert body["max_tokens"] == NEW_TOKENS
 
 
+def test_sglang_command_stands_where_vllm_has_one(done: Done) -> None:
+    """By its documentation: `model` of a request is BASE:ADAPTER. SGLang needs a GPU and was not run."""
+    shell = [block for block in fenced(card(done), "sh") if "sglang serve" in block]
+    assert bool(shell) == ("vllm serve" in card(done))
+    if not shell:
+        return
+    command, _, request = shell[0].partition("\ncurl ")
+    words = shlex.split(command)
+    name = done.folder.name
+    assert words[words.index("--chat-template") + 1] == f"{name}/chat_template.jinja"
+    model = json.loads(shlex.split(request)[-1])["model"]
+    base = words[words.index("--model-path") + 1]
+    if open_prompt_builder(done.folder).adapter.is_full:
+        assert (base, model) == (name, name)
+    else:
+        assert words[words.index("--lora-paths") + 1] == f"{name}={name}"
+        assert model == f"{base}:{name}"
+
+
 def test_card_names_only_commands_that_the_template_allows(done: Done) -> None:
     text, name = card(done), done.folder.name
     exported = [block for block in fenced(text, "sh") if "ollama" in block]

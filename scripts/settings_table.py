@@ -64,6 +64,7 @@ VERBS = {
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),
     "CompareSettings": ("compare",),
+    "JudgeSettings": ("compare",),
     "AnswerSettings": ("generate", "chat", "compare"),
     "MergeSettings": ("merge",),
     "ExportSettings": ("export",),

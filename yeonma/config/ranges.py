@@ -44,6 +44,7 @@ BATCH = {"range": Range(at_least=1, limit=10**6)}
 EPOCHS = {"range": Range(above=0, limit=10**6)}
 TOKENS = {"range": Range(at_least=1, limit=10**8)}
 RANK = {"range": Range(at_least=1, limit=65536)}
+REQUESTS = {"range": Range(at_least=1, at_most=256)}
 PROCESSES = {"range": Range(at_least=1, limit=1024)}
 BYTES = {"range": Range(at_least=1, limit=10**15)}
 NOT_NEGATIVE = {"range": Range(at_least=0, limit=10**9)}

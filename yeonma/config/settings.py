@@ -22,6 +22,7 @@ from yeonma.config.ranges import (
     PROCESSES,
     RANK,
     RATIO,
+    REQUESTS,
     ROWS,
     SEED,
     TOKENS,
@@ -451,7 +452,7 @@ class CompareSettings:
     rows: int | None = field(default=None, metadata=ROWS)
     """Compare on at most this many rows, from the first on."""
     output_dir: str = "report"
-    """Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there."""
+    """Folder for report.html, report.json, answers.jsonl and judge.jsonl. The same command continues from the answers and verdicts already there."""
     base_model: str | None = None
     """Name or folder of the adapters' base model, if it has moved since training."""
     data_set: str | None = None
@@ -466,6 +467,24 @@ class CompareSettings:
     """Quantisation of the frozen weights, as for training. auto: as in each adapter's training; a base model alone follows the first adapter trained on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """Which model judges the answers of a comparison, and how it is asked."""
+
+    judge: str | None = None
+    """Address of a server with OpenAI's API whose model judges the answers in pairs, each pair in both orders: `http://127.0.0.1:8000` or `https://api.openai.com/v1`. The rows' prompts and answers are sent there."""
+    judge_model: str | None = None
+    """The judge's name on its server."""
+    rubric: str | None = None
+    """Text file that tells the judge how to judge, with the places `{question}`, `{first}`, `{second}` and, if wanted, `{reference}`. By default, a built-in one in Korean where most letters of the data are Hangul, otherwise in English."""
+    judge_reference: bool = True
+    """Show the judge the row's reference answer."""
+    judge_tokens: int = field(default=512, metadata=COUNT)
+    """Maximum number of tokens of a verdict. A judge that reasons first needs more."""
+    judge_requests: int = field(default=4, metadata=REQUESTS)
+    """Requests to the judge at once. Affects only speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -516,6 +535,7 @@ class CompareConfig:
     """`yeonma compare`."""
 
     compare: CompareSettings
+    judging: JudgeSettings
     answer: AnswerSettings
 
 

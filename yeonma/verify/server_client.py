@@ -11,11 +11,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from yeonma.config.settings import VerifySettings
 from yeonma.errors import Problem, UserError, did_you_mean
@@ -48,9 +49,12 @@ _TOO_LONG = re.compile(r"context|too long|maximum.*length|exceed", re.IGNORECASE
 class ServerFailed(Exception):
     """A request that was refused, or whose response cannot be read."""
 
-    def __init__(self, text: str, status: int = 0) -> None:
+    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.status = status
+        """0 if there was no response, or none that can be read."""
+        self.retry_after = retry_after
+        """Seconds after which the server wants to be asked again; 0 if it does not say."""
 
     @property
     def is_too_long(self) -> bool:
@@ -102,11 +106,11 @@ class Server:
 
     def get(self, path: str, seconds: float = FIRST_SECONDS) -> Any:
         """Raises ServerFailed."""
-        return _exchange(f"{self.root}{path}", None, seconds)
+        return exchange(f"{self.root}{path}", None, seconds)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Raises ServerFailed."""
-        return _exchange(f"{self.root}{path}", body, SECONDS)
+        return exchange(f"{self.root}{path}", body, SECONDS)
 
     def chat(
         self,
@@ -133,7 +137,7 @@ class Server:
         if self.kind in ("yeonma", "vllm"):
             body["return_token_ids"] = True
         response = self.post("/v1/chat/completions", body)
-        choice = _first_choice(response)
+        choice = first_choice(response)
         message = choice.get("message")
         content = message.get("content") if isinstance(message, Mapping) else None
         prompt_ids = _ids(response.get("prompt_token_ids"))
@@ -174,7 +178,7 @@ class Server:
         if self.kind in ("yeonma", "vllm"):
             body["return_token_ids"] = True
         response = self.post("/v1/completions", body)
-        choice = _first_choice(response)
+        choice = first_choice(response)
         answer = _answer(
             response, choice, str(choice.get("text") or ""), _ids(choice.get("prompt_token_ids"))
         )
@@ -202,7 +206,7 @@ class Server:
             "logprobs": 1,
         }
         try:
-            logprobs = _first_choice(self.post("/v1/completions", body)).get("logprobs")
+            logprobs = first_choice(self.post("/v1/completions", body)).get("logprobs")
         except ServerFailed as failed:
             if failed.status in (400, 404, 405, 422, 501) and not failed.is_too_long:
                 return None
@@ -296,7 +300,7 @@ def server_of(settings: VerifySettings) -> Server:
         raise UserError(tr("not the address of a server"), place=f"--served {address}", cure=cure)
     root = re.sub(r"/v1/?$", "", address.rstrip("/"))
     try:
-        listed = _exchange(f"{root}/v1/models", None, FIRST_SECONDS)
+        listed = exchange(f"{root}/v1/models", None, FIRST_SECONDS)
         entries = {str(entry["id"]): entry for entry in listed["data"]}
     except ServerFailed as failed:
         cure = tr("start the server, or give another address")
@@ -320,21 +324,32 @@ def server_of(settings: VerifySettings) -> Server:
     return Server(root, owner, entries, named)
 
 
-def _exchange(address: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
+class _NoRedirects(HTTPRedirectHandler):
+    """A request that is sent on would lose its content, and would give the key to another server."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def exchange(address: str, body: Mapping[str, Any] | None, seconds: float, key: str | None = None) -> Any:
+    """The JSON that a server answers: to GET, or to POST of `body`. `key`: by default the one in $OPENAI_API_KEY.
+
+    Raises ServerFailed.
+    """
     headers = {"Accept": "application/json"}
-    if key := os.environ.get(KEY):
+    if key := key or os.environ.get(KEY):
         headers["Authorization"] = f"Bearer {key}"
     data = None
     if body is not None:
         headers["Content-Type"] = "application/json"
         data = json.dumps(body).encode()
     try:
-        with urlopen(Request(address, data, headers), timeout=seconds) as response:
+        with build_opener(_NoRedirects).open(Request(address, data, headers), timeout=seconds) as response:
             content = response.read(MOST_BYTES + 1)
     except HTTPError as error:
         with error:
-            raise ServerFailed(_reason(error), error.code) from None
-    except (URLError, OSError, ValueError) as error:
+            raise ServerFailed(_reason(error), error.code, _retry_after(error)) from None
+    except (URLError, HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise ServerFailed(tr("no answer from the server ({reason})", reason=reason)) from None
     if len(content) > MOST_BYTES:
@@ -343,6 +358,12 @@ def _exchange(address: str, body: Mapping[str, Any] | None, seconds: float) -> A
         return json.loads(content)
     except (ValueError, RecursionError):
         raise ServerFailed(tr("the server's response is no JSON")) from None
+
+
+def _retry_after(error: HTTPError) -> float:
+    """The seconds of the header Retry-After; 0 without it, and for a date."""
+    text = (error.headers.get("Retry-After") or "").strip()
+    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
 
 
 def _reason(error: HTTPError) -> str:
@@ -357,7 +378,8 @@ def _reason(error: HTTPError) -> str:
     return tr("the server says {status}: {text:.300}", status=error.code, text=str(said or error.reason))
 
 
-def _first_choice(response: Any) -> Mapping[str, Any]:
+def first_choice(response: Any) -> Mapping[str, Any]:
+    """Raises ServerFailed if there is none."""
     try:
         choice = response["choices"][0]
     except (KeyError, TypeError, IndexError):

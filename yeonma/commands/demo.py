@@ -262,7 +262,7 @@ def _compare(demo: Demo, output: Path, base: str) -> Path:
     }
     say_lines(tr("Equivalent command:\n\n{command}\n", command=_command(["compare"], settings)))
     config = config_from_keywords(CompareConfig, settings).config
-    return compare(config.compare, config.answer, say) / "report.html"
+    return compare(config, say) / "report.html"
 
 
 def _loss(evaluation: Mapping[str, Any]) -> float:

@@ -32,6 +32,8 @@ from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, glance
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import UserError, gather
+from yeonma.evaluate.judge_rubric import read_rubric
+from yeonma.evaluate.judge_server import Judge, judge_of
 from yeonma.files import existing_folder, new_output_folder, output_file, user_path
 from yeonma.messages import tr
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
@@ -130,8 +132,8 @@ def vllm_refusal(reason: str) -> UserError:
 
 
 def check_compare(config: CompareConfig) -> None:
-    """Raises UserError for a model that is not there, data that is not there, a folder that cannot be written, and a
-    device that is not there."""
+    """Raises UserError for a model that is not there, data that is not there, a folder that cannot be written, a device
+    that is not there, and as `checked_judge`."""
     settings = config.compare
 
     def open_data() -> None:
@@ -147,9 +149,21 @@ def check_compare(config: CompareConfig) -> None:
     gather(
         partial(check_device, settings.device),
         partial(report_folder, settings),
+        partial(checked_judge, config),
         open_data,
         *(partial(_check_model, spec.strip(), settings) for spec in settings.models if spec.strip()),
     )
+
+
+def checked_judge(config: CompareConfig) -> Judge | None:
+    """The judge of a comparison, who is not asked yet; None if there is none. Raises UserError for settings that name
+    none, for a rubric that cannot be used, and if there are no two models."""
+    judging, found = config.judging, judge_of(config.judging, config.answer.seed)
+    if judging.rubric is not None:
+        read_rubric(judging.rubric)
+    if found is not None and len(config.compare.models) < 2:
+        raise UserError(tr("a judge compares two models"), place="--judge", cure=tr("name two with --models"))
+    return found
 
 
 def check_verify(settings: VerifySettings) -> None:

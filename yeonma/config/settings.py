@@ -478,7 +478,7 @@ class JudgeSettings:
     judge_model: str | None = None
     """The judge's name on its server."""
     rubric: str | None = None
-    """Text file that tells the judge how to judge, with the places `{question}`, `{first}`, `{second}` and, if wanted, `{reference}`. By default, a built-in one in Korean where most letters of the data are Hangul, otherwise in English."""
+    """Text file that tells the judge how to judge, with the places `{question}`, `{first}`, `{second}` and, if wanted, `{reference}`. By default, a built-in one: in Korean if more than a fifth of the letters of the data are Hangul, else in English."""
     judge_reference: bool = True
     """Show the judge the row's reference answer."""
     judge_tokens: int = field(default=512, metadata=COUNT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
@@ -35,14 +35,17 @@ class AnswerCache:
 
 
 @contextmanager
-def open_answer_cache(path: Path) -> Iterator[AnswerCache]:
-    """The cache at `path`, which is created if it does not exist. Incomplete or damaged lines are ignored.
+def open_answer_cache(
+    path: Path, is_complete: Callable[[CacheRecord], bool] | None = None
+) -> Iterator[AnswerCache]:
+    """The cache at `path`, which is created if it does not exist. Damaged lines are ignored, and records that are not
+    complete; by default, these are those of answers and losses.
 
     Raises UserError if the file cannot be read or written.
     """
     try:
         text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-        records = dict(_read(text))
+        records = dict(_read(text, is_complete or _is_complete))
         file = path.open("ab", buffering=0)
     except OSError as error:
         raise UserError(
@@ -55,7 +58,7 @@ def open_answer_cache(path: Path) -> Iterator[AnswerCache]:
         yield AnswerCache(records, path, file)
 
 
-def _read(text: str) -> Iterator[tuple[str, CacheRecord]]:
+def _read(text: str, is_complete: Callable[[CacheRecord], bool]) -> Iterator[tuple[str, CacheRecord]]:
     for line in text.split("\n"):
         try:
             record = json.loads(line)
@@ -64,7 +67,7 @@ def _read(text: str) -> Iterator[tuple[str, CacheRecord]]:
         if (
             isinstance(record, dict)
             and isinstance(key := record.pop("key", None), str)
-            and _is_complete(record)
+            and is_complete(record)
         ):
             yield key, record
 

@@ -48,9 +48,9 @@ class MetricTokenizer:
 
 def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
     """Words in general; characters for scripts without spaces; for Korean, morphemes if kiwipiepy is installed."""
-    scripts = Counter(_script(char) for text in texts for char in unicodedata.normalize("NFC", text))
+    scripts = _scripts(texts)
     letters = sum(scripts.values()) - scripts[""]
-    if scripts["HANGUL"] > SCRIPT_SHARE * letters:
+    if _is_korean(scripts):
         if find_spec("kiwipiepy") is not None:
             return MetricTokenizer(later("morphemes (kiwipiepy)"), morphemes, "char")
         note = tr("for ROUGE by morphemes: {install}", install=install("kiwipiepy"))
@@ -61,6 +61,20 @@ def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
             later("characters"), characters, "zh" if scripts["CJK"] == unspaced else "char"
         )
     return MetricTokenizer(later("words"), words, "13a")
+
+
+def is_korean(texts: Iterable[str]) -> bool:
+    """Whether more than a fifth of the letters are Hangul."""
+    return _is_korean(_scripts(texts))
+
+
+def _is_korean(scripts: Counter[str]) -> bool:
+    return scripts["HANGUL"] > SCRIPT_SHARE * (sum(scripts.values()) - scripts[""])
+
+
+def _scripts(texts: Iterable[str]) -> Counter[str]:
+    """Script -> letters of it; the empty name stands for other characters."""
+    return Counter(_script(char) for text in texts for char in unicodedata.normalize("NFC", text))
 
 
 @cache

@@ -34,6 +34,15 @@ from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.evaluate.answers import CandidateInputs
 from yeonma.evaluate.candidates import Candidate
+from yeonma.evaluate.judge import Judged
+from yeonma.evaluate.judge_report import (
+    explain_judge,
+    judge_entry,
+    judge_notes,
+    judge_sentences,
+    print_judge,
+    row_entries,
+)
 from yeonma.evaluate.metrics import (
     INSTALL_SACREBLEU,
     NOT_BY_ROW,
@@ -51,6 +60,7 @@ from yeonma.evaluate.metrics import (
     swap_test,
 )
 from yeonma.evaluate.verdict import format_number, format_p, reference_heading, verdict
+from yeonma.evaluate.vote_pairs import PairColumns
 from yeonma.messages import counted, tr
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.shown import json_text, one_line
@@ -71,6 +81,9 @@ class Comparison:
     references: Sequence[str | None]
     inputs: Sequence[CandidateInputs]
     answers: Sequence[Sequence[ScoredAnswer]]
+    pair_columns: Sequence[PairColumns | None]
+    """The rows' prompts, for the pairs of people's votes."""
+    judged: Judged | None = None
 
 
 def make_report(
@@ -82,6 +95,8 @@ def make_report(
     metrics = compute_metrics(comparison.answers, references, tokenizer)
     entries = _metric_entries(metrics, options.seed)
     names = [inputs.candidate.name for inputs in comparison.inputs]
+    judged = None if comparison.judged is None else judge_entry(comparison.judged, options.seed)
+    said, notes = ([], []) if judged is None else (judge_sentences(judged, names), judge_notes(judged))
     return {
         "format": FORMAT,
         "yeonma": __version__,
@@ -91,14 +106,15 @@ def make_report(
             "sha256": comparison.source.identity,
             "rows": len(comparison.rows),
         },
-        "verdict": verdict(names, entries, len(comparison.rows)),
+        "verdict": [*verdict(names, entries, len(comparison.rows)), *said],
         "answers": asdict(options),
         "models": [_model_entry(inputs) for inputs in comparison.inputs],
         "units": {"rouge": tokenizer.name, "bleu": tokenizer.bleu},
-        "notes": _notes(comparison, tokenizer),
+        "notes": [*_notes(comparison, tokenizer), *notes],
         "resamples": RESAMPLES,
         "metrics": entries,
         "labels": _labels(comparison),
+        "judge": judged,
         "rows": _row_entries(comparison, metrics),
     }
 
@@ -281,7 +297,11 @@ def _row_entries(comparison: Comparison, metrics: MetricTables) -> list[dict[str
             answers.append({"text": answer.text, "ended": answer.ended, "scores": scores})
             if prompts[model] != prompts[0]:
                 answers[-1]["prompt"] = prompts[model]
-        entries.append({"row": row.number, "prompt": prompts[0], "wanted": reference, "answers": answers})
+        entry = {"row": row.number, "prompt": prompts[0], "wanted": reference, "answers": answers}
+        entry["columns"] = comparison.pair_columns[index]
+        if comparison.judged is not None:
+            entry["judge"] = row_entries(comparison.judged, index)
+        entries.append(entry)
     return entries
 
 
@@ -323,6 +343,8 @@ def print_report(console: Console, report: ComparisonReport) -> None:
     _print_rows(console, report)
     _print_table(console, report)
     _print_confusions(console, report)
+    if report["judge"] is not None:
+        print_judge(console, report["judge"], [model["name"] for model in report["models"]])
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 
@@ -453,4 +475,4 @@ def explain_numbers(report: ComparisonReport) -> list[str]:
             "the rows."
         )
     )
-    return sentences
+    return sentences if report["judge"] is None else [*sentences, *explain_judge(report["judge"])]

@@ -204,7 +204,7 @@ def compare(config: CompareConfig) -> CompareResult:
     from yeonma.commands.compare import compare_models
 
     try:
-        folder, report = compare_models(config.compare, config.answer, log_line)
+        folder, report = compare_models(config, log_line)
     except KeyboardInterrupt:
         what = tr(
             "interrupted; the answers so far are in {folder}, and the same call goes on from there",

@@ -49,12 +49,12 @@ _TOO_LONG = re.compile(r"context|too long|maximum.*length|exceed", re.IGNORECASE
 class ServerFailed(Exception):
     """A request that was refused, or whose response cannot be read."""
 
-    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
+    def __init__(self, text: str, status: int = 0, retry_after: float | None = None) -> None:
         super().__init__(text)
         self.status = status
         """0 if there was no response, or none that can be read."""
         self.retry_after = retry_after
-        """Seconds after which the server wants to be asked again; 0 if it does not say."""
+        """Seconds after which the server wants to be asked again; None if it does not say."""
 
     @property
     def is_too_long(self) -> bool:
@@ -360,10 +360,10 @@ def exchange(address: str, body: Mapping[str, Any] | None, seconds: float, key: 
         raise ServerFailed(tr("the server's response is no JSON")) from None
 
 
-def _retry_after(error: HTTPError) -> float:
-    """The seconds of the header Retry-After; 0 without it, and for a date."""
+def _retry_after(error: HTTPError) -> float | None:
+    """The seconds of the header Retry-After; None without it, and for a date."""
     text = (error.headers.get("Retry-After") or "").strip()
-    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
+    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else None
 
 
 def _reason(error: HTTPError) -> str:

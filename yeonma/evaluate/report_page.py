@@ -7,6 +7,7 @@ renders them as text, never as HTML.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +17,18 @@ import numpy as np
 
 from yeonma import svg
 from yeonma.data.classification import confusion_table, f1_of, label_name
+from yeonma.evaluate.judge_report import judge_caption, judge_heads, judge_lines
 from yeonma.evaluate.report import (
     ARROWS,
     ComparisonReport,
     explain_numbers,
 )
 from yeonma.evaluate.verdict import SIGNIFICANT_P, format_number, format_p, reference_heading
+from yeonma.evaluate.vote_part import vote_part, vote_words
 from yeonma.inspect.inspect_page import COLOURS
 from yeonma.language import language
 from yeonma.messages import counted, tr
-from yeonma.shown import html, json_text, many_lines
+from yeonma.shown import html, html_lines, json_text, many_lines
 
 PARTS = Path(__file__).parent / "page_parts"
 PLOTTED = (
@@ -56,7 +59,7 @@ def page(report: ComparisonReport) -> str:
         else tr("{name} and {count} more", name=names[0], count=len(names) - 1)
     )
     style = COLOURS + (PARTS / "report.css").read_text("utf-8")
-    script = (PARTS / "report.js").read_text("utf-8")
+    script = "".join((PARTS / name).read_text("utf-8") for name in ("report.js", "votes.js"))
     data = report["data"]
     subtitle = tr(
         "{rows} of {data}, {made}, Yeonma {version}",
@@ -77,10 +80,12 @@ def page(report: ComparisonReport) -> str:
             "<main>",
             *(f'<p class="verdict">{html(sentence)}</p>' for sentence in report["verdict"]),
             *_notes(report["notes"]),
+            *vote_part(names),
             "<section>",
             *_rows_part(report, names),
             "</section>",
             *_table(report, names),
+            *_judge_table(report, names),
             *_label_tables(report, names),
             *_plots(report, names),
             *_about(report),
@@ -102,14 +107,16 @@ def embedded(value: Any) -> str:
 
 
 def _for_script(report: ComparisonReport) -> dict[str, Any]:
+    content = [report["models"], report["rows"]]
     return {
+        "id": sha256(json_text(content).encode()).hexdigest()[:16],
         "models": [{"name": model["name"]} for model in report["models"]],
         "metrics": [
             {"key": metric["key"], "name": tr(metric["name"]), "better": metric["better"]}
             for metric in report["metrics"]
         ],
-        "rows": [_readable(row) for row in report["rows"]],
-        "words": _script_words(),
+        "rows": [_row_for_script(row) for row in report["rows"]],
+        "words": {**_script_words(), **vote_words()},
     }
 
 
@@ -128,7 +135,23 @@ def _script_words() -> dict[str, str]:
         "prompt_of": tr("prompt of {name}", name="%1"),
         "more": tr("Show more ({left} left)", left="%1"),
         "count": tr("{found} of {all} rows", found="%1", all="%2"),
+        "judge_wins": tr("judge: {model} is better", model="%1"),
+        "judge_tie": tr("judge: a tie, or different verdicts in the two orders"),
+        "judge_equal": tr("judge: not asked, the answers are equal"),
+        "judge_none": tr("judge: no result"),
+        "judge_pair": tr("{name} and {other},", name="%1", other="%2"),
+        "judge_reasons": tr("its reasons, one for each order"),
     }
+
+
+def _row_for_script(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its texts as people should see them, and with what votes export: the prompt's columns, and the answers
+    that differ from what is shown (`raw`)."""
+    shown = {key: _readable(value) for key, value in row.items() if key != "columns"}
+    for answer, own in zip(shown["answers"], row["answers"], strict=True):
+        if answer["text"] != own["text"]:
+            answer["raw"] = own["text"]
+    return {**shown, "columns": row["columns"]}
 
 
 def _readable(value: Any) -> Any:
@@ -169,6 +192,23 @@ def _table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
         head = f"{name} {ARROWS[metric['better']]}<small>{about}</small>"
         yield f'<tr data-metric="{metric["key"]}"><th scope="row">{head}</th>{cells}</tr>'
     yield "</tbody></table></div>"
+
+
+def _judge_table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
+    """What a judge says of each two models, if there is one."""
+    judge = report["judge"]
+    if judge is None:
+        return
+    yield '<h2 id="judge">' + html(tr("Judge")) + "</h2>"
+    yield '<div class="wide" tabindex="0" role="region" aria-labelledby="judge"><table>'
+    heads = "".join(f'<th scope="col">{html(head)}</th>' for head in judge_heads(judge, names))
+    yield f"<caption>{html(judge_caption(judge))}</caption><thead><tr><td></td>{heads}</tr></thead><tbody>"
+    for name, cells in judge_lines(judge):
+        numbers = "".join(f"<td>{html(cell)}</td>" for cell in cells)
+        yield f'<tr><th scope="row">{html(name)}</th>{numbers}</tr>'
+    yield "</tbody></table></div>"
+    rubric = html_lines(judge["rubric_text"])
+    yield f"<details><summary>{html(tr('rubric'))}</summary><pre>{rubric}</pre></details>"
 
 
 def _label_tables(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
@@ -378,6 +418,12 @@ def _rows_part(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
             ("lost", tr("worse")),
             ("different", tr("different answers")),
             ("same", tr("identical answers")),
+        ]
+    if report["judge"] is not None:
+        filters += [
+            ("judged_for", tr("better by the judge")),
+            ("judged_against", tr("worse by the judge")),
+            ("unjudged", tr("without a result of the judge")),
         ]
     filters += [("right", tr("exact match"))] if "exact" in metrics else []
     filters += [("cut", tr("cut off")), ("unwanted", tr("no reference answer"))]

@@ -85,6 +85,23 @@ function folded(title, text) {
   return element;
 }
 
+// The model that the judge prefers of two, or "tie"; null without a result.
+function judgeOf(row, a, b) {
+  const judged = (row.judge || []).find(each => each.models.includes(a) && each.models.includes(b));
+  return !judged || judged.result === "none" ? null : {first: judged.models[0], second: judged.models[1]}[judged.result] ?? "tie";
+}
+
+function judgement(judged) {
+  const winner = {first: models[judged.models[0]], second: models[judged.models[1]]}[judged.result];
+  const result = winner === undefined ? words[`judge_${judged.result}`] : filled(words.judge_wins, winner);
+  const element = node("div", undefined, {class: "judged"});
+  const text = models.length > 2 ? `${filled(words.judge_pair, ...judged.models.map(at => models[at]))} ${result}` : result;
+  element.append(node("span", text));
+  const reasons = judged.reasons.filter(Boolean);
+  if (reasons.length) element.append(folded(words.judge_reasons, reasons.join("\n\n")));
+  return element;
+}
+
 function item(row, choice) {
   const element = node("li", undefined, {"data-row": row.row});
   const head = node("div", undefined, {class: "head"});
@@ -107,6 +124,7 @@ function item(row, choice) {
     element.append(textBlock(models[at], `--m${at % 6}`, answer.text, own, scores.filter(Boolean).join(" · ")));
     if (answer.prompt !== undefined) element.append(folded(filled(words.prompt_of, models[at]), answer.prompt));
   });
+  for (const judged of row.judge || []) element.append(judgement(judged));
   return element;
 }
 
@@ -124,6 +142,9 @@ const FILTERS = {
   different: (row, choice) => row.answers[choice.from].text !== row.answers[choice.to].text,
   same: (row, choice) => row.answers[choice.from].text === row.answers[choice.to].text,
   right: (row, choice) => score(row, choice.to, "exact") === 100,
+  judged_for: (row, choice) => judgeOf(row, choice.from, choice.to) === choice.to,
+  judged_against: (row, choice) => judgeOf(row, choice.from, choice.to) === choice.from,
+  unjudged: (row, choice) => judgeOf(row, choice.from, choice.to) === null,
   cut: row => row.answers.some(answer => !answer.ended),
   unwanted: row => row.wanted === null,
 };

@@ -41,10 +41,15 @@ def judge_entry(judged: Judged, seed: int) -> dict[str, Any]:
         "unreadable": judged.unreadable,
         "first_place": judged.first / judged.decided if judged.decided else None,
         "pairs": [
-            {"models": list(models), **asdict(pair)}
+            {"models": list(models), **_listed(asdict(pair))}
             for models, pair in zip(judged.pairs, numbers, strict=True)
         ],
     }
+
+
+def _listed(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists in the place of tuples, as JSON gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()}
 
 
 def row_entries(judged: Judged, row: int) -> list[dict[str, Any]]:

@@ -201,27 +201,36 @@ def ask_all(
 
     def work() -> None:
         for place in _shared(places, lock):
+            if stop.is_set():
+                return
             outcome: JudgeReply | BaseException
             try:
                 outcome = _with_retries(judge, judge.body(prompts[place]), stop)
             except BaseException as error:  # for the calling thread to raise
                 outcome = error
+            if _ends_all(outcome):
+                stop.set()
             outcomes.put((place, outcome))
-            if stop.is_set():
-                return
 
     for _ in range(min(judge.requests, len(prompts))):
         Thread(target=work, daemon=True).start()
     try:
         for _ in prompts:
             place, outcome = outcomes.get()
-            if isinstance(outcome, ServerFailed) and outcome.status not in _REFUSED_ROW:
+            if isinstance(outcome, ServerFailed) and _ends_all(outcome):
                 raise _no_judge(judge, outcome)
-            if isinstance(outcome, BaseException) and not isinstance(outcome, ServerFailed):
+            if not isinstance(outcome, (JudgeReply, ServerFailed)):
                 raise outcome
             on_reply(place, outcome)
     finally:
         stop.set()
+
+
+def _ends_all(outcome: JudgeReply | BaseException) -> bool:
+    """Whether no further request makes sense."""
+    if isinstance(outcome, ServerFailed):
+        return outcome.status not in _REFUSED_ROW
+    return isinstance(outcome, BaseException)
 
 
 def _shared(places: Iterator[int], lock: Lock) -> Iterator[int]:

@@ -230,7 +230,7 @@ def test_longer_answers_win_in_both_orders_and_nothing_is_asked_twice(
         lines[1].startswith("judge judge: 12 requests, with about ") and "6,144 in the verdicts" in lines[1]
     )
     (pair,) = judge_entry(found, 42)["pairs"]
-    assert (pair["wins"], pair["win_rate"], pair["place_bias"], pair["agreement"]) == ((0, 6), 1.0, 0.0, 1.0)
+    assert (pair["wins"], pair["win_rate"], pair["place_bias"], pair["agreement"]) == ([0, 6], 1.0, 0.0, 1.0)
     (sentence,) = judge_sentences(judge_entry(found, 42), NAMES)
     assert sentence.startswith("The judge judge prefers tuned to base: tuned wins 100.0% of 6 rows")
 
@@ -242,7 +242,7 @@ def test_judge_of_the_place_brings_ties_and_a_bias_of_one(
         found = judged(judge, tmp_path)
     entry = judge_entry(found, 42)
     (pair,) = entry["pairs"]
-    assert (pair["wins"], pair["ties"], pair["win_rate"]) == ((0, 0), 6, 0.5)
+    assert (pair["wins"], pair["ties"], pair["win_rate"]) == ([0, 0], 6, 0.5)
     assert (pair["place_bias"], pair["agreement"], entry["first_place"]) == (1.0, 0.0, 1.0)
     (sentence,) = judge_sentences(entry, NAMES)
     assert sentence.startswith("The judge judge shows no difference between tuned and base")

@@ -20,11 +20,15 @@ const rightOf = row => leftOf(row) === ballots.a ? ballots.b : ballots.a;
 const isVoting = () => document.body.classList.contains("voting");
 
 // Browsers may refuse storage, such as to pages that were opened from a disk. Votes then last as long as the page.
+const inPage = new Map();
+
 function keep() {
+  inPage.set(placeName(), ballots.votes);
   try { localStorage.setItem(placeName(), JSON.stringify(ballots.votes)); } catch { /* they stay in the page */ }
 }
 
 function kept() {
+  if (inPage.has(placeName())) return inPage.get(placeName());
   try { return JSON.parse(localStorage.getItem(placeName())) || {}; } catch { return {}; }
 }
 

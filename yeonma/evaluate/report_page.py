@@ -139,7 +139,7 @@ def _script_words() -> dict[str, str]:
         "judge_tie": tr("judge: a tie, or different verdicts in the two orders"),
         "judge_equal": tr("judge: not asked, the answers are equal"),
         "judge_none": tr("judge: no result"),
-        "judge_pair": tr("{name} and {other},", name="%1", other="%2"),
+        "judge_pair": tr("{model} against {other}", model="%2", other="%1"),
         "judge_reasons": tr("its reasons, one for each order"),
     }
 

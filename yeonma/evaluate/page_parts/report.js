@@ -95,7 +95,7 @@ function judgement(judged) {
   const winner = {first: models[judged.models[0]], second: models[judged.models[1]]}[judged.result];
   const result = winner === undefined ? words[`judge_${judged.result}`] : filled(words.judge_wins, winner);
   const element = node("div", undefined, {class: "judged"});
-  const text = models.length > 2 ? `${filled(words.judge_pair, ...judged.models.map(at => models[at]))} ${result}` : result;
+  const text = models.length > 2 ? `${filled(words.judge_pair, ...judged.models.map(at => models[at]))} · ${result}` : result;
   element.append(node("span", text));
   const reasons = judged.reasons.filter(Boolean);
   if (reasons.length) element.append(folded(words.judge_reasons, reasons.join("\n\n")));

@@ -50,6 +50,12 @@ def compare(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     quantization: Literal["auto", "none", "int8", "nf4", "fp8"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    judge: str | None = None,
+    judge_model: str | None = None,
+    rubric: str | None = None,
+    judge_reference: bool = True,
+    judge_tokens: int = 512,
+    judge_requests: int = 4,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -73,7 +79,7 @@ def compare(
         columns: Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training. (a mapping such as {a: b}, with a space after each colon)
         template: Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter or fully fine-tuned model, or the one that matches the columns.
         rows: Compare on at most this many rows, from the first on. (a whole number of at least 1)
-        output_dir: Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there. (default report)
+        output_dir: Folder for report.html, report.json, answers.jsonl and judge.jsonl. The same command continues from the answers and verdicts already there. (default report)
         base_model: Name or folder of the adapters' base model, if it has moved since training.
         data_set: Ask the adapters with the template of this data set, if they were trained on several. By default, the first one's.
         batch_size: Prompts to answer at once. Affects memory and speed, not the answers. (a whole number of at least 1; default 32)
@@ -81,6 +87,12 @@ def compare(
         dtype: Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU. (one of auto, float32, bfloat16, float16; default auto)
         quantization: Quantisation of the frozen weights, as for training. auto: as in each adapter's training; a base model alone follows the first adapter trained on it. (one of auto, none, int8, nf4, fp8; default auto)
         device: Device to run on. auto: the GPU if there is one. (one of auto, cpu, cuda; default auto)
+        judge: Address of a server with OpenAI's API whose model judges the answers in pairs, each pair in both orders: `http://127.0.0.1:8000` or `https://api.openai.com/v1`. The rows' prompts and answers are sent there.
+        judge_model: The judge's name on its server.
+        rubric: Text file that tells the judge how to judge, with the places `{question}`, `{first}`, `{second}` and, if wanted, `{reference}`. By default, a built-in one: in Korean if more than a fifth of the letters of the data are Hangul, else in English.
+        judge_reference: Show the judge the row's reference answer. (true or false; default True)
+        judge_tokens: Maximum number of tokens of a verdict. A judge that reasons first needs more. (a whole number of at least 1; default 512)
+        judge_requests: Requests to the judge at once. Affects only speed. (a whole number of at least 1 and at most 256; default 4)
         max_new_tokens: Maximum number of tokens to generate. Prompts are shortened to leave room for them. (a whole number of at least 1; default 128)
         temperature: 0 always takes the most likely token (greedy decoding). Higher values sample more freely. (a number of at least 0; default 0.0)
         top_p: Sample only from the most likely tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751). (a number above 0 and at most 1; default 1.0)

@@ -279,6 +279,9 @@ FIELDS = (
     Field(
         "work/compare/answers.jsonl", "sft*.key", "left out", "likewise; the keys of the base are compared"
     ),
+    Field("*report.*", "judge", "left out", "earlier versions had no judge"),
+    Field("*report.*", "rows.columns", "left out", "earlier versions had no votes"),
+    Field("*report.html", "id", "left out", "likewise"),
     Field("*report.*", "notes", "words", "remarks on the numbers"),
     Field("*report.*", "metrics.name", "words", "`key` says which it is"),
     Field("*report.*", "metrics.about", "words", "an explanation"),

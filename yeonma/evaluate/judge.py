@@ -17,7 +17,7 @@ from yeonma.evaluate.answer_cache import AnswerCache, CacheRecord
 from yeonma.evaluate.candidates import Candidate, columns_for
 from yeonma.evaluate.judge_rubric import Rubric
 from yeonma.evaluate.judge_server import Judge, JudgeReply, accepted_from, ask_all, tried
-from yeonma.evaluate.judge_verdicts import JudgedRow, Verdict, reason_in, verdict_in
+from yeonma.evaluate.judge_verdicts import JudgedRow, JudgeVerdict, reason_in, verdict_in
 from yeonma.messages import counted, tr
 from yeonma.tokenization.conversation import as_messages
 from yeonma.tokenization.text_encoder import TextEncoder
@@ -291,7 +291,7 @@ def _record(
     }
 
 
-def _verdict(record: CacheRecord | None) -> Verdict | None:
+def _verdict(record: CacheRecord | None) -> JudgeVerdict | None:
     """Read anew from what the judge wrote."""
     return None if record is None else verdict_in(record["text"], cut=record.get("finish") == "length")
 

@@ -1,4 +1,4 @@
-"""What a judge said, for the report: its entries, its sentences, and its table on a terminal."""
+"""What a judge said, for the report: its entries, its sentences, and its tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -168,15 +167,15 @@ def explain_judge(entry: JudgeEntry) -> list[str]:
     return sentences
 
 
-def print_judge(console: Console, entry: JudgeEntry, names: Sequence[str]) -> None:
-    console.print(Text(one_line(judge_caption(entry))), soft_wrap=True)
+def judge_table(entry: JudgeEntry, names: Sequence[str]) -> Table:
+    """For a terminal."""
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for head in judge_heads(entry, names):
         table.add_column(Text(one_line(head)), justify="right", overflow="fold")
     for name, cells in judge_lines(entry):
         table.add_row(Text(name), *map(Text, cells))
-    console.print(table)
+    return table
 
 
 def _rate(pair: Mapping[str, Any]) -> str:

@@ -17,12 +17,12 @@ import numpy as np
 
 from yeonma.evaluate.metrics import holm, interval, mean, resampled_sums, swap_test
 
-Verdict = Literal["first", "second", "tie"]
+JudgeVerdict = Literal["first", "second", "tie"]
 """Which of the two answers is better, by its place."""
-Result = Literal["first", "second", "tie", "equal", "none"]
+RowResult = Literal["first", "second", "tie", "equal", "none"]
 """Which of the two models wins a row. `equal`: the answers are the same text, which is a tie without a question.
 `none`: a verdict is missing or cannot be read."""
-WRITTEN: dict[str, Verdict] = {"A": "first", "B": "second", "tie": "tie"}
+WRITTEN: dict[str, JudgeVerdict] = {"A": "first", "B": "second", "tie": "tie"}
 """How the judge writes a verdict."""
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -31,14 +31,14 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 """Of the JSON object that a judge is asked for. The reason stands first, so that it is written before the verdict."""
-_SWAPPED: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie"}
+_SWAPPED: dict[JudgeVerdict, JudgeVerdict] = {"first": "second", "second": "first", "tie": "tie"}
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
 _REASONING = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-_POINTS: dict[Result, float] = {"first": 0.0, "second": 1.0, "tie": 0.5, "equal": 0.5}
+_POINTS: dict[RowResult, float] = {"first": 0.0, "second": 1.0, "tie": 0.5, "equal": 0.5}
 """Of the second model."""
 
 
-def verdict_in(text: str, *, cut: bool = False) -> Verdict | None:
+def verdict_in(text: str, *, cut: bool = False) -> JudgeVerdict | None:
     """The verdict in what a judge wrote: a JSON object with `verdict`, alone or in a block of code, or a verdict alone.
 
     Reasoning between `<think>` and `</think>` before it is left out. None for anything else, and for a verdict alone in
@@ -85,18 +85,18 @@ class JudgedRow:
 
     is_equal: bool = False
     """Whether both answers are the same text, so that nobody was asked."""
-    given: Verdict | None = None
-    swapped: Verdict | None = None
+    given: JudgeVerdict | None = None
+    swapped: JudgeVerdict | None = None
     reasons: tuple[str, str] = ("", "")
     """What the judge wrote beside the two verdicts."""
 
     @property
-    def by_model(self) -> tuple[Verdict | None, Verdict | None]:
+    def by_model(self) -> tuple[JudgeVerdict | None, JudgeVerdict | None]:
         """Both verdicts, with `first` and `second` for the models and not for the places."""
         return self.given, None if self.swapped is None else _SWAPPED[self.swapped]
 
     @property
-    def result(self) -> Result:
+    def result(self) -> RowResult:
         if self.is_equal:
             return "equal"
         one, other = self.by_model

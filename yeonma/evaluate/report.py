@@ -37,10 +37,11 @@ from yeonma.evaluate.candidates import Candidate
 from yeonma.evaluate.judge import Judged
 from yeonma.evaluate.judge_report import (
     explain_judge,
+    judge_caption,
     judge_entry,
     judge_notes,
     judge_sentences,
-    print_judge,
+    judge_table,
     row_entries,
 )
 from yeonma.evaluate.metrics import (
@@ -344,7 +345,8 @@ def print_report(console: Console, report: ComparisonReport) -> None:
     _print_table(console, report)
     _print_confusions(console, report)
     if report["judge"] is not None:
-        print_judge(console, report["judge"], [model["name"] for model in report["models"]])
+        console.print(Text(one_line(judge_caption(report["judge"]))), soft_wrap=True)
+        console.print(judge_table(report["judge"], [model["name"] for model in report["models"]]))
     for note in report["notes"]:
         console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 

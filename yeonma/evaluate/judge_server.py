@@ -58,7 +58,8 @@ class Accepted:
         named = [name for name in ("temperature", "seed") if getattr(self, name) and name in message]
         for name in (*named, "schema", "seed"):
             if getattr(self, name):
-                return replace(self, **{name: False})
+                left_out: dict[str, Any] = {name: False}
+                return replace(self, **left_out)
         return None
 
 

@@ -24,6 +24,8 @@ NO_PREFERENCE = later(
     "The judge {judge} shows no difference between {model} and {other}: {model} wins {rate}% of {rows} ({interval}), a "
     "tie counting one half."
 )
+GREAT_BIAS = 0.4
+"""The share of rows that the order decides, from which on the judge is doubted. One that guesses has 1/2."""
 JudgeEntry = Mapping[str, Any]
 """The entry `judge` of report.json."""
 
@@ -99,8 +101,18 @@ def judge_sentences(entry: JudgeEntry, names: Sequence[str]) -> Iterator[str]:
         )
 
 
-def judge_notes(entry: JudgeEntry) -> Iterator[str]:
+def judge_notes(entry: JudgeEntry, names: Sequence[str]) -> Iterator[str]:
     """What a reader of the numbers should know."""
+    for pair in entry["pairs"]:
+        if (share := pair["place_bias"]) is not None and share >= GREAT_BIAS:
+            first, second = pair["models"]
+            yield tr(
+                "The judge chose by the order of the answers, not by the answers, in {share}% of the rows of {model} and "
+                "{other}: trust it little.",
+                share=format_number(100 * share),
+                model=names[second],
+                other=names[first],
+            )
     if entry["unreadable"]:
         yield tr(
             "{verdicts} of the judge cannot be read: their rows have no result. judge.jsonl has what it wrote.",

@@ -97,7 +97,7 @@ def make_report(
     entries = _metric_entries(metrics, options.seed)
     names = [inputs.candidate.name for inputs in comparison.inputs]
     judged = None if comparison.judged is None else judge_entry(comparison.judged, options.seed)
-    said, notes = ([], []) if judged is None else (judge_sentences(judged, names), judge_notes(judged))
+    said, notes = ([], []) if judged is None else (judge_sentences(judged, names), judge_notes(judged, names))
     return {
         "format": FORMAT,
         "yeonma": __version__,

@@ -246,6 +246,7 @@ def test_judge_of_the_place_brings_ties_and_a_bias_of_one(
     assert (pair["place_bias"], pair["agreement"], entry["first_place"]) == (1.0, 0.0, 1.0)
     (sentence,) = judge_sentences(entry, NAMES)
     assert sentence.startswith("The judge judge shows no difference between tuned and base")
+    assert "in 100.0% of the rows of tuned and base: trust it little" in next(judge_notes(entry, NAMES))
 
 
 def test_verdicts_that_cannot_be_read_are_counted_and_kept(
@@ -259,7 +260,7 @@ def test_verdicts_that_cannot_be_read_are_counted_and_kept(
     assert "is no verdict" in lines[1]
     entry = judge_entry(found, 42)
     assert (entry["unreadable"], entry["pairs"][0]["unjudged"], entry["pairs"][0]["ties"]) == (12, 6, 0)
-    assert next(judge_notes(entry)).startswith("12 verdicts of the judge cannot be read")
+    assert next(judge_notes(entry, NAMES)).startswith("12 verdicts of the judge cannot be read")
     assert "too few verdicts" in next(judge_sentences(entry, NAMES))
     records = [json.loads(line) for line in (tmp_path / JUDGE_RECORDS).read_text().splitlines()]
     assert {record["text"] for record in records} == {garbage("", "")}

@@ -107,8 +107,8 @@ def judge_notes(entry: JudgeEntry, names: Sequence[str]) -> Iterator[str]:
         if (share := pair["place_bias"]) is not None and share >= GREAT_BIAS:
             first, second = pair["models"]
             yield tr(
-                "The judge chose by the order of the answers, not by the answers, in {share}% of the rows of {model} and "
-                "{other}: trust it little.",
+                "The judge chose by the order of the answers, not by the answers, in {share}% of the rows of {model} "
+                "and {other}: trust it little.",
                 share=format_number(100 * share),
                 model=names[second],
                 other=names[first],

@@ -23,8 +23,8 @@ REFERENCE = "reference"
 _PLACE = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _FORM = {
     "en": "You are an impartial judge. Reply with one JSON object and nothing else: "
-    '{"reason": "...", "verdict": "..."}. The reason is one or two sentences. The verdict is "A" if the first answer is better, '
-    '"B" if the second one is, and "tie" if neither is.',
+    '{"reason": "...", "verdict": "..."}. The reason is one or two sentences. The verdict is "A" if the first '
+    'answer is better, "B" if the second one is, and "tie" if neither is.',
     "ko": "당신은 공정한 판정자입니다. 다른 말 없이 JSON 객체 하나로만 답하세요: "
     '{"reason": "...", "verdict": "..."}. reason은 한두 문장의 이유입니다. 첫 번째 답이 더 나으면 verdict는 "A", '
     '두 번째 답이 더 나으면 "B", 어느 쪽도 더 낫지 않으면 "tie"입니다.',

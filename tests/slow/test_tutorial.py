@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from openai import OpenAI
 
 from tests.adapters import tiny_base
 from tests.foreign import foreign_adapter
+from tests.judge_server import RuledJudge, judging, longer
 from tests.pairs import pairs
 from tests.runs import articles, command, write_jsonl
 from tests.tokenizers import byte_level
@@ -71,6 +73,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in pairs(12)
     ]
     write_jsonl(root / "pairs.jsonl", rows)
+    (root / "Downloads").mkdir()
+    saved = [
+        {"document": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs(4)
+    ]
+    write_jsonl(root / "Downloads" / "pairs.jsonl", saved)  # as tests/unit/evaluate/test_votes.py saves them
     shown = json.loads(block_after("preferences", "`pairs.jsonl` has rows like this one:"))
     assert shown.keys() == rows[0].keys()
     labelled = json.loads(block_after("preferences", "`labelled.jsonl` has rows like this one:"))
@@ -116,14 +123,20 @@ def test_documented_commands_succeed_and_write_their_files(
             merged = subprocess.run(script, cwd=folder, capture_output=True, text=True)
             assert merged.returncode == 0, merged.stderr
             continue
-        run = command(folder, verb, *arguments, *SHORTER[verb])
+        with ExitStack() as servers:
+            if "--judge" in words:
+                judge = servers.enter_context(judging(RuledJudge(longer)))
+                places = {"http://127.0.0.1:8000": judge.url, "NAME": "judge"}
+                arguments = [places.get(word, word) for word in arguments]
+            run = command(folder, verb, *arguments, *SHORTER[verb])
         assert run.status == 0, f"{verb} {' '.join(arguments)}\n{run.err}"
         verbs.append(verb)
     assert verbs.count("sft") == 4
-    assert verbs.count("dpo") == 2
+    assert verbs.count("dpo") == 3
     assert {"inspect", "generate", "compare", "dpo", "verify", "merge"} <= set(verbs)
     for file in (
         "demo/report/report.html",
+        "demo/report/judge.jsonl",
         "answers.jsonl",
         "headlines.jsonl",
         "preferred/adapter_model.safetensors",

@@ -1,6 +1,6 @@
 """The training template as an Ollama Modelfile: a TEMPLATE in Go's template language, stop texts and parameters.
 
-Reference: https://docs.ollama.com/modelfile and https://docs.ollama.com/template. Ollama fills `.System` and `.Prompt`,
+Reference: https://docs.ollama.com/modelfile and https://docs.ollama.com/template. Ollama fills `.System` and `.TrialPrompt`,
 or the conversation as `.Messages`, and no other fields.
 """
 
@@ -18,7 +18,7 @@ from yeonma.export.role_frames import (
     CONTENTS,
     WITH_BLANKS,
     MessagesTemplate,
-    Prompt,
+    TrialPrompt,
     ids_in_ollama,
     messages_template,
     without_added,
@@ -31,7 +31,7 @@ from yeonma.tokenization.conversation import Conversation
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.text_encoder import TextEncoder
 
-PROMPT, SYSTEM = ".Prompt", ".System"
+PROMPT, SYSTEM = ".TrialPrompt", ".System"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Modelfile:
     text: str
     remarks: tuple[str, ...] = ()
     """Limitations that the user should know."""
-    trials: Sequence[Prompt] = ()
+    trials: Sequence[TrialPrompt] = ()
     """Prompts of TEMPLATE that were compared with training."""
 
 
@@ -49,7 +49,7 @@ class _Written:
 
     go: str | None
     remarks: Sequence[str] = ()
-    trials: Sequence[Prompt] = ()
+    trials: Sequence[TrialPrompt] = ()
 
 
 def modelfile(
@@ -107,7 +107,7 @@ def _written(template: Template, encoder: TextEncoder, rules: TokenRules, added:
             "Ollama cannot fill the template's several fields ({fields}): send the whole prompt as text",
             fields=fields,
         )
-        return _Written("{{ .Prompt }}{{ .Response }}", [remark])
+        return _Written("{{ .TrialPrompt }}{{ .Response }}", [remark])
     remarks = []
     if len(usable) < len(filled):
         fields = ", ".join(usable[0][0].prompt_fields)
@@ -173,7 +173,7 @@ def _trials(
     encoder: TextEncoder,
     rules: TokenRules,
     added: str,
-) -> Iterator[Prompt]:
+) -> Iterator[TrialPrompt]:
     """Prompts of TEMPLATE with the ids of training. Raises UserError if it gives others."""
     texts = (*CONTENTS, *WITH_BLANKS)
     for first in range(len(texts)):

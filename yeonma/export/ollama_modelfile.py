@@ -1,6 +1,6 @@
 """The training template as an Ollama Modelfile: a TEMPLATE in Go's template language, stop texts and parameters.
 
-Reference: https://docs.ollama.com/modelfile and https://docs.ollama.com/template. Ollama fills `.System` and `.TrialPrompt`,
+Reference: https://docs.ollama.com/modelfile and https://docs.ollama.com/template. Ollama fills `.System` and `.Prompt`,
 or the conversation as `.Messages`, and no other fields.
 """
 
@@ -31,7 +31,7 @@ from yeonma.tokenization.conversation import Conversation
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.text_encoder import TextEncoder
 
-PROMPT, SYSTEM = ".TrialPrompt", ".System"
+PROMPT, SYSTEM = ".Prompt", ".System"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _written(template: Template, encoder: TextEncoder, rules: TokenRules, added:
             "Ollama cannot fill the template's several fields ({fields}): send the whole prompt as text",
             fields=fields,
         )
-        return _Written("{{ .TrialPrompt }}{{ .Response }}", [remark])
+        return _Written("{{ .Prompt }}{{ .Response }}", [remark])
     remarks = []
     if len(usable) < len(filled):
         fields = ", ".join(usable[0][0].prompt_fields)

@@ -119,7 +119,7 @@ def check_texts(gguf: Path, prompts: Sequence[tuple[str, list[int]]], log: Log) 
 
 
 @dataclass(frozen=True)
-class Distance:
+class GgufDistance:
     """How far llama.cpp's answers from a file are from those of the trained model, on its sample rows."""
 
     rows: int
@@ -137,7 +137,7 @@ class Distance:
         return max(map(abs, self.differences), default=0.0)
 
 
-def distance(gguf: Path, answers: Sequence[SampleAnswer]) -> Distance | None:
+def distance(gguf: Path, answers: Sequence[SampleAnswer]) -> GgufDistance | None:
     """None if there is nothing to compare, or the server does not answer."""
     asked = [
         (
@@ -157,7 +157,7 @@ def distance(gguf: Path, answers: Sequence[SampleAnswer]) -> Distance | None:
         same += ids[:size] == answer.trained.token_ids and (len(ids) <= size or not _goes_on(answer, ids))
         trained = answer.wanted_ids.trained[:MOST_TOKENS]
         differences += [one - other for one, other in zip(logprobs, trained, strict=True) if one is not None]
-    return Distance(len(answers), same, differences)
+    return GgufDistance(len(answers), same, differences)
 
 
 def _goes_on(answer: SampleAnswer, ids: Sequence[int]) -> bool:

@@ -56,13 +56,13 @@ def _escaped(character: str) -> str:
 
 
 @dataclass
-class _If:
+class _IfNode:
     branches: list[tuple[list[str], list[_Node]]]
     """Condition and body of each; no condition for the last, if it is an `else`."""
 
 
 @dataclass
-class _Range:
+class _RangeNode:
     names: list[str]
     words: list[str]
     body: list[_Node]
@@ -73,7 +73,7 @@ class _Pipeline:
     words: list[str]
 
 
-_Node = str | _If | _Range | _Pipeline
+_Node = str | _IfNode | _RangeNode | _Pipeline
 
 
 @dataclass
@@ -113,7 +113,7 @@ def _parse(parts: Sequence[str], start: int) -> tuple[list[_Node], int]:
             names = [word for word in words[1 : words.index(":=")] if word != ","] if ":=" in words else []
             body, end = _parse(parts, position + 1)
             _expect_end(parts, end)
-            nodes.append(_Range(names, words[words.index(":=") + 1 :] if names else words[1:], body))
+            nodes.append(_RangeNode(names, words[words.index(":=") + 1 :] if names else words[1:], body))
             position = end + 1
         else:
             nodes.append(_Pipeline(words))
@@ -121,14 +121,14 @@ def _parse(parts: Sequence[str], start: int) -> tuple[list[_Node], int]:
     return nodes, position
 
 
-def _parse_if(parts: Sequence[str], position: int, condition: list[str]) -> tuple[_If, int]:
+def _parse_if(parts: Sequence[str], position: int, condition: list[str]) -> tuple[_IfNode, int]:
     branches: list[tuple[list[str], list[_Node]]] = []
     while True:
         body, position = _parse(parts, position + 1)
         branches.append((condition, body))
         words = _words(parts[position]) if position < len(parts) else []
         if words == ["end"]:
-            return _If(branches), position + 1
+            return _IfNode(branches), position + 1
         if words[:1] != ["else"]:
             raise GoTemplateError("an if without an end")
         condition = words[2:]
@@ -157,12 +157,12 @@ def _run(nodes: Sequence[_Node], scope: _Scope, out: list[str]) -> None:
     for node in nodes:
         if isinstance(node, str):
             out.append(node)
-        elif isinstance(node, _If):
+        elif isinstance(node, _IfNode):
             for condition, body in node.branches:
                 if not condition or _value(condition, scope):
                     _run(body, scope, out)
                     break
-        elif isinstance(node, _Range):
+        elif isinstance(node, _RangeNode):
             outer = scope.dot
             for index, item in enumerate(_value(node.words, scope)):
                 scope.dot = item

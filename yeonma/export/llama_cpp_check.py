@@ -7,6 +7,7 @@ It runs in a process of its own: a fault of native code ends that one.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from yeonma.tokenization.chat_template_export import trials
 
 PACKAGE = "xllamacpp"
 SECONDS = 600
+SMALL_BYTES = 10**9
 MARGIN = 256
 """Tokens of context beside those that are asked."""
 MOST_TOKENS = 64
@@ -36,6 +38,7 @@ import {PACKAGE}
 request = json.load(sys.stdin)
 params = {PACKAGE}.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = request["gguf"], request["context"], 1, 0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
 params.use_jinja, params.no_extra_bufts, params.warmup, params.fit_params = True, True, False, False
 server = {PACKAGE}.Server(params)
 def post(path, body):
@@ -116,7 +119,7 @@ def check_texts(gguf: Path, prompts: Sequence[tuple[str, list[int]]], log: Log) 
 
 
 @dataclass(frozen=True)
-class Distance:
+class GgufDistance:
     """How far llama.cpp's answers from a file are from those of the trained model, on its sample rows."""
 
     rows: int
@@ -134,7 +137,7 @@ class Distance:
         return max(map(abs, self.differences), default=0.0)
 
 
-def distance(gguf: Path, answers: Sequence[SampleAnswer]) -> Distance | None:
+def distance(gguf: Path, answers: Sequence[SampleAnswer]) -> GgufDistance | None:
     """None if there is nothing to compare, or the server does not answer."""
     asked = [
         (
@@ -154,7 +157,7 @@ def distance(gguf: Path, answers: Sequence[SampleAnswer]) -> Distance | None:
         same += ids[:size] == answer.trained.token_ids and (len(ids) <= size or not _goes_on(answer, ids))
         trained = answer.wanted_ids.trained[:MOST_TOKENS]
         differences += [one - other for one, other in zip(logprobs, trained, strict=True) if one is not None]
-    return Distance(len(answers), same, differences)
+    return GgufDistance(len(answers), same, differences)
 
 
 def _goes_on(answer: SampleAnswer, ids: Sequence[int]) -> bool:
@@ -165,8 +168,11 @@ def _goes_on(answer: SampleAnswer, ids: Sequence[int]) -> bool:
 def check_answers(gguf: Path, folder: Path, log: Log) -> None:
     """Says how far llama.cpp's answers are from the trained model's; nothing for a folder without sample answers."""
     answers = read_sample_answers(folder)
-    found = distance(gguf, answers) if answers else None
+    if not answers:
+        return
+    found = distance(gguf, answers)
     if found is None:
+        log(tr("llama.cpp's server did not answer the sample rows in {seconds} seconds", seconds=SECONDS))
         return
     log(
         tr(
@@ -190,7 +196,9 @@ def _ids(gguf: Path, prompts: Sequence[str | list[dict[str, object]]]) -> Sequen
 
 def _told(gguf: Path, request: Mapping[str, Any]) -> Any:
     """What the program answers; None if the server does not start or fails."""
-    sent = json.dumps({"gguf": str(gguf), **request})
+    # threads that wait spin: a small model is asked on one
+    threads = 1 if gguf.stat().st_size < SMALL_BYTES else os.cpu_count() or 1
+    sent = json.dumps({"gguf": str(gguf), "threads": threads, **request})
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROGRAM], input=sent, capture_output=True, text=True, timeout=SECONDS

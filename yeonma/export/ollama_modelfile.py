@@ -18,7 +18,7 @@ from yeonma.export.role_frames import (
     CONTENTS,
     WITH_BLANKS,
     MessagesTemplate,
-    Prompt,
+    TrialPrompt,
     ids_in_ollama,
     messages_template,
     without_added,
@@ -39,7 +39,7 @@ class Modelfile:
     text: str
     remarks: tuple[str, ...] = ()
     """Limitations that the user should know."""
-    trials: Sequence[Prompt] = ()
+    trials: Sequence[TrialPrompt] = ()
     """Prompts of TEMPLATE that were compared with training."""
 
 
@@ -49,7 +49,7 @@ class _Written:
 
     go: str | None
     remarks: Sequence[str] = ()
-    trials: Sequence[Prompt] = ()
+    trials: Sequence[TrialPrompt] = ()
 
 
 def modelfile(
@@ -173,7 +173,7 @@ def _trials(
     encoder: TextEncoder,
     rules: TokenRules,
     added: str,
-) -> Iterator[Prompt]:
+) -> Iterator[TrialPrompt]:
     """Prompts of TEMPLATE with the ids of training. Raises UserError if it gives others."""
     texts = (*CONTENTS, *WITH_BLANKS)
     for first in range(len(texts)):

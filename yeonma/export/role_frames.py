@@ -39,8 +39,8 @@ WITH_BLANKS = ("  two before and after  ", "\nlines around\n\n", "\u3000wide\u30
 
 _REASONING = "<think>\na\n</think>\n\nb"
 
-Message = Mapping[str, str]
-Prompt = tuple[str, list[int]]
+RoleMessage = Mapping[str, str]
+TrialPrompt = tuple[str, list[int]]
 """What TEMPLATE writes, and the ids that the prompt had in training."""
 
 
@@ -54,7 +54,7 @@ class MessagesTemplate:
     takes_system: bool = True
     keeps_reasoning: bool = False
     """Whether it writes reasoning in earlier answers that training leaves out."""
-    trials: Sequence[Prompt] = ()
+    trials: Sequence[TrialPrompt] = ()
     """The conversations that were compared."""
 
 
@@ -85,7 +85,7 @@ def ids_in_ollama(text: str, encoder: TextEncoder, added: str) -> list[int]:
     return encoder.batch([text])[0] if added == start else encoder.batch_without_start([added + text])[0]
 
 
-def render_messages(text: str, messages: Sequence[Message]) -> str:
+def render_messages(text: str, messages: Sequence[RoleMessage]) -> str:
     """What Ollama makes of the messages, of which no two of a role follow each other: it joins those. Raises
     GoTemplateError if the template refuses them."""
     shown = [{"Role": message["role"], "Content": message["content"]} for message in messages]
@@ -122,19 +122,19 @@ class _Training:
             return MessagesTemplate(None, why)
         return MessagesTemplate(text, "", takes_system, self._keeps_reasoning(text), trials)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[RoleMessage]) -> str:
         """What TEMPLATE must write for these messages."""
         row = self._row(messages)
         rendered = self.template.render(row, None, with_answer=False)
         text = self.chat.prompt(self.chat.conversation(prompt_part(rendered), row.place), row.place)
         return without_added(text, self.encoder, self.added)
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(self, messages: Sequence[RoleMessage]) -> list[int]:
         row = self._row(messages)
         rendered = self.template.render(row, None, with_answer=False)
         return full_prompt_ids(rendered, row, self.encoder.tokenizer, self.rules)
 
-    def _row(self, messages: Sequence[Message]) -> Row:
+    def _row(self, messages: Sequence[RoleMessage]) -> Row:
         return Row(1, self.template.row_of_turns(messages), "TEMPLATE")
 
     def _probe(self, roles: Sequence[str], frames: dict[tuple[str, str], str]) -> str:
@@ -156,9 +156,9 @@ class _Training:
             return tr("the chat template ends short and long conversations differently")
         return ""
 
-    def _try(self, go: str, takes_system: bool, opens: bool) -> tuple[str, list[Prompt]]:
+    def _try(self, go: str, takes_system: bool, opens: bool) -> tuple[str, list[TrialPrompt]]:
         """Why the template is not that of training, or nothing; and the conversations that were compared."""
-        trials: list[Prompt] = []
+        trials: list[TrialPrompt] = []
         for messages in _trials(takes_system, opens, CONTENTS):
             prompt = self._prompt_or_none(messages)
             if prompt is None:
@@ -179,7 +179,7 @@ class _Training:
         messages = [_message(USER, "x"), _message(ASSISTANT, _REASONING), _message(USER, "y")]
         return self._prompt_or_none(messages) != render_messages(go, messages)
 
-    def _prompt_or_none(self, messages: Sequence[Message]) -> str | None:
+    def _prompt_or_none(self, messages: Sequence[RoleMessage]) -> str | None:
         """None where training refuses the conversation, too."""
         try:
             return self.prompt(messages)
@@ -187,7 +187,7 @@ class _Training:
             return None
 
 
-def _message(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> RoleMessage:
     return {"role": role, "content": content}
 
 
@@ -198,7 +198,7 @@ def _conversations(with_system: bool) -> Iterator[tuple[str, ...]]:
         yield ((SYSTEM,) if with_system else ()) + roles[:turns]
 
 
-def _trials(takes_system: bool, opens: bool, contents: Sequence[str]) -> Iterator[list[Message]]:
+def _trials(takes_system: bool, opens: bool, contents: Sequence[str]) -> Iterator[list[RoleMessage]]:
     """`opens`: whether an assistant's turn may be the first."""
     conversations = [*_conversations(with_system=False)]
     conversations += _conversations(with_system=True) if takes_system else ()

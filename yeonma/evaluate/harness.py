@@ -287,7 +287,8 @@ def _item_scores(name: str, task: Any, results: Sequence[HarnessResults]) -> lis
             for samples in all_samples
         ]
         aggregate, known_name = _aggregation(task, metric)
-        better = {True: "higher", False: "lower", None: ""}[higher.get(metric)]
+        is_better = higher.get(metric)
+        better = "" if is_better is None else "higher" if is_better else "lower"
         scores.append(ItemScores(name, metric, filter_name, better, items, known_name, aggregate))
     return scores
 

@@ -86,7 +86,8 @@ def test_the_same_command_asks_nothing_again_and_another_task_only_what_is_new(
     monkeypatch.setattr(RequestRunner, "_score", counted)
     assert evaluate(place, "own_bare", output).status == 0
     again = report_of(output)
-    assert scored == [3] and {**again, "made": ""} == {**first, "made": ""}
+    assert scored == [3]
+    assert again["scores"] == first["scores"]  # the three responses may differ by rounding, in other company
     assert evaluate(place, "own_bare,own_texts", output).status == 0
     assert sum(scored[1:]) == 2 * 10 + 2 * sum(  # windows of texts over the model's positions
         len(json.loads(line)["text"]) > 512

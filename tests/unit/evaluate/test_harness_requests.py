@@ -79,7 +79,7 @@ def test_a_greedy_continuation_is_found_and_a_later_call_computes_nothing(tmp_pa
         assert is_greedy
     with runner(tmp_path) as later:
         assert later.loglikelihoods([greedy]) == [(logprob, True)]
-        assert later.counts == {"asked": 1}
+        assert later.counts == {"asked": 1, "computed": 0}
 
 
 def test_blocks_hold_every_request_and_no_more_distinct_tokens_than_allowed() -> None:

@@ -49,6 +49,8 @@ TRANSLATED: tuple[str, ...] = (
     "docs/tutorial",
 )
 OTHER_OPTIONS = {
+    "model_path",  # SGLang
+    "chat_template",
     "allowed_origins",  # of vLLM
     # of pip, wsl, Slurm, SkyPilot, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
     "trace",  # of scripts/choose.py

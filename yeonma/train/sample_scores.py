@@ -61,7 +61,7 @@ def sample_answers_of(
                 _greedy(sample.adapter),
                 _greedy(sample.base),
                 *(ScoredIds(*each) for each in zip(ids, scores[0], by_base, scaled, strict=True)),
-                sample.data_set,
+                data_set=sample.data_set,
             )
         )
     return answers

@@ -310,10 +310,6 @@ LLAMA_FAULTS = (
             "half-layers", only(lambda key: ".layers.0." in key or ".layers.1." in key)
         ),
     ),
-    served("another adapter, merged", "other_weights", lambda lab: lab.gguf(folder=lab.runs.other)),
-    served(
-        "merged into another base", "other_weights", lambda lab: lab.gguf(folder=lab.runs.on_other_base())
-    ),
     served(
         "merged twice",
         "adapter_in_part",
@@ -322,7 +318,6 @@ LLAMA_FAULTS = (
     served("weights in Q4_K_M", "fewer_bits", lambda lab: lab.gguf("q4_k_m")),
     served("weights in Q4_0", "fewer_bits", lambda lab: _quantised(lab, 2)),
     served("BOS before the prompt", "added_bos", lambda lab: lab.changed_file("bos", _add_bos)),
-    served("another splitting of text", "another_tokenizer", _other_splitting),
     served("ChatML", "another_template", options=lambda lab: {"chat_template": CHATML}),
     served(
         "the base's chat template",
@@ -335,22 +330,13 @@ LLAMA_FAULTS = (
         options=lambda lab: {"chat_template": _template(lab).replace("### Text", "### Article")},
     ),
     served("a short context", "context_cut", options=lambda lab: {"context": 256}),
-    served("EOS never", "no_end", options=lambda lab: {"sampling": {"ignore_eos": True}}),
     served("ends at a stop text", "early_end", options=lambda lab: {"antiprompt": ["r", "e", "o"]}),
-    served("answers cut at three tokens", "answer_cut", options=lambda lab: {"n_predict": 3}),
     served("a penalty on repetition", "penalty", options=lambda lab: {"sampling": {"penalty_repeat": 2.5}}),
-    served(
-        "a cache of the base's numbers",
-        "stale_cache",
-        lambda lab: lab.base_file,
-        lambda lab: {"lora": str(lab.adapter(lab.runs.run))},
-        _asked_as_base,
-    ),
 )
 LLAMA_RIGHT = (
     *(
         served(f"merged, in {outtype}", None, lambda lab, outtype=outtype: lab.gguf(outtype))
-        for outtype in ("f32", "f16", "bf16", "q8_0")
+        for outtype in ("f16", "q8_0")
     ),
     with_adapter("the adapter beside the base", None, lambda lab: lab.runs.run),
 )

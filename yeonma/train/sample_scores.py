@@ -66,7 +66,7 @@ def sample_answers_of(
                 own,
                 by_trained,
                 by_the_base,
-                sample.data_set,
+                data_set=sample.data_set,
             )
         )
     return answers

@@ -150,7 +150,6 @@ def test_refused_requests_are_told_with_the_servers_words() -> None:
         (0.5, 0.05, "adapter_in_part"),
         (2.0, 0.05, "adapter_in_part"),
         (1.0, 0.2, "fewer_bits"),
-        (0.98, 0.2, "fewer_bits"),
         (0.75, 0.1, "adapter_in_part"),
         (1.0, 3.0, "other_weights"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from tests.runs import Done, command, model_folder
 from yeonma import load
 from yeonma.config.parse import read_config, to_yaml
-from yeonma.config.settings import PREFERENCE_DEFAULTS, TRAINING, RunConfig
+from yeonma.config.settings import DEFAULTS, GROUPS, TRAINING, RunConfig
 from yeonma.data.bundled_samples import FOLDER as SAMPLES
 
 pytestmark = pytest.mark.slow
@@ -157,7 +157,7 @@ def test_printed_dpo_command_has_the_settings_of_the_run(dpo_demo: Done) -> None
     text = dpo_demo.out.split("Equivalent command:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(text)
     reading = read_config(
-        RunConfig, words[words.index("dpo") + 1 :], verb="dpo", defaults=PREFERENCE_DEFAULTS
+        RunConfig, words[words.index("dpo") + 1 :], verb="dpo", groups=GROUPS["dpo"], defaults=DEFAULTS["dpo"]
     )
     assert to_yaml(reading.config) == (dpo_demo.folder / "settings.yaml").read_text(encoding="utf-8")
 

@@ -201,5 +201,5 @@ def test_the_build_of_torch_is_read_from_its_file(version_file: str, has_cuda: b
 
 def test_every_verb_that_opens_an_adapter_is_checked_first() -> None:
     named = {name for name, verb in VERBS.items() if verb.check}
-    assert named == {"generate", "chat", "compare", "verify", "merge", "export"}
+    assert named == {"generate", "chat", "compare", "eval", "verify", "merge", "export"}
     assert all(callable(getattr(first_checks, VERBS[name].check)) for name in named)

@@ -6,8 +6,8 @@ import pytest
 
 from tests.unit.config.test_parse import REQUIRED
 from yeonma.config.loss_sum import LABEL_LOSSES, PAIR_LOSSES, InvalidLoss, weighted_losses
-from yeonma.config.parse import config_from_keywords, groups_in, to_yaml
-from yeonma.config.settings import RunConfig
+from yeonma.config.parse import config_from_keywords, to_yaml
+from yeonma.config.settings import GROUPS, RunConfig
 from yeonma.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_what_is_no_sum_is_said_with_a_cure(text: str, what: str, cure: str) -> 
 
 
 def loss_of(value: object) -> str:
-    config = config_from_keywords(RunConfig, {**REQUIRED, "loss": value}, groups=groups_in(RunConfig)).config
+    config = config_from_keywords(RunConfig, {**REQUIRED, "loss": value}, groups=GROUPS["dpo"]).config
     assert config.preference is not None
     assert f"loss: {value}" in to_yaml(config).replace("'", "").replace('"', "")
     return config.preference.loss

@@ -7,6 +7,7 @@ counts as lost only if the loss is both significant and large; `docs/evaluate.md
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,7 +87,8 @@ class Kept:
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "is_lost": self.is_lost}
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, as JSON gives them back
+        return {**values, "is_lost": self.is_lost}
 
 
 def what_was_kept(

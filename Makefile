@@ -108,7 +108,7 @@ llama: .venv-llama/.installed
 
 # vLLM for the CPU (3.4 GB) and transformers 4, each in an environment of its own, and the tests that ask them.
 vllm: setup .venv-vllm/.installed .venv-transformers-4/.installed
-	$(BIN)/python -m pytest -m slow tests/slow/test_vllm_server.py
+	$(BIN)/python -m pytest -m slow tests/slow/test_vllm_server.py tests/slow/test_seeded_vllm.py
 
 # the packages for images and sound are for another PyTorch
 .venv-vllm/.installed:

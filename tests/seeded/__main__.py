@@ -1,7 +1,7 @@
 """Asks all servers of the tables and prints what `yeonma verify --served` says of each, as Markdown.
 
-`python -m tests.seeded`, or with names of engines alone: `python -m tests.seeded own`. $YEONMA_LLAMA_PYTHON
-names a Python that has xllamacpp, as in the tests. Exit status 1 if one is named
+`python -m tests.seeded`, or with names of engines alone: `python -m tests.seeded own llama vllm`. $YEONMA_LLAMA_PYTHON
+and $YEONMA_VLLM_PYTHON name Pythons that have xllamacpp and vLLM, as in the tests. Exit status 1 if one is named
 wrongly.
 """
 
@@ -20,10 +20,11 @@ from tests.runs import SAMPLE_TOKENS
 from tests.seeded.entry import Outcome, Seeded, outcome_of
 from tests.seeded.llama import LLAMA_FAULTS, LLAMA_RIGHT, EngineRuns, LlamaLab
 from tests.seeded.own import OWN_FAULTS, OWN_RIGHT, OwnLab
+from tests.seeded.vllm import VLLM_FAULTS, VLLM_RIGHT, VllmLab
 from tests.slow.engines import engine_python
 from yeonma.train import model_card
 
-ENGINES = ("own", "llama")
+ENGINES = ("own", "llama", "vllm")
 
 
 def labs(root: Path, stack: ExitStack, engines: Sequence[str]) -> Iterator[tuple[Any, Sequence[Seeded[Any]]]]:
@@ -36,6 +37,9 @@ def labs(root: Path, stack: ExitStack, engines: Sequence[str]) -> Iterator[tuple
     if "llama" in engines:
         python = engine_python("YEONMA_LLAMA_PYTHON", ".venv-llama", "no llama.cpp: `make llama`")
         yield LlamaLab(runs, python), (*LLAMA_FAULTS, *LLAMA_RIGHT)
+    if "vllm" in engines:
+        python = engine_python("YEONMA_VLLM_PYTHON", ".venv-vllm", "no vLLM: `make vllm`")
+        yield VllmLab(runs, python, stack.enter_context(ExitStack())), (*VLLM_RIGHT, *VLLM_FAULTS)
 
 
 def main(engines: Sequence[str]) -> int:

@@ -225,7 +225,9 @@ OWN_FAULTS = (
     own("merged twice", "times-2.0", "adapter_in_part"),
     own("half of the layers dropped", "first-half", "adapter_in_part"),
     own("only q_proj and v_proj", "qv", "adapter_in_part"),
+    own("down_proj left out", "without-down", "adapter_in_part"),
     own("attention left out", "without-attention", "adapter_in_part"),
+    own("an earlier checkpoint", "earlier", "adapter_in_part"),
     own("another adapter", "other", "another_adapter"),
     beside(
         "rsLoRA read as LoRA",
@@ -244,6 +246,14 @@ OWN_FAULTS = (
         "experts",
         "adapter_in_part",
         lambda lab, run: lab.edited(run, only(lambda key: "experts" not in key), "without-experts"),
+    ),
+    beside(
+        "rows of added tokens left out",
+        "tokens",
+        "new_tokens",
+        lambda lab, run: lab.edited(
+            run, lambda key, tensor: tensor if "lora" in key else tensor * 0, "without-rows"
+        ),
     ),
     proxy("BOS doubled", "double_bos", WrongServer(lambda ids: [BOS, *ids])),
     proxy("BOS missing", "no_bos", WrongServer(lambda ids: ids[1:])),
@@ -267,6 +277,11 @@ OWN_FAULTS = (
     proxy("reasoning switched on", "reasoning_mode", WrongServer(kwargs={"enable_thinking": True}), "system"),
     proxy("prompts cut on the left", "context_cut", WrongServer(lambda ids: ids[-50:])),
     proxy("prompts cut on the right", "context_cut", WrongServer(lambda ids: ids[:50])),
+    proxy(
+        "prompts cut in the middle",
+        "context_cut",
+        WrongServer(lambda ids: [*ids[:30], *ids[-20:]] if len(ids) > 50 else ids),
+    ),
     proxy("EOS never", "no_end", WrongServer(more={"logit_bias": {str(EOS): -100}})),
     proxy("ends at a stop text", "early_end", WrongServer(more={"stop": ["r", "a", "o"]})),
     proxy(

@@ -54,14 +54,19 @@ def sample_answers_of(
         scores = [_scores(each, example, ids) for each in policies]
         by_base = scores[1] if with_base else [None] * len(ids)
         scaled = _at_scales(policy, example, ids) if with_base else [None] * len(ids)
+        wanted, greedy, of_base = (
+            ScoredIds(*each) for each in zip(ids, scores[0], by_base, scaled, strict=True)
+        )
         answers.append(
             SampleAnswer(
                 sample.row,
                 list(sample.prompt_ids),
                 _greedy(sample.adapter),
                 _greedy(sample.base),
-                *(ScoredIds(*each) for each in zip(ids, scores[0], by_base, scaled, strict=True)),
-                data_set=sample.data_set,
+                wanted,
+                greedy,
+                of_base,
+                sample.data_set,
             )
         )
     return answers

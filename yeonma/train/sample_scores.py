@@ -54,7 +54,7 @@ def sample_answers_of(
         scores = [_scores(each, example, ids) for each in policies]
         by_base = scores[1] if with_base else [None] * len(ids)
         scaled = _at_scales(policy, example, ids) if with_base else [None] * len(ids)
-        own, by_trained, by_the_base = (
+        wanted, greedy, of_base = (
             ScoredIds(*each) for each in zip(ids, scores[0], by_base, scaled, strict=True)
         )
         answers.append(
@@ -63,10 +63,10 @@ def sample_answers_of(
                 list(sample.prompt_ids),
                 _greedy(sample.adapter),
                 _greedy(sample.base),
-                own,
-                by_trained,
-                by_the_base,
-                data_set=sample.data_set,
+                wanted,
+                greedy,
+                of_base,
+                sample.data_set,
             )
         )
     return answers

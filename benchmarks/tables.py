@@ -507,6 +507,34 @@ def saving_section(result: Mapping[str, Any]) -> str:
     )
 
 
+def eval_section(result: Mapping[str, Any]) -> str:
+    """CPU time of `yeonma eval` and of the harness's own class, in medians, and the ratios within rounds."""
+    rows = [
+        "| questions | Yeonma, CPU s | lm_eval, CPU s | rounds | Yeonma is |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for workload in dict.fromkeys(run["workload"] for run in result["runs"]):
+        runs = [run for run in result["runs"] if run["workload"] == workload]
+        own = {run["round"]: run["cpu_seconds"] for run in runs if run["contender"] == "yeonma"}
+        theirs = [run for run in runs if run["contender"] != "yeonma"]
+        best = max(theirs, key=lambda run: run["round"])["contender"]
+        pairs = [(run["cpu_seconds"], own[run["round"]]) for run in theirs if run["contender"] == best]
+        ratios = [seconds / ours for seconds, ours in pairs]
+        rows.append(
+            f"| {workload} ({best}) | {median(own.values()):.1f} | {median(seconds for seconds, _ in pairs):.1f} | "
+            f"{len(pairs)} | {median(ratios):.2f}x as fast ({min(ratios):.2f}-{max(ratios):.2f}) |"
+        )
+    worst = max(run["differs_by"] for run in result["runs"])
+    return "\n\n".join(
+        [
+            about_machine(result),
+            f"{result['model']} with a LoRA adapter, {result['rows']} questions after {result['shots']} examples.",
+            "\n".join(rows),
+            f"Log-likelihoods differed by {worst:.1e} at most.",
+        ]
+    )
+
+
 def gigabytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e9:.2f} GB"
 
@@ -549,6 +577,7 @@ SECTIONS = {
     "dpo": dpo_section,
     "generate": generate_section,
     "saving": saving_section,
+    "eval": eval_section,
 }
 
 

@@ -49,10 +49,14 @@ class GeneralAsked:
     def __init__(self, options: GeneralQuestions, candidates: Sequence[Candidate]) -> None:
         self._options, self._candidates = options, candidates
         self._panels = [_panel_of(candidate, options.count) for candidate in candidates]
-        first = self._panels[0]
+        first, *_ = self._panels
+        tokens = [len(candidate.prompt_builder.tokenizer) for candidate in candidates]
+        # the first one's answers may have tokens that a model with fewer of them does not know
         self._panels = [
-            panel if _equal(panel.prompts, first.prompts) else replace(panel, prompts=())
-            for panel in self._panels
+            panel
+            if known >= tokens[0] and _equal(panel.prompts, first.prompts)
+            else replace(panel, prompts=())
+            for panel, known in zip(self._panels, tokens, strict=True)
         ]
         self._answers: list[list[int]] | None = None
         self._scores: dict[int, PanelScores] = {}

@@ -764,7 +764,7 @@ class StudioSettings:
     lang: Literal["auto", "en", "ko"] = "auto"
     """Language of the pages. auto: that of the terminal, as for help."""
     allow_code: bool = False
-    """Allow resuming runs whose settings let them execute code that came with the model (`trust_remote_code`)."""
+    """Allow resuming runs whose settings let them execute code: `trust_remote_code`, and `answer_metrics` and `reward` with functions in Python files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from threading import Lock
 from typing import IO, Any
 
 from yeonma.config.parse import config_text
+from yeonma.config.settings import GROUPS
 from yeonma.config.yaml_text import read_items
 from yeonma.errors import UserError, system_reason
 from yeonma.messages import tr
@@ -29,7 +30,8 @@ from yeonma.train.interrupt import REASONS
 SETTINGS = "settings.yaml"
 CODE_SETTINGS = ("trust_remote_code",)
 """Settings with which a run executes code that came with a model or with data."""
-SUPERVISED = "sft"
+FUNCTION_SETTINGS = ("answer_metrics", "reward")
+"""Settings that may name functions in Python files, which a run executes."""
 OUTPUT_BYTES = 16_384
 """Of the end of what a resumed run printed."""
 _NO = (False, None, "false", "no", "off")
@@ -54,13 +56,14 @@ def resume_command(run: FoundRun, *, allow_code: bool) -> ResumeCommand:
     path = run.folder / SETTINGS
     settings = _settings_in(path)
     code = [name for name in CODE_SETTINGS if settings.get(name) not in _NO]
+    code += [name for name in FUNCTION_SETTINGS if ".py" in str(settings.get(name, ""))]
     if code and not allow_code:
         raise UserError(
-            tr("{setting} lets a run execute code that came with the model", setting=code[0]),
+            tr("{setting} lets a run execute code that lies beside it or its model", setting=code[0]),
             place=str(path),
             cure=tr("resume it in a terminal, or start the studio with --allow_code true"),
         )
-    words = ["sft" if run.objective == SUPERVISED else "dpo", "--config", str(path)]
+    words = [run.objective if run.objective in GROUPS else "dpo", "--config", str(path)]
     if settings.get("overwrite") not in _NO:
         words += ["--overwrite", "false"]
     if settings.get("resume_from_checkpoint", "latest") != "latest":

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.config.parse import read_config
-from yeonma.config.settings import InspectConfig, RunConfig
+from yeonma.config.settings import GROUPS, InspectConfig, InspectSettings, RunConfig
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.inspect.inspect_page import legend_html, view_html
@@ -62,7 +62,10 @@ def main() -> None:
 
 def prepared(words: Sequence[str], log: Callable[[str], None]) -> tuple[Dataset, Any]:
     """The tokenised rows and the tokenizer, by the checks and functions of a training run. Raises UserError."""
-    config = read_config(InspectConfig, words, verb="inspect", not_required=("output_dir",)).config
+    groups = (InspectSettings, *GROUPS["dpo"])
+    config = read_config(
+        InspectConfig, words, verb="inspect", groups=groups, not_required=("output_dir",)
+    ).config
     training: RunConfig = config.training
     if config.inspect.objective == "sft":
         training = replace(training, preference=None)

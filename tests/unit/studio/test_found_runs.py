@@ -219,6 +219,24 @@ def test_a_run_that_executes_code_is_not_resumed_unless_allowed(tmp_path: Path, 
     assert resume_command(run, allow_code=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"answer_metrics": "exact,scores.py:short"},
+        {"reward": "rewards.py"},
+        {"reward": ["exact", "r.py:right"]},
+    ],
+)
+def test_a_run_with_functions_of_the_users_is_not_resumed_unless_allowed(
+    tmp_path: Path, settings: dict[str, object]
+) -> None:
+    run = read_run(run_folder(tmp_path / "run", **settings))
+    with pytest.raises(UserError, match="allow_code"):
+        RunControl(allow_code=False).resume(run)
+    assert resume_command(run, allow_code=True)
+    assert resume_command(read_run(run_folder(tmp_path / "other", answer_metrics="exact")), allow_code=False)
+
+
 def test_a_folder_that_was_moved_is_not_resumed(tmp_path: Path) -> None:
     run = read_run(run_folder(tmp_path / "run", output_dir=str(tmp_path / "elsewhere")))
     with pytest.raises(UserError, match="name another folder"):

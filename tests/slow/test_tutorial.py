@@ -86,6 +86,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(root / "labelled.jsonl", [labelled, good] * 4)
     (root / "articles.csv").write_text(block_after("tutorial", "A CSV file, `articles.csv`:"))
     (root / "headline.txt").write_text(block_after("tutorial", "A template, `headline.txt`,"))
+    (root / "scores.py").write_text(block_after("evaluate", "`scores.py`:"))
+    (root / "ask.txt").write_text(block_after("evaluate", "A template with turns, `ask.txt`:"))
+    write_jsonl(root / "prompts.jsonl", [{"prompt": row["document"]} for row in articles(3)])
+    replayed = [{"prompt": row["document"], "completion": row["title"]} for row in articles(6)]
+    write_jsonl(root / "replay.jsonl", replayed)  # as the page's program makes them of the base's answers
     done = command(
         root / "demo", "demo", "--model_dir", str(base), "--quick", "true", "--output_dir", str(root / "demo")
     )
@@ -132,7 +137,7 @@ def test_documented_commands_succeed_and_write_their_files(
             run = command(folder, verb, *arguments, *SHORTER[verb])
         assert run.status == 0, f"{verb} {' '.join(arguments)}\n{run.err}"
         verbs.append(verb)
-    assert verbs.count("sft") == 4
+    assert verbs.count("sft") == 7
     assert verbs.count("dpo") == 3
     assert {"inspect", "generate", "compare", "dpo", "verify", "merge"} <= set(verbs)
     for file in (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ import numpy as np
 
 from yeonma.data.rows import Row
 from yeonma.data.task import TASKS, Task, columns_used
-from yeonma.data.template import Template
+from yeonma.data.template import Rendered, Template
+from yeonma.errors import UserError
 from yeonma.files import damage_as_user_error
 from yeonma.messages import tr
 from yeonma.shown import json_text
-from yeonma.tokenization.dataset import DatasetPart
+from yeonma.tokenization.dataset import Dataset, DatasetPart, PreparedSet
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
+from yeonma.tokenization.example_encoder import encode_prompt
 from yeonma.tokenization.store import TokenStore
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
 SAMPLES = "samples.json"
+MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,32 @@ def prompts_of(store: TokenStore, numbers: Sequence[int]) -> list[np.ndarray]:
     last_examples = [int(np.flatnonzero(store.row_numbers == number)[-1]) for number in numbers]
     examples = [store.example(last) for last in last_examples]
     return [example.token_ids[: example.prompt_length] for example in examples]
+
+
+def asked_sets(dataset: Dataset) -> list[PreparedSet]:
+    """The data sets whose rows are answered for the card: not whole texts, and not rows that are replayed."""
+    return [one for one in dataset.sets if not one.template.is_text and one.settings.share is None]
+
+
+def with_room(
+    prompts: Sequence[np.ndarray],
+    rendered: Sequence[Rendered],
+    rows: Sequence[Row],
+    tokenizer: Any,
+    rules: TokenRules,
+    positions: int | None,
+    most_tokens: int,
+) -> list[np.ndarray]:
+    """The prompts, shortened as `yeonma generate` does where the model has no positions left for an answer of
+    `most_tokens`; as they are where nothing can be shortened."""
+    result = list(prompts)
+    for index, prompt in enumerate(prompts):
+        if positions is not None and len(prompt) + most_tokens > positions:
+            with suppress(UserError):
+                result[index] = encode_prompt(
+                    rendered[index], rows[index], tokenizer, rules.within(positions), most_tokens
+                )
+    return result
 
 
 def read_samples(folder: Path) -> Samples | None:

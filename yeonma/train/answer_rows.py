@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.adapter.prompt_builder import Prompt, TemplateTexts
-from yeonma.adapter.samples import prompts_of
+from yeonma.adapter.samples import MAX_NEW_TOKENS, prompts_of, with_room
 from yeonma.bounded.user_functions import UserFunctions
 from yeonma.config.metric_names import (
     LABEL_METRICS,
@@ -41,7 +41,6 @@ from yeonma.model.source import BaseSource
 from yeonma.tokenization.answer_labels import answer_labels
 from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
 from yeonma.tokenization.example import AnswerRole, AnswerTokens, answer_tokens
-from yeonma.train.model_card import with_room
 
 MOST_PROBLEMS = 10
 Scores = dict[str, float]
@@ -193,7 +192,7 @@ def _rows_of_set(
     task, rules = dataset.task, dataset.rules
     rendered = [task.preferred(task.render(one.template, row, one.columns)) for row in found]
     stored = prompts_of(one.validation.store, [row.number for row in found])
-    prompts = with_room(stored, rendered, found, tokenizer, rules, positions)
+    prompts = with_room(stored, rendered, found, tokenizer, rules, positions, MAX_NEW_TOKENS)
     tokens = answer_tokens(tokenizer, rules if one.template.has_turns else None, generation_eos(source))
     texts = TemplateTexts(one.template, rules, tokenizer, tokens)
     return [

@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from yeonma.adapter.samples import MAX_NEW_TOKENS, asked_sets
 from yeonma.run_folder.progress import CardWork
 from yeonma.tokenization.dataset import Dataset
 from yeonma.train.answer_rows import AnswerPlan
-from yeonma.train.model_card import MAX_NEW_TOKENS, asked_sets
 
 TOKENS_PER_STEP = 120
 """The tokens whose forward pass takes as long as decoding one token of a few rows, which reads all weights. On one core

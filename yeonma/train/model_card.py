@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,14 @@ from yeonma.adapter.adapter_folder import (
 )
 from yeonma.adapter.base_licence import licence_note
 from yeonma.adapter.prompt_builder import NO_LIMIT
-from yeonma.adapter.samples import prompts_of
+from yeonma.adapter.samples import MAX_NEW_TOKENS as MAX_NEW_TOKENS
+from yeonma.adapter.samples import asked_sets, prompts_of, with_room
 from yeonma.config.parse import changed_settings
 from yeonma.config.settings import RunConfig
 from yeonma.config.yaml_text import front_matter, write_item
 from yeonma.data.python_rows import is_label
-from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template, answer_text
 from yeonma.data.text_checks import SCRIPTS
-from yeonma.errors import UserError
 from yeonma.forgetting.kept import Kept
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
@@ -48,8 +46,7 @@ from yeonma.run_folder.run_log import read_metrics
 from yeonma.run_folder.units import counted_units
 from yeonma.shown import code, code_block, markdown, shell_word
 from yeonma.tokenization.dataset import Dataset, PreparedSet, used_rows
-from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
-from yeonma.tokenization.example_encoder import encode_prompt
+from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
 from yeonma.train.card_answers import answer_table
 from yeonma.train.card_general import kept_section
 from yeonma.train.card_tables import (
@@ -71,7 +68,6 @@ from yeonma.train.card_usage import (
 
 OnAnswer = Callable[[int, int], None]
 """Takes the number of answers so far, and of all."""
-MAX_NEW_TOKENS = 128
 MAX_CHARACTERS = 600
 """Of a prompt or an answer on the card."""
 LANGUAGE_OF_SCRIPT = {"Hangul": "ko", "Kana": "ja", "Thai": "th", "Greek": "el"}
@@ -307,11 +303,6 @@ def _counter(dataset: Dataset, count: int, policies: int, on_answer: OnAnswer) -
     return answered
 
 
-def asked_sets(dataset: Dataset) -> list[PreparedSet]:
-    """The data sets whose rows are answered for the card: not whole texts, and not rows that are replayed."""
-    return [one for one in dataset.sets if not one.template.is_text and one.settings.share is None]
-
-
 def _asked(dataset: Dataset, count: int) -> list[tuple[PreparedSet, int]]:
     """The data sets whose rows are answered, and how many of each."""
     asked = asked_sets(dataset)
@@ -344,7 +335,7 @@ def _answers_of_set(
     rendered = [task.preferred(task.render(one.template, row, one.columns)) for row in rows]
     prompts = prompts_of(part.store, [row.number for row in rows])
     positions = model_positions(policy.transformers_model.config)
-    prompts = with_room(prompts, rendered, rows, tokenizer, dataset.rules, positions)
+    prompts = with_room(prompts, rendered, rows, tokenizer, dataset.rules, positions, MAX_NEW_TOKENS)
     tokens = _answer_tokens(policy, tokenizer, dataset, rendered)
     sampling = SamplingParams(
         stop_ids=tokens.stop_ids,
@@ -369,26 +360,6 @@ def _answers_of_set(
         for each in policies
     ]
     return prompts, rendered, answers
-
-
-def with_room(
-    prompts: Sequence[NDArray[np.int32]],
-    rendered: Sequence[Rendered],
-    rows: Sequence[Row],
-    tokenizer: Any,
-    rules: TokenRules,
-    positions: int | None,
-) -> list[NDArray[np.int32]]:
-    """The prompts, shortened as `yeonma generate` does where the model has no positions left for the answer; as they
-    are where nothing can be shortened."""
-    result = list(prompts)
-    for index, prompt in enumerate(prompts):
-        if positions is not None and len(prompt) + MAX_NEW_TOKENS > positions:
-            with suppress(UserError):
-                result[index] = encode_prompt(
-                    rendered[index], rows[index], tokenizer, rules.within(positions), MAX_NEW_TOKENS
-                )
-    return result
 
 
 def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from yeonma.errors import UserError, system_reason
 from yeonma.messages import later, tr
@@ -110,6 +111,17 @@ def file_hash(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def end_of(file: IO[bytes], most: int) -> str:
+    """The last `most` bytes of a file that another process may still write into, as text."""
+    size = file.seek(0, os.SEEK_END)
+    return os.pread(file.fileno(), most, max(0, size - most)).decode("utf-8", "replace")
+
+
+def content_key(*parts: object) -> str:
+    """The SHA-256 of values that JSON holds: the key of what they decide."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

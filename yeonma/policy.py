@@ -78,7 +78,7 @@ from yeonma.model.quantized import (
     quantised_layers,
     take_weights_to_pack,
 )
-from yeonma.model.sharding import gathered_bytes, shard_weights
+from yeonma.model.sharding import gathered_bytes, is_sharded, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.model.train_mode import train_adapter
 from yeonma.tokenization.reasoning import AnswerParts
@@ -176,11 +176,27 @@ class Policy:
         units: Sequence[int] | None = None,
     ) -> list[TokenScores]:
         """For each sequence, the log-probabilities of its scored tokens and the `top` most likely ones in their places,
-        without gradients; as `example_scores`. All sequences go through the model at once."""
-        model = self.transformers_model
+        without gradients; as `example_scores`. All sequences go through the model at once; if memory runs out, half of
+        them. Raises UserError if a single one does not fit into memory."""
+        model, middle = self.transformers_model, len(token_ids) // 2
         implementation = FOREST if self.support.forest else self.support.plain_attention
-        with self.active(), attention(model, implementation):
-            return example_scores(model, self.support, token_ids, top, scored=scored, units=units)
+        try:
+            with self.active(), attention(model, implementation):
+                return example_scores(model, self.support, token_ids, top, scored=scored, units=units)
+        except torch.OutOfMemoryError as error:
+            if not middle or is_sharded(model):  # its processes must stay in step
+                what = tr(
+                    "a request of {tokens} does not fit into the device's memory",
+                    tokens=counted(max(map(len, token_ids)), "token"),
+                )
+                raise UserError(what, cure=tr("use --dtype bfloat16 or --device cpu")) from error
+        return [
+            scores
+            for half in (slice(middle), slice(middle, None))
+            for scores in self.token_scores(
+                token_ids[half], scored[half], top=top, units=None if units is None else units[half]
+            )
+        ]
 
     def generate_from_ids(
         self,

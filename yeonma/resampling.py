@@ -16,6 +16,12 @@ RESAMPLES = 2000
 BLOCK_NUMBERS = 4_000_000  # of a resampling, in memory at once
 
 
+def mean(sums: Array) -> Array:
+    """K = 2: a sum and a count."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+
 def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> list[Array]:
     """One (B, K) per (R, K) table: sums over rows drawn with replacement, the same for all tables (Efron 1979)."""
     rows = len(tables[0])

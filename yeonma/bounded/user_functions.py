@@ -23,6 +23,7 @@ from typing import Any
 from yeonma.bounded import user_program
 from yeonma.bounded.child import plain
 from yeonma.errors import UserError, brief, did_you_mean, system_reason
+from yeonma.files import end_of
 from yeonma.messages import tr
 
 CALL_SECONDS = 60.0
@@ -184,9 +185,7 @@ class UserFunctions:
         return self._process
 
     def _last_printed(self) -> str:
-        self._printed.seek(0, os.SEEK_END)
-        self._printed.seek(max(0, self._printed.tell() - MOST_SHOWN))
-        return " ".join(self._printed.read().decode("utf-8", "replace").split())
+        return " ".join(end_of(self._printed, MOST_SHOWN).split())
 
     def close(self) -> None:
         """Ends the process."""

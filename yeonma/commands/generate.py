@@ -17,6 +17,7 @@ from yeonma.errors import Log, Problem, UserError
 from yeonma.files import user_path
 from yeonma.messages import counted, tr
 from yeonma.policy import Policy, load_policy
+from yeonma.run_folder.progress import passes_a_tenth
 from yeonma.shown import json_text
 from yeonma.streams import give, log_line
 from yeonma.tokenization.reasoning import AnswerParts
@@ -228,7 +229,7 @@ def _progress(count: int, shows_answers: bool, log: Log) -> Iterator[Callable[[]
 
     def answered() -> None:
         done.rows += 1
-        if not sys.stderr.isatty() and done.rows * 10 // count > (done.rows - 1) * 10 // count:
+        if not sys.stderr.isatty() and passes_a_tenth(done.rows, done.rows - 1, count):
             log(tr("answered {rows} of {count}", rows=done.rows, count=counted(count, "row")))
 
     yield answered

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,6 @@ class AnswerCache:
         with disk_errors_as_user_errors(self.path.parent, tr("an answer")):
             write_all(self.file, line.encode())
         self.records[key] = record
-
-
-def cache_key(*parts: object) -> str:
-    """The key of a record: the SHA-256 of all that decides it, as JSON."""
-    return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @contextmanager

@@ -19,17 +19,18 @@ from yeonma.batch.batch import Batch
 from yeonma.config.settings import AnswerSettings, CompareSettings
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import Log, Problem, UserError
-from yeonma.evaluate.answer_cache import AnswerCache, cache_key
+from yeonma.evaluate.answer_cache import AnswerCache
 from yeonma.evaluate.candidates import Candidate, check_candidate_content, columns_for, identity_of
 from yeonma.evaluate.general import GeneralAsked, GeneralQuestions
 from yeonma.evaluate.metrics import ScoredAnswer
-from yeonma.files import default_cache_dir
+from yeonma.files import content_key, default_cache_dir
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
 from yeonma.messages import counted, tr
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.quantization import check_installed
 from yeonma.policy import Policy, build_policy
+from yeonma.run_folder.progress import passes_a_tenth
 from yeonma.tokenization.example import Example
 from yeonma.tokenization.example_encoder import encode
 
@@ -59,14 +60,14 @@ class CandidateInputs:
         token_ids = self.prompts[row].token_ids.tolist()
         stop_ids = self.candidate.prompt_builder.stop_ids
         limits = options.max_new_tokens, options.repetition_penalty
-        return cache_key("answer", self.identity, token_ids, stop_ids, *limits, sampling)
+        return content_key("answer", self.identity, token_ids, stop_ids, *limits, sampling)
 
     def loss_key(self, row: int) -> str:
         examples = [
             [example.token_ids.tolist(), np.flatnonzero(example.trained).tolist()]
             for example in self.examples[row]
         ]
-        return cache_key("loss", self.identity, examples)
+        return content_key("loss", self.identity, examples)
 
 
 def read_rows(source: Rows, limit: int | None) -> list[Row]:
@@ -256,7 +257,7 @@ def _complete(
         record = {"model": name, "row": row + 1, "text": answer.text}
         record |= {"token_ids": list(answer.token_ids), "ended": answer.ended}
         cache.add(inputs.answer_key(row, options), record)
-        if done * 10 // len(rows) > (done - 1) * 10 // len(rows):
+        if passes_a_tenth(done, done - 1, len(rows)):
             log(
                 tr(
                     "{name}: answered {done} of {rows}",

@@ -13,15 +13,15 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
-from yeonma.errors import Log, UserError
-from yeonma.evaluate.answer_cache import AnswerCache, cache_key
+from yeonma.errors import Log
+from yeonma.evaluate.answer_cache import AnswerCache
+from yeonma.files import content_key
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
 from yeonma.messages import counted, tr
-from yeonma.model.sharding import is_sharded
 from yeonma.policy import Policy
+from yeonma.run_folder.progress import passes_a_tenth
 
 BLOCK_TOKENS = 8192
 """Tokens of one forest; a single longer request is not split."""
@@ -39,7 +39,7 @@ class Continuation:
     scored: int
 
     def key(self, identity: str) -> str:
-        return cache_key("loglikelihood", identity, self.token_ids, self.scored)
+        return content_key("loglikelihood", identity, self.token_ids, self.scored)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OpenQuestion:
         if sampling.temperature > 0:
             numbers = [sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed]
         limits = sampling.stop_ids, sampling.max_new_tokens, sampling.repetition_penalty
-        return cache_key("generate_until", identity, self.prompt, limits, numbers, self.until)
+        return content_key("generate_until", identity, self.prompt, limits, numbers, self.until)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,21 +87,10 @@ class RequestRunner:
         self._tell_known(len(requests), len(waiting))
         progress = self._progress(len(waiting))
         for block in blocks(list(waiting.values()), BLOCK_TOKENS):
-            parts = [block]
-            while parts:
-                part = parts.pop()
-                try:
-                    results = self._score(part)
-                except torch.OutOfMemoryError as error:
-                    if len(part) == 1 or is_sharded(self.policy.transformers_model):
-                        raise _out_of_memory(len(part[0].token_ids)) from error
-                    middle = len(part) // 2
-                    parts += [part[middle:], part[:middle]]
-                    continue
-                for request, (logprob, is_greedy) in zip(part, results, strict=True):
-                    record = {"nll": -logprob, "trained_tokens": request.scored, "greedy": is_greedy}
-                    self.cache.add(request.key(self.identity), record)
-                progress(len(part))
+            for request, (logprob, is_greedy) in zip(block, self._score(block), strict=True):
+                record = {"nll": -logprob, "trained_tokens": request.scored, "greedy": is_greedy}
+                self.cache.add(request.key(self.identity), record)
+            progress(len(block))
         records = [self.cache.records[key] for key in keys]
         return [(-record["nll"], bool(record["greedy"])) for record in records]
 
@@ -189,7 +178,7 @@ class RequestRunner:
         def add(count: int) -> None:
             nonlocal done
             before, done = done, done + count
-            if done * 10 // total > before * 10 // total:
+            if passes_a_tenth(done, before, total):
                 of = counted(total, "request")
                 self.log(tr("{name}: answered {done} of {rows}", name=self.name, done=done, rows=of))
 
@@ -227,10 +216,3 @@ def seeded(request: OpenQuestion, repeat: int) -> OpenQuestion:
     if repeat == 0 or request.sampling.temperature == 0:
         return request
     return replace(request, sampling=replace(request.sampling, seed=request.sampling.seed + repeat))
-
-
-def _out_of_memory(tokens: int) -> UserError:
-    problem = tr(
-        "a request of {tokens} does not fit into the device's memory", tokens=counted(tokens, "token")
-    )
-    return UserError(problem, cure=tr("use --dtype bfloat16 or --device cpu"))

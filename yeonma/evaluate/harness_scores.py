@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from yeonma.evaluate.metrics import mean, perplexity
-from yeonma.resampling import RESAMPLES, Array, Value, holm, interval, resampled_sums, swap_test
+from yeonma.evaluate.metrics import perplexity
+from yeonma.resampling import RESAMPLES, Array, Value, holm, interval, mean, resampled_sums, swap_test
 
 SLOW_RESAMPLES = 200
 """For metrics that are computed again from all items."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +17,9 @@ from yeonma.evaluate.candidates import Candidate, columns_for
 from yeonma.evaluate.judge_rubric import Rubric
 from yeonma.evaluate.judge_server import Judge, JudgeReply, accepted_from, ask_all, tried
 from yeonma.evaluate.judge_verdicts import JudgedRow, JudgeVerdict, reason_in, verdict_in
+from yeonma.files import content_key
 from yeonma.messages import counted, tr
+from yeonma.run_folder.progress import passes_a_tenth
 from yeonma.tokenization.conversation import as_messages
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.server_client import ServerFailed
@@ -89,11 +90,7 @@ class JudgeSession:
 
     def key(self, question: JudgeQuestion) -> str:
         """Of everything that decides the reply."""
-        return _key("verdict", self.judge.api, self.judge.body(question.prompt))
-
-
-def _key(*parts: object) -> str:
-    return sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()
+        return content_key(FORMAT, "verdict", self.judge.api, self.judge.body(question.prompt))
 
 
 def judge_material(
@@ -142,7 +139,7 @@ def start_judge(judge: Judge, rubric: Rubric, cache: AnswerCache, log: Log) -> J
             model=judge.model,
         )
     )
-    key = _key("trial", judge.api, judge.model, judge.most_tokens, rubric.name, rubric.text)
+    key = content_key(FORMAT, "trial", judge.api, judge.model, judge.most_tokens, rubric.name, rubric.text)
     accepted = accepted_from(cache.records.get(key, {}).get("accepted"))
     if accepted is not None:
         return JudgeSession(replace(judge, accepted=accepted), rubric, cache)
@@ -259,7 +256,7 @@ def _ask(
         else:
             cache.add(session.key(question), _record(judge, question, material.names, pairs, outcome))
         done += 1
-        if done * 10 // len(missing) > (done - 1) * 10 // len(missing):
+        if passes_a_tenth(done, done - 1, len(missing)):
             log(
                 tr(
                     "judge {model}: {done} of {requests}",

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from yeonma.evaluate.metrics import mean
-from yeonma.resampling import holm, interval, resampled_sums, swap_test
+from yeonma.resampling import holm, interval, mean, resampled_sums, swap_test
 
 JudgeVerdict = Literal["first", "second", "tie"]
 """Which of the two answers is better, by its place."""

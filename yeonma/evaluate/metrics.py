@@ -22,7 +22,7 @@ from yeonma.data.text_scores import (
     sacrebleu_counts,
 )
 from yeonma.messages import later, tr
-from yeonma.resampling import Array, Value
+from yeonma.resampling import Array, Value, mean
 
 REPETITION_ORDER = 4  # tokens in an n-gram
 
@@ -51,12 +51,6 @@ class ScoredAnswer:
     nll: float | None = None
     """Negative log-likelihood of the reference answer, summed; None if there is none or it is too long."""
     trained_tokens: int = 0
-
-
-def mean(sums: Array) -> Array:
-    """K = 2: a sum and a count."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(sums[..., 0] / sums[..., 1])
 
 
 def share(sums: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from yeonma.forgetting.panel import GeneralPanel, PanelScores
 from yeonma.messages import counted, later, tr
-from yeonma.resampling import interval, resampled_sums
+from yeonma.resampling import interval, mean, resampled_sums
 
 LEAST_SHARE = 0.9
 """Less of the base's own answers kept than this, with the upper end of its interval, is a loss."""
@@ -104,13 +104,11 @@ def _answers(answers: Sequence[Sequence[int]], before: PanelScores, after: Panel
         return None
     table = np.stack([np.array(after.chosen, dtype=float), lengths], axis=1)
     (sums,) = resampled_sums([table], SEED)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = sums[:, 0] / sums[:, 1]
     return KeptAnswers(
         prompts=len(answers),
         tokens=int(lengths.sum()),
         share=float(table[:, 0].sum() / lengths.sum()),
-        interval=interval(shares) if len(answers) > 1 else None,
+        interval=interval(mean(sums)) if len(answers) > 1 else None,
         logprob_change=float((sum(after.logprobs) - sum(before.logprobs)) / lengths.sum()),
     )
 

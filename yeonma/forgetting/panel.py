@@ -9,19 +9,17 @@ The base's own chat template asks; without one, a plain text does. Shapes: as in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
 from yeonma.errors import UserError
+from yeonma.files import content_key
 from yeonma.forgetting.general_questions import GeneralQuestion, general_prompts, general_questions
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import in_eval_mode
@@ -190,7 +188,7 @@ def _items(
         items.append(_Item([ids], [np.arange(len(ids)) >= len(prompt)]))
     return [
         (
-            _key(
+            content_key(
                 "scores", [ids.tolist() for ids in item.token_ids], [int(mask.sum()) for mask in item.scored]
             ),
             item,
@@ -206,11 +204,7 @@ def _text_of(option: Example, stop_ids: Sequence[int]) -> NDArray[np.bool_]:
 
 
 def _answer_key(panel: GeneralPanel, prompt: NDArray[np.int32]) -> str:
-    return _key("answer", prompt.tolist(), panel.stop_ids, MAX_NEW_TOKENS)
-
-
-def _key(*parts: object) -> str:
-    return sha256(json.dumps(parts).encode()).hexdigest()
+    return content_key("answer", prompt.tolist(), panel.stop_ids, MAX_NEW_TOKENS)
 
 
 def _groups(items: Sequence[_Item]) -> Iterator[list[_Item]]:
@@ -229,17 +223,11 @@ def _groups(items: Sequence[_Item]) -> Iterator[list[_Item]]:
 
 def _ask(policy: Policy, items: Sequence[_Item]) -> list[tuple[list[int], list[float]]]:
     """For each item, of each of its sequences: how many of the scored tokens the model finds the most likely, and the
-    log-probability of all of them. Halves the items if memory runs out."""
+    log-probability of all of them."""
     units = [number for number, item in enumerate(items) for _ in item.token_ids]
     token_ids = [ids for item in items for ids in item.token_ids]
     scored = [mask for item in items for mask in item.scored]
-    try:
-        all_scores = policy.token_scores(token_ids, scored, top=1, units=units)
-    except torch.OutOfMemoryError:
-        if len(items) == 1:
-            raise
-        half = len(items) // 2
-        return [*_ask(policy, items[:half]), *_ask(policy, items[half:])]
+    all_scores = policy.token_scores(token_ids, scored, top=1, units=units)
     records = [(list[int](), list[float]()) for _ in items]
     for unit, ids, mask, scores in zip(units, token_ids, scored, all_scores, strict=True):
         chosen, logprobs = records[unit]

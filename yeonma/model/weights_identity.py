@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from hashlib import sha256
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from yeonma.config.settings import Quantization
-from yeonma.files import file_hash
+from yeonma.files import content_key, file_hash
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.base_content import known_hash
 from yeonma.model.quantization import quantised_by
@@ -36,10 +35,20 @@ def weights_identity(
     if folder.is_dir():
         weights = sorted(folder.glob("*.safetensors"))
         base = [file_hash(folder / "config.json"), *(known_hash(path, cache_dir) for path in weights)]
+    return identity_of([form, base], adapter, dtype, device, quantization)
+
+
+def identity_of(
+    base: Sequence[object],
+    adapter: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization,
+) -> str:
+    """SHA-256 of what names the base's weights, the adapter folder, the number format and the libraries' versions."""
     files = None
     if adapter is not None:
         files = [file_hash(Path(adapter) / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
     versions = [version(package) for package in ("torch", "transformers", "peft")]
-    content = [form, base, files, str(dtype), device.type, versions]
-    content += [quantised_by(quantization)] if quantization != "none" else []
-    return sha256(json.dumps(content).encode()).hexdigest()
+    quantiser = [quantised_by(quantization)] if quantization != "none" else []
+    return content_key(*base, files, str(dtype), device.type, versions, *quantiser)

@@ -160,10 +160,15 @@ class Reward:
 
 
 def names_of(settings: RewardSettings) -> list[RewardName]:
-    """The rewards of the settings. Raises UserError for an unknown one, one that stands there twice, and another number
-    of weights than of rewards."""
+    """The rewards of the settings, unchecked."""
     given = [settings.reward] if isinstance(settings.reward, str) else settings.reward
-    names, weights = [RewardName(text) for text in given], settings.reward_weights
+    return [RewardName(text) for text in given]
+
+
+def check_names(settings: RewardSettings) -> None:
+    """Raises UserError for an unknown reward, one that stands there twice, and another number of weights than of
+    rewards."""
+    names, weights = names_of(settings), settings.reward_weights
 
     def check_counts() -> None:
         if not names:
@@ -180,11 +185,11 @@ def names_of(settings: RewardSettings) -> list[RewardName]:
             raise UserError(what, place=WEIGHTS, cure=tr("give one weight for each reward"))
 
     gather(check_counts, *(name.check for name in names))
-    return names
 
 
 def rewards_of(settings: RewardSettings, functions: UserFunctions) -> list[Reward]:
-    """The rewards of a run, with their weights."""
+    """The rewards of a run, with their weights. Raises UserError as `check_names`."""
+    check_names(settings)
     names = names_of(settings)
     weights = settings.reward_weights or [1.0] * len(names)
     return [

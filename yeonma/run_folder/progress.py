@@ -97,6 +97,11 @@ ANSWER_SILENCE = 30.0
 """Seconds after which the next answer of the card is printed where there is no live line."""
 
 
+def passes_a_tenth(done: int, before: int, total: int) -> bool:
+    """Whether a count that has grown from `before` to `done` has passed another tenth of `total`."""
+    return done * 10 // total > before * 10 // total
+
+
 def printed_every(logging_steps: int | Literal["auto"], total_steps: int) -> int:
     """Steps between printed lines. auto: 1, 2, 5, 10, 20, 50 ..., so that a run has about a hundred lines."""
     if logging_steps != "auto":

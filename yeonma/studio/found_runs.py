@@ -51,7 +51,7 @@ class FoundRun:
     """The process that may be asked to stop: it runs on this machine and holds the folder's lock."""
     total_steps: int | None
     objective: str
-    """`sft`, or the preference loss; empty if that is not known."""
+    """`sft`, `dpo` or `grpo`; empty if that is not known."""
     changed: float
     """When its files changed last, as time.time()."""
 

@@ -22,6 +22,7 @@ from yeonma.config.parse import config_text
 from yeonma.config.settings import GROUPS
 from yeonma.config.yaml_text import read_items
 from yeonma.errors import UserError, system_reason
+from yeonma.files import end_of
 from yeonma.messages import tr
 from yeonma.serve.listen import KEY
 from yeonma.studio.found_runs import FoundRun
@@ -35,6 +36,12 @@ FUNCTION_SETTINGS = ("answer_metrics", "reward")
 OUTPUT_BYTES = 16_384
 """Of the end of what a resumed run printed."""
 _NO = (False, None, "false", "no", "off")
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process that the studio starts: without the key of its pages, and without modules of the folder that the
+    command is run in."""
+    return {name: value for name, value in os.environ.items() if name != KEY} | {"PYTHONSAFEPATH": "1"}
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,7 @@ class _Resumed:
     """As time.time()."""
 
     def printed_lines(self, most: int = 20) -> list[str]:
-        size = self.printed.seek(0, os.SEEK_END)
-        content = os.pread(self.printed.fileno(), OUTPUT_BYTES, max(0, size - OUTPUT_BYTES))
-        return content.decode("utf-8", "replace").splitlines()[-most:]
+        return end_of(self.printed, OUTPUT_BYTES).splitlines()[-most:]
 
 
 @dataclass
@@ -171,14 +176,12 @@ class RunControl:
                 self._start(run, command)
 
     def _start(self, run: FoundRun, command: ResumeCommand) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != KEY}
-        environment["PYTHONSAFEPATH"] = "1"  # no module of the folder that the command is run in
         printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended and was seen)
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "yeonma", *command.words],
                 cwd=command.folder,
-                env=environment,
+                env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,

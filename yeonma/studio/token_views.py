@@ -16,8 +16,9 @@ from threading import Lock, Thread
 from time import monotonic
 from typing import IO, Any
 
+from yeonma.files import end_of
 from yeonma.messages import tr
-from yeonma.serve.listen import KEY
+from yeonma.studio.run_control import child_environment
 
 FIRST_SECONDS = 1.5
 """How long a page waits for the rows before it says that they are being tokenised."""
@@ -50,14 +51,12 @@ class _TokenProcess:
     def __init__(self, words: Sequence[str], folder: Path) -> None:
         self.words = tuple(words)
         read_end, write_end = os.pipe()
-        environment = {name: value for name, value in os.environ.items() if name != KEY}
-        environment["PYTHONSAFEPATH"] = "1"
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", PROGRAM, str(write_end), *words],
                 cwd=folder,
-                env=environment,
+                env=child_environment(),
                 stdin=subprocess.PIPE,
                 stdout=self.errors,
                 stderr=subprocess.STDOUT,
@@ -112,9 +111,7 @@ class _TokenProcess:
 
     def _reason(self) -> str:
         """The last line that it printed, if it has ended."""
-        size = self.errors.seek(0, os.SEEK_END)
-        content = os.pread(self.errors.fileno(), 4096, max(0, size - 4096)).decode("utf-8", "replace")
-        last = next((line for line in reversed(content.splitlines()) if line.strip()), "")
+        last = next((line for line in reversed(end_of(self.errors, 4096).splitlines()) if line.strip()), "")
         return tr("the rows cannot be shown: {reason}", reason=last or tr("the process has ended"))
 
     def end(self) -> None:

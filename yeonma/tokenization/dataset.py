@@ -6,7 +6,7 @@ one joined store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -74,12 +74,16 @@ class DatasetPart:
 
     def first_rows(self, count: int) -> list[Row]:
         """The first `count` rows of this part. Does not read past the last of them."""
-        numbers = set(used_rows(self.store, self.positions)[:count].tolist())
+        return self.rows_of(used_rows(self.store, self.positions)[:count].tolist())
+
+    def rows_of(self, numbers: Iterable[int]) -> list[Row]:
+        """The rows with these numbers, in the order of the data. Does not read past the last of them."""
+        wanted = set(numbers)
         rows: list[Row] = []
         for row in self.rows:
-            if len(rows) == len(numbers):
+            if len(rows) == len(wanted):
                 break
-            if row.number in numbers:
+            if row.number in wanted:
                 rows.append(row)
         return rows
 

@@ -212,8 +212,8 @@ def _tools_span(text: ExampleText, chat: Chat) -> tuple[int, int]:
     conversation = chat.conversation(prompt_part(text.rendered), text.row.place)
     without = chat.prompt(replace(conversation, tools=()), text.row.place)
     prompt = text.text[: text.answers[-1][0]]
-    start = _common_length(prompt, without)
-    end = len(prompt) - _common_length(prompt[start:][::-1], without[start:][::-1])
+    start = common_length(prompt, without)
+    end = len(prompt) - common_length(prompt[start:][::-1], without[start:][::-1])
     while 0 < start < end and prompt[start - 1] == prompt[end - 1]:  # begin with the turn's own header
         start, end = start - 1, end - 1
     return start, end
@@ -255,7 +255,7 @@ def _cuts(
     for start, end, field in spans:
         full, short = full_texts.get(field, ""), short_texts.get(field, "")
         if len(short) < len(full):
-            before = {"end": len(short), "start": 0}.get(side, _common_length(full, short))
+            before = {"end": len(short), "start": 0}.get(side, common_length(full, short))
             cuts.append((min(start + before, end), field, full[before : len(full) - (len(short) - before)]))
     return cuts
 
@@ -276,8 +276,8 @@ def _dropped_turns(
     return cuts
 
 
-def _common_length(a: str, b: str) -> int:
-    """The length of the common prefix of two texts."""
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
+    """The length of the common beginning of two sequences or texts."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((length for length, (left, right) in pairs if left != right), min(len(a), len(b)))
 

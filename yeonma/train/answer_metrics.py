@@ -7,7 +7,6 @@ first rank measures the answers of all, and tells the others.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,19 +16,16 @@ import torch
 
 from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.bounded.user_functions import UserFunctions
-from yeonma.errors import Problem, UserError
+from yeonma.errors import UserError
 from yeonma.generation.completion import Answer, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.position_limits import model_positions
 from yeonma.run_folder.progress import EvaluationRecord
 from yeonma.train import model_card
 from yeonma.train.answer_rows import AnswerPlan, AnswerRow, AnswerScores, in_metrics, score_answers
-from yeonma.train.distributed import gather_texts, sum_over
+from yeonma.train.distributed import gathered, sum_over
 from yeonma.train.interrupt import REASONS
 from yeonma.train.step import TrainState
-
-PROBLEMS = "problems"
-"""Key of what a rank tells the others in place of answers or metrics."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def answer_and_measure(
     started = time.perf_counter()
     group = state.group
     own = range(len(plan.rows)) if state.sharded else range(group.rank, len(plan.rows), group.count)
-    own_part: dict[str, Any] = {}
+    own_part: dict[str, Any] | UserError = {}
     abandoned = False
     try:
         answers = _answers(state, [plan.rows[index] for index in own], tokenizer)
@@ -71,7 +67,7 @@ def answer_and_measure(
             for index, answer in zip(own, answers, strict=True)
         }
     except UserError as error:  # no memory for a prompt
-        own_part = _told(error)
+        own_part = error
     except _Abandoned:
         abandoned = True
     flags = torch.tensor([float(abandoned), *state.stop.requests()], device=state.model.device)
@@ -79,32 +75,24 @@ def answer_and_measure(
     state.stop.agree(flags[-len(REASONS) :].tolist())
     if flags[0]:
         return None
-    gathered: dict[str, Any] = {}
-    for text in gather_texts(group, json.dumps(own_part)):
-        gathered |= json.loads(text)
-    if PROBLEMS not in gathered:
-        in_order = [gathered[str(index)] for index in range(len(plan.rows))]
-        measured = json.dumps(_measured(plan, in_order, functions) if group.first else {})
-        gathered = json.loads(gather_texts(group, measured)[0])
-    if PROBLEMS in gathered:
-        raise UserError([Problem(*problem) for problem in gathered[PROBLEMS]])
-    return AnsweredRows(gathered["metrics"], gathered["lines"], time.perf_counter() - started)
 
+    def told() -> dict[str, Any]:
+        if isinstance(own_part, UserError):
+            raise own_part
+        return own_part
 
-def _told(error: UserError) -> dict[str, Any]:
-    """An error of one rank for the others."""
-    return {PROBLEMS: [[str(one.what), str(one.place), str(one.cure)] for one in error.problems]}
+    by_row = {index: one for part in gathered(group, told) for index, one in part.items()}
+    in_order = [by_row[str(index)] for index in range(len(plan.rows))]
+    measured = gathered(group, lambda: _measured(plan, in_order, functions) if group.first else {})[0]
+    return AnsweredRows(measured["metrics"], measured["lines"], time.perf_counter() - started)
 
 
 def _measured(
     plan: AnswerPlan, generated: Sequence[Mapping[str, Any]], functions: UserFunctions
 ) -> dict[str, Any]:
-    """Metrics and lines of the answers, or why they could not be measured."""
+    """Metrics and lines of the answers."""
     texts = [row.prompt.answer(one["text"]) for row, one in zip(plan.rows, generated, strict=True)]
-    try:
-        scores = score_answers(plan, texts, functions)
-    except UserError as error:
-        return _told(error)
+    scores = score_answers(plan, texts, functions)
     return {"metrics": in_metrics(scores.overall), "lines": _lines(plan, generated, texts, scores)}
 
 

@@ -182,13 +182,7 @@ def _rows_of_set(
 ) -> list[AnswerRow]:
     """The rows with these numbers that have a wanted answer. Reads the data up to the last of them."""
     assert one.validation is not None
-    missing, found = {*numbers}, []
-    for row in one.validation.rows:
-        if not missing:
-            break
-        if row.number in missing:
-            missing.remove(row.number)
-            found.append(row)
+    found = one.validation.rows_of(numbers)
     task, rules = dataset.task, dataset.rules
     rendered = [task.preferred(task.render(one.template, row, one.columns)) for row in found]
     stored = prompts_of(one.validation.store, [row.number for row in found])

@@ -34,7 +34,7 @@ from yeonma.model.layer_names import check_layer_names
 from yeonma.model.published import check_not_packed, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, files_here, find_base
-from yeonma.rewards.rewards import names_of
+from yeonma.rewards.rewards import check_names
 from yeonma.run_folder.entries import check_entries
 from yeonma.run_folder.trackers import check_trackers
 from yeonma.tokenization.new_tokens import read_new_tokens
@@ -119,7 +119,7 @@ def check_rewards(config: RunConfig) -> None:
         if problems:
             raise UserError(problems)
 
-    gather(check_settings, partial(names_of, config.reward))
+    gather(check_settings, partial(check_names, config.reward))
 
 
 def check_metrics(config: RunConfig) -> MetricNames:

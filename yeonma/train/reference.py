@@ -8,12 +8,10 @@ only what is missing, and a killed run keeps what it has computed.
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,13 @@ from yeonma.adapter.adapter_folder import BaseIdentity
 from yeonma.batch.batch import Batch
 from yeonma.config.settings import Quantization
 from yeonma.errors import Log, UserError, system_reason
-from yeonma.files import file_hash, sync
+from yeonma.files import sync
 from yeonma.messages import tr
-from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.base_content import known_hash
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport
-from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource
+from yeonma.model.weights_identity import identity_of
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, sum_over
 from yeonma.train.losses import answer_logprobs
@@ -66,13 +63,8 @@ def reference_identity(
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     weights = [known_hash(path, cache_dir) for path in files]
     hub_name = None if weights else [base.name, base.revision]
-    adapter = (
-        [file_hash(Path(continued) / name) for name in (WEIGHTS_FILE, CONFIG_FILE)] if continued else None
-    )
-    versions = [version(package) for package in ("torch", "transformers", "peft")]
-    content = [FORMAT, weights, hub_name, base.config_sha256, adapter, str(dtype), device.type, versions]
-    content += [quantised_by(quantization)] if quantization != "none" else []
-    return sha256(json.dumps(content).encode()).hexdigest()
+    named = [FORMAT, weights, hub_name, base.config_sha256]
+    return identity_of(named, continued or None, dtype, device, quantization)
 
 
 def reference_path(cache_dir: Path, identity: str, store: TokenStore) -> Path:

@@ -2,7 +2,7 @@
 
 A draw depends on the model, the prompt, the seed of the run, the step, and the places of prompt and answer in the step.
 It is made by the forest that trains: the same weights, the same products, the same tokens. Where there are several
-processes, each draws and scores the answers to its share of the prompts, and all get all of them.
+processes, each draws the answers to its share of the prompts, the first one scores all, and all get all of them.
 
 Shapes: P prompts of a step, G answers of a group, A = P x G answers, in order of the prompts.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from yeonma.adapter.prompt_builder import TemplateTexts
+from yeonma.adapter.prompt_builder import Prompt, TemplateTexts
 from yeonma.batch.batch import Batch
 from yeonma.bounded.user_functions import UserFunctions
 from yeonma.config.reward_settings import RewardSettings
@@ -81,12 +81,19 @@ class PromptRow:
     row: Row
     rendered: Rendered
     texts: TemplateTexts
+    prompt_ids: np.ndarray
 
-    def answered(self, prompt: np.ndarray, text: str) -> Answered:
+    @cached_property
+    def prompt(self) -> Prompt:
+        return self.texts.prompt(self.rendered, self.prompt_ids)
+
+    @cached_property
+    def wanted(self) -> str | None:
+        return self.texts.reference(self.rendered, self.row.place)
+
+    def answered(self, text: str) -> Answered:
         """What rewards read of a generated text."""
-        place = self.row.place
-        answer = self.texts.prompt(self.rendered, prompt).answer(text)
-        return Answered(self.row.values, place, self.texts.reference(self.rendered, place), answer)
+        return Answered(self.row.values, self.row.place, self.wanted, self.prompt.answer(text))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +138,11 @@ class Rollouts:
             for one in self.dataset.sets
         }
 
-    def prompt_row(self, number: int) -> PromptRow:
+    def prompt_row(self, number: int, prompt_ids: np.ndarray) -> PromptRow:
         """The row with this number in the joined store."""
         row, one = self.rows[number]
         rendered = self.dataset.task.render(one.template, row, one.columns)
-        return PromptRow(row, rendered, self.texts[one.name])
+        return PromptRow(row, rendered, self.texts[one.name], prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -184,25 +191,28 @@ def draw_step(rollouts: Rollouts, units: np.ndarray, step: int) -> StepRollouts:
     scores all: every process gets the same. Raises UserError, in all of them, if a reward fails."""
     started = time.perf_counter()
     batch = Batch.from_store(rollouts.dataset.train.store, units)
-    prompts = [
-        ids[:length] for ids, length in zip(batch.token_ids, batch.prompt_lengths_E.tolist(), strict=True)
+    rows = batch.rows_E.tolist()
+    asked = [
+        rollouts.prompt_row(number, ids[:length])
+        for number, ids, length in zip(rows, batch.token_ids, batch.prompt_lengths_E.tolist(), strict=True)
     ]
-    asked = [rollouts.prompt_row(number) for number in batch.rows_E.tolist()]
     group = rollouts.group
-    shares = gathered(
-        group, lambda: _draw(rollouts, prompts, asked, range(group.rank, len(prompts), group.count), step)
-    )
+    shares = gathered(group, lambda: _draw(rollouts, asked, range(group.rank, len(asked), group.count), step))
     drawn = sorted((one for share in shares for one in share), key=lambda one: (one["unit"], one["number"]))
+    texts = [one.pop("text") for one in drawn]
     drawing_seconds = time.perf_counter() - started
-    rows = [asked[one["unit"]].answered(prompts[one["unit"]], one.pop("text")) for one in drawn]
-    scores = gathered(group, lambda: score(rollouts.rewards, rows) if group.first else [])[0]
+
+    def judged() -> list[dict[str, Any]]:
+        read = [asked[one["unit"]].answered(text) for one, text in zip(drawn, texts, strict=True)]
+        scores = score(rollouts.rewards, read)
+        return [{"answer": one.answer, **scored} for one, scored in zip(read, scores, strict=True)]
+
+    scores = gathered(group, lambda: judged() if group.first else [])[0]
     answers = [
-        DrawnAnswer(**one, row=number, answer=row.answer, **scored)
-        for one, row, number, scored in zip(
-            drawn, rows, batch.rows_E.repeat(rollouts.settings.group_size).tolist(), scores, strict=True
-        )
+        DrawnAnswer(**one, row=rows[one["unit"]], **scored) for one, scored in zip(drawn, scores, strict=True)
     ]
     answers = with_advantages(answers, rollouts.loss, rollouts.settings.group_size)
+    prompts = [one.prompt_ids for one in asked]
     return StepRollouts(
         answers,
         training_batch(answers, prompts, rollouts.loss, rollouts.settings),
@@ -232,11 +242,7 @@ def drawn_batches(rollouts: Rollouts) -> StepBatches:
 
 
 def _draw(
-    rollouts: Rollouts,
-    prompts: Sequence[np.ndarray],
-    asked: Sequence[PromptRow],
-    share: Sequence[int],
-    step: int,
+    rollouts: Rollouts, asked: Sequence[PromptRow], share: Sequence[int], step: int
 ) -> list[dict[str, Any]]:
     """The answers to some of the prompts, as far as DrawnAnswer is known then."""
     settings = rollouts.settings
@@ -251,7 +257,7 @@ def _draw(
         logs = [ScoreLog(0) for _ in wanted]
         seeds = [seed_of(rollouts.seed, step, unit, number) for unit, number in wanted]
         answers = rollouts.policy.generate_from_ids(
-            [prompts[unit] for unit, _ in wanted],
+            [asked[unit].prompt_ids for unit, _ in wanted],
             rollouts.tokenizer,
             SamplingParams(
                 stop_ids=tokens.stop_ids,

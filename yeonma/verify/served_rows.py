@@ -14,6 +14,7 @@ from yeonma.adapter.sample_answers import SampleAnswer, ScoredIds
 from yeonma.adapter.samples import SampleRow, Samples
 from yeonma.tokenization.chat_template_export import chat_ids
 from yeonma.tokenization.conversation import Conversation
+from yeonma.tokenization.explain import common_length
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.compatibility import asks_by_messages, sample_as_messages
 from yeonma.verify.server_client import ServedAnswer, ServedScore, Server, ServerFailed
@@ -355,10 +356,7 @@ def _common_tokens(answer: ServedAnswer, asked: AskedRow) -> int | None:
     """How many tokens a server's answer has in common with the trained model's; None if the texts do not tell."""
     ids = asked.expected.trained.token_ids
     if answer.token_ids is not None:
-        both = enumerate(zip(answer.token_ids, ids, strict=False))
-        return next(
-            (place for place, (one, other) in both if one != other), min(len(answer.token_ids), len(ids))
-        )
+        return common_length(answer.token_ids, ids)
     text = asked.expected.trained.text
     for count in range(1, len(ids) + 1):
         beginning = asked.text_of(ids[:count])

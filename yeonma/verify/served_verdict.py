@@ -11,6 +11,7 @@ from typing import Literal
 
 from yeonma.errors import Problem
 from yeonma.messages import counted, later, tr
+from yeonma.tokenization.explain import common_length
 from yeonma.verify.file_checks import Finding, checked, not_checked
 from yeonma.verify.served_rows import (
     PromptCause,
@@ -234,8 +235,7 @@ def _compared_prompts(told: Sequence[ServedRow], server: str) -> tuple[Finding, 
 
 def _around(row: ServedRow, ids: Sequence[int], others: Sequence[int]) -> str:
     """The text of a prompt where it differs from another one."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    first = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(others)))
+    first = common_length(ids, others)
     text = row.asked.text_of(ids[max(0, first - 2) : first + 12])
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
@@ -254,8 +254,7 @@ def _are_cut(rows: Sequence[ServedRow]) -> bool:
 
 def _lost(ids: Sequence[int], whole: Sequence[int]) -> list[int]:
     """The piece whose absence makes `ids` of the whole prompt; empty if it is not one."""
-    pairs = enumerate(zip(ids, whole, strict=False))
-    first = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(whole)))
+    first = common_length(ids, whole)
     end = len(whole) - (len(ids) - first)
     return (
         list(whole[first:end]) if 0 < len(ids) < len(whole) and list(ids[first:]) == list(whole[end:]) else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from tests.harness_tasks import full_tokenizer
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES
 from tests.runs import model_folder
+from yeonma import policy
+from yeonma.errors import UserError
 from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.evaluate.harness_requests import Continuation, OpenQuestion, RequestRunner, blocks, seeded
 from yeonma.generation.sampling import SamplingParams
@@ -25,9 +27,9 @@ from yeonma.policy import build_policy
 @contextmanager
 def runner(place: Path, family: str = "llama") -> Iterator[RequestRunner]:
     source = find_base(str(model_folder(place / family, family)))
-    policy = build_policy(source, device=torch.device("cpu"), dtype=torch.float32)
+    built = build_policy(source, device=torch.device("cpu"), dtype=torch.float32)
     with open_answer_cache(place / "answers.jsonl") as cache:
-        yield RequestRunner(policy, full_tokenizer(), "model", "identity", cache, lambda _: None, 4)
+        yield RequestRunner(built, full_tokenizer(), "model", "identity", cache, lambda _: None, 4)
 
 
 @contextmanager
@@ -97,20 +99,25 @@ def test_out_of_memory_halves_a_block(tmp_path: Path, monkeypatch: pytest.Monkey
     with runner(tmp_path) as ours:
         expected = ours.loglikelihoods(requests())
     (tmp_path / "answers.jsonl").unlink()
-    score, sizes = RequestRunner._score, []
+    score, sizes = policy.example_scores, []
 
-    def small(self: RequestRunner, block: list[Continuation]) -> list[tuple[float, bool]]:
-        sizes.append(len(block))
-        if len(block) > 5:
+    def small(model: Any, support: Any, token_ids: Sequence[Any], *others: Any, **named: Any) -> list[Any]:
+        sizes.append(len(token_ids))
+        if len(token_ids) > most:
             raise torch.OutOfMemoryError
-        return score(self, block)
+        return score(model, support, token_ids, *others, **named)
 
-    monkeypatch.setattr(RequestRunner, "_score", small)
+    most = 5
+    monkeypatch.setattr(policy, "example_scores", small)
     with runner(tmp_path) as ours:
         found = ours.loglikelihoods(requests())
     assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
     np.testing.assert_allclose([a for a, _ in found], [a for a, _ in expected], atol=1e-5)
     assert max(sizes) == 18 and sizes.count(18) == 1
+    (tmp_path / "answers.jsonl").unlink()
+    most = 0
+    with runner(tmp_path) as ours, pytest.raises(UserError, match=r"a request of .* does not fit"):
+        ours.loglikelihoods(requests())
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

@@ -20,7 +20,7 @@ from tests.tokenizers import CHATML, byte_level
 from yeonma import sft
 from yeonma.cli import main
 from yeonma.commands.compare import compare
-from yeonma.config.settings import AnswerSettings, CompareSettings
+from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings, JudgeSettings
 
 PLAIN = "{task}\n\n{code}\n"
 TURNS = "[user]\n{task}\n[assistant]\n{code}\n"
@@ -87,7 +87,8 @@ def test_code_comes_back_byte_for_byte(
     assert said.decode() == "".join(f"{code}\n" for code in trained)
 
     settings = CompareSettings(models=[str(out)], data_path=str(data), output_dir=str(tmp_path / "compared"))
-    compare(settings, AnswerSettings(max_new_tokens=MAX_TOKENS), lambda _: None)
+    answering = AnswerSettings(max_new_tokens=MAX_TOKENS)
+    compare(CompareConfig(compare=settings, judging=JudgeSettings(), answer=answering), lambda _: None)
     report = json.loads((tmp_path / "compared" / "report.json").read_text())
     exact = next(metric for metric in report["metrics"] if metric["key"] == "exact")
     assert exact["values"] == [100.0]

@@ -16,7 +16,7 @@ from tests.servers import serving
 from yeonma import load, sft
 from yeonma.cli import main
 from yeonma.commands.compare import compare
-from yeonma.config.settings import AnswerSettings, CompareSettings
+from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings, JudgeSettings
 
 SERVED = ("block of special tokens", "prompt opens the block, every turn loses it", "channels")
 QUESTIONS = {
@@ -75,7 +75,8 @@ def test_answers_are_exactly_the_trained_answers(
         assert card.count(f"```text\n{answer}\n```") >= 2
     _check_generate(habit, out, data, tmp_path / "answers.jsonl")
     settings = CompareSettings(models=[str(out)], data_path=str(data), output_dir=str(tmp_path / "report"))
-    compare(settings, AnswerSettings(max_new_tokens=48), lambda _: None)
+    answering = AnswerSettings(max_new_tokens=48)
+    compare(CompareConfig(compare=settings, judging=JudgeSettings(), answer=answering), lambda _: None)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     exact = next(metric for metric in report["metrics"] if metric["key"] == "exact")
     assert exact["values"] == [100.0]
@@ -146,7 +147,8 @@ def test_trained_tool_calls_come_back_as_tool_calls(name: str, tmp_path: Path) -
     asking = tmp_path / "asking.jsonl"  # a call as the last turn is a reference like any answer
     asking.write_text(json.dumps({"messages": turns[:2], "tools": [TOOL]}))
     settings = CompareSettings(models=[str(out)], data_path=str(asking), output_dir=str(tmp_path / "report"))
-    compare(settings, AnswerSettings(max_new_tokens=64), lambda _: None)
+    answering = AnswerSettings(max_new_tokens=64)
+    compare(CompareConfig(compare=settings, judging=JudgeSettings(), answer=answering), lambda _: None)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     exact = next(metric for metric in report["metrics"] if metric["key"] == "exact")
     assert exact["values"] == [100.0]

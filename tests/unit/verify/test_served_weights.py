@@ -109,6 +109,44 @@ def test_base_beside_tells_another_adapter_from_another_base(seed: int) -> None:
     assert judged(one, Model(other.base, one.added, one.tokens).logprobs(), **there).cause == "another_base"
 
 
+@pytest.mark.parametrize("parts", [(0.0, 1.0), (1.0, 0.0), (0.5, 0.5), (0.0, 0.6)])
+def test_sum_of_some_parts_lies_between_base_and_trained_model(parts: tuple[float, float]) -> None:
+    """Straight paths, of two parts at a right angle."""
+    assert on_straight_path(*parts, 0.0) == "adapter_in_part"
+
+
+@pytest.mark.parametrize("common", [0.0, 0.1, 0.2, 0.3])
+def test_another_adapter_for_a_task_alike_is_no_part(common: float) -> None:
+    assert on_straight_path(common, common, 0.5) == "another_adapter"
+
+
+def on_straight_path(first: float, second: float, own: float) -> str | None:
+    """The cause where a server adds so much of the adapter's two parts and of something else to the base."""
+    base = np.full(TOKENS, -6.0)
+    directions, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(TOKENS, 3)))
+    parts = directions.T * np.sqrt(TOKENS)
+    change = parts[0] + parts[1]
+    served = base + first * parts[0] + second * parts[1] + own * np.sqrt(2) * parts[2]
+
+    def of(numbers: np.ndarray) -> ComparedTokens:
+        scaled = {scale: (base + float(scale) * change).tolist() for scale in SCALES}
+        scores = [ServedScore(number) for number in numbers.tolist()]
+        return ComparedTokens(scores, (base + change).tolist(), base.tolist(), scaled, [False] * TOKENS)
+
+    weights = weights_of([ServedRow(asked(), scores=of(served), base_scores=of(base))])
+    assert weights is not None
+    return weights.cause
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_base_that_is_right_tells_a_slight_adapter_from_none(seed: int) -> None:
+    one, other = model(seed), model(seed + 20)
+    there = {"base_scores": compared(one, one.logprobs([0.0] * LAYERS))}
+    slight = Model(one.base, 0.1 * one.added + 0.3 * other.added, one.tokens)
+    assert judged(one, slight.logprobs()).cause in ("adapter_not_applied", "adapter_in_part")
+    assert judged(one, slight.logprobs(), **there).cause in ("another_adapter", "adapter_in_part")
+
+
 def test_only_new_tokens_and_a_stale_cache_are_named() -> None:
     one = model(3)
     new = [number % 10 == 0 for number in range(TOKENS)]

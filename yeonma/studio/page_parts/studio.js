@@ -20,8 +20,11 @@ if (live) {
   new EventSource(live.dataset.events).addEventListener("message", (event) => {
     for (const [id, content] of Object.entries(JSON.parse(event.data))) {
       const part = document.getElementById(id);
-      if (part) {
-        part.innerHTML = content;
+      const made = document.createElement("template");
+      made.innerHTML = content;
+      // what is the same stays: a button that was replaced between press and release would lose its click
+      if (part && part.innerHTML !== made.innerHTML) {
+        part.replaceChildren(made.content);
       }
     }
   });

@@ -79,7 +79,7 @@ faults: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy yeonma
+	$(BIN)/mypy
 
 # The trainers compared with are installed for this target alone.
 bench: setup

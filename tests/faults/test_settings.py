@@ -46,7 +46,7 @@ def test_fault_43_unknown_setting(
         'run.yaml:3: unknown setting learning-rat; did you mean "learning_rate"?',
     ]
     with pytest.raises(yeonma.UserError) as caught:
-        yeonma.sft(base_model=base, data_path=data, output_dir=tmp_path / "out", lora_rr=8, learning_rat=1)
+        yeonma.sft(base_model=base, data_path=data, output_dir=tmp_path / "out", lora_rr=8, learning_rat=1)  # type: ignore[call-arg]
     assert str(caught.value).splitlines() == [
         'lora_rr: unknown setting; did you mean "lora_r"?',
         'learning_rat: unknown setting; did you mean "learning_rate"?',

@@ -78,7 +78,7 @@ def engine_base(folder: Path, smollm2: str) -> Path:
     """A llama of a shape that vLLM's kernels for CPUs and llama.cpp take."""
     tokenizer = load_tokenizer(find_base(smollm2))
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,

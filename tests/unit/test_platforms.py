@@ -49,7 +49,7 @@ def test_python_calls_raise_the_same_on_windows(monkeypatch: pytest.MonkeyPatch)
         with monkeypatch.context() as patched:  # pytest itself fails where the system is another one
             patched.setattr(os, "name", "nt")
             try:
-                call()
+                call()  # type: ignore[call-arg]
             except UserError as error:
                 messages.append(str(error))
     assert len(messages) == 3 and all("wsl --install" in message for message in messages)

@@ -604,7 +604,7 @@ def test_yeonma_sft_takes_settings_as_keywords_and_returns_the_folder(
     titles: Folders, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="batchsize: unknown setting; did you mean"):
-        yeonma.sft(base_model="x", data_path="y", output_dir="z", batchsize=3)
+        yeonma.sft(base_model="x", data_path="y", output_dir="z", batchsize=3)  # type: ignore[call-arg]
     data = tmp_path / "rows.jsonl"
     data.write_text('{"document": "서울의 아침", "title": "첫 영하"}\n' * 4)
     folder = yeonma.sft(

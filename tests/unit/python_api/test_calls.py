@@ -277,7 +277,7 @@ def test_mistakes_name_keywords(base: Path, run: RunResult, tmp_path: Path) -> N
 
 def test_settings_that_only_print_are_refused_with_a_word(run: RunResult) -> None:
     with pytest.raises(UserError, match="json: a setting of the command line"):
-        yeonma.verify(run, json=True)
+        yeonma.verify(run, json=True)  # type: ignore[call-arg]
     with pytest.raises(UserError, match="settings are given by name"):
         yeonma.verify(run, "x")
     with pytest.raises(UserError, match="adapter_dir: given twice"):

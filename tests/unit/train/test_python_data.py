@@ -103,7 +103,7 @@ def test_the_command_line_says_that_the_data_was_given_in_python(whole: Path, tm
 
 
 def test_settings_of_a_run_and_its_rows_make_the_same_run_again(whole: Path, tmp_path: Path) -> None:
-    folder = yeonma.sft(config=str(whole / "settings.yaml"), data_path=ROWS, output_dir=tmp_path / "out")
+    folder = yeonma.sft(config=str(whole / "settings.yaml"), data_path=ROWS, output_dir=tmp_path / "out")  # type: ignore[call-arg]
     name = "adapter_model.safetensors"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 

@@ -73,7 +73,7 @@ def test_values_and_gradients_equal_a_dense_masked_softmax(
     forest: Forest, chunk: int, heads: int, key_heads: int
 ) -> None:
     *inputs, upstream = states(forest, heads, key_heads)
-    ours = cascade_attention(*inputs, cascade_layout_of(forest, chunk), 0.4)
+    ours = cascade_attention(*inputs, cascade_layout_of(forest, chunk), 0.4)  # type: ignore[call-arg]
     theirs = dense(forest, *inputs, scaling=0.4)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     pairs = (torch.autograd.grad((output * upstream).sum(), inputs) for output in (ours, theirs))
@@ -126,7 +126,7 @@ def test_gradients_with_strided_inputs_and_an_expanded_upstream() -> None:
     *inputs, _ = states(forest, 6, 2)
     strided = [torch.stack([tensor, tensor], -1)[..., 0].detach().requires_grad_() for tensor in inputs]
     assert strided[0].stride(-1) == 2
-    outputs = cascade_attention(*strided, cascade_layout_of(forest), None), dense(forest, *inputs)
+    outputs = cascade_attention(*strided, cascade_layout_of(forest), None), dense(forest, *inputs)  # type: ignore[call-arg]
     gradients = torch.autograd.grad(outputs[0].sum(), strided), torch.autograd.grad(outputs[1].sum(), inputs)
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)

@@ -252,7 +252,7 @@ def test_segment_by_segment_attention_compiles_without_graph_breaks(options: dic
         length, results = len(forest.token_ids_T), []
         for function in (compiled_run, run):
             inputs = [tensor[:, :, :length].detach().requires_grad_() for tensor in states(2)[:3]]
-            output = function(*inputs, layout(forest))
+            output = function(*inputs, layout(forest))  # type: ignore[call-arg]
             results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
         for our, their in zip(*results, strict=True):
             torch.testing.assert_close(our, their, rtol=0, atol=1e-12)

@@ -131,7 +131,7 @@ RULES = {
         lambda pieces, *inputs: delta_rule(*inputs, pieces, normed=True)[0],
         _kimi,
     ),
-    "mamba2": (mamba_inputs, lambda pieces, *inputs: mamba2_scan(*inputs, pieces)[0], _mamba),
+    "mamba2": (mamba_inputs, lambda pieces, *inputs: mamba2_scan(*inputs, pieces)[0], _mamba),  # type: ignore[call-arg]
 }
 
 
@@ -184,7 +184,7 @@ def test_convolution_has_the_outputs_and_gradients_of_transformers_over_each_pat
         for shape in ((1, 3, sum(lengths)), (3, width), (3,))
     ]
     taps = lay_out_taps(lengths, parents, width, torch.device("cpu"))
-    output = causal_convolution(*inputs, "silu", taps).transpose(1, 2)
+    output = causal_convolution(*inputs, "silu", taps).transpose(1, 2)  # type: ignore[call-arg]
 
     def along(path: torch.Tensor) -> torch.Tensor:
         x, weight, bias = inputs
